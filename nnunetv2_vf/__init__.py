@@ -1,0 +1,23 @@
+"""Volume Fusion pretraining inside stock nnU-Net v2.
+
+The pipeline, and the module of each step::
+
+    unlabelled case, preprocessed by nnU-Net
+        | sampling   crop two sub-volumes of one case, resize them to the patch; draw all parameters
+        | augment    flip, contrast, gamma, inversion: batched, on the trainer's device
+        | fusion     X = a * foreground + (1 - a) * background; the target of a voxel is Y = K * a
+        v
+    trainers.VFPretrainTrainer: nnU-Net's own network, loss, schedule, logging and checkpoints, K + 1 classes
+        | weights    vf_pretrained.pth
+        v
+    nnUNetv2_train ... -pretrained_weights vf_pretrained.pth
+
+Importing the package imports neither torch nor nnU-Net.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("nnunetv2-vf")
+except PackageNotFoundError:  # a source tree on PYTHONPATH, not installed
+    __version__ = "0+unknown"

@@ -1,0 +1,6 @@
+"""``python -m nnunetv2_vf`` is the command ``nnUNetv2_vf``."""
+
+from nnunetv2_vf.cli import main
+
+if __name__ == "__main__":
+    main()

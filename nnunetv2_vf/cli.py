@@ -1,0 +1,97 @@
+"""The command ``nnUNetv2_vf``: parse, call one function. Heavy imports stay inside the subcommands."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from nnunetv2_vf import __version__
+from nnunetv2_vf.errors import one_line_errors
+
+_TRAINER_VARIABLE = "nnUNet_extTrainer"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one subcommand."""
+    args = _parser().parse_args(arguments)
+    with one_line_errors():
+        args.run(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_vf",
+        description="Volume Fusion pretraining for nnU-Net v2. Training and prediction are nnU-Net's own commands: "
+        "nnUNetv2_train ... -tr VFPretrainTrainer, then nnUNetv2_train ... -pretrained_weights vf_pretrained.pth.",
+    )
+    parser.add_argument("--version", action="version", version=f"nnunetv2-vf {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    env = _add(commands, "env", _env, f"print the line that sets {_TRAINER_VARIABLE}, for nnU-Net to find the trainers")
+    env.add_argument("--shell", choices=sorted(_EXPORT), default="sh", help="default: sh (bash, zsh, dash)")
+
+    preview = _add(commands, "preview", _preview, "draw what pretraining on a preprocessed dataset shows the network")
+    preview.add_argument("-d", required=True, metavar="DATASET", help="dataset id or name")
+    preview.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="default: %(default)s")
+    preview.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")
+    preview.add_argument("-n", type=_positive, default=3, metavar="N", help="how many examples; default: %(default)s")
+    preview.add_argument("-o", type=Path, default=Path("preview.png"), metavar="PNG", help="default: %(default)s")
+
+    demo = _add(commands, "demo", _demo, "the whole journey on generated phantoms, in a few minutes")
+    demo.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where to keep everything; default: a new temporary one"
+    )
+    demo.add_argument("-device", choices=("cpu", "cuda", "mps"), help="default: cuda if there is one, else cpu")
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction, name: str, run: Callable[[argparse.Namespace], None], about: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return number
+
+
+def _env(args: argparse.Namespace) -> None:
+    print(_EXPORT[args.shell](_TRAINER_VARIABLE, trainer_path(os.environ.get(_TRAINER_VARIABLE, ""))))
+
+
+def trainer_path(present: str) -> str:
+    """Our trainers' folder in front of what the variable already holds."""
+    spec = importlib.util.find_spec("nnunetv2_vf.trainers")
+    source_tree = Path(__file__).parent.parent / "trainers"
+    ours = str(next(iter(spec.submodule_search_locations or ())) if spec else source_tree)
+    others = [path for path in present.split(os.pathsep) if path and path != ours]
+    return os.pathsep.join([ours, *others])
+
+
+_EXPORT: dict[str, Callable[[str, str], str]] = {
+    "sh": lambda name, value: f"export {name}={shlex.quote(value)}",
+    "fish": lambda name, value: f"set -gx {name} '" + value.replace("\\", "\\\\").replace("'", "\\'") + "'",
+    "powershell": lambda name, value: f"$env:{name} = '" + value.replace("'", "''") + "'",
+}
+
+
+def _preview(args: argparse.Namespace) -> None:
+    from nnunetv2_vf.preview import preview
+
+    preview(args.d, args.c, args.p, args.n, args.o, os.environ)
+    print(f"wrote {args.o}")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from nnunetv2_vf.demo import demo
+
+    demo(args.out, args.device)

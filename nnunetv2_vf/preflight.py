@@ -1,0 +1,110 @@
+"""What must hold before a pretraining run may write its first file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.settings import VFSettings
+
+_SMALLEST_PATCH = 8  # voxels: the shortest side of a fusion box
+_FOLDS = 5
+
+
+def require_variables(*variables: Any) -> None:
+    """Raise UserError if one of nnU-Net's environment variables is not set."""
+    for variable in variables:
+        if not variable.is_set():
+            name = variable.env_var_name
+            raise UserError(f"the environment variable {name} is not set; set it: export {name}=/path/to/{name}")
+
+
+def pretraining_configuration(plans_manager: PlansManager, name: str) -> ConfigurationManager:
+    """Return the plan's configuration if Volume Fusion can pretrain it.
+
+    Raises:
+        UserError: the plan has no such configuration, or it is 2D, the second stage of a cascade, or has a patch
+            shorter than 8 voxels on a side.
+    """
+    usable = [n for n in plans_manager.available_configurations if n.startswith("3d") and "cascade" not in n]
+    advice = f"use one of: {', '.join(usable) or 'none in these plans, which have no 3D configuration'}"
+    if name not in plans_manager.available_configurations:
+        raise UserError(f"the plans {plans_manager.plans_name} have no configuration {name!r}; {advice}")
+    configuration = plans_manager.get_configuration(name)
+    patch = tuple(configuration.patch_size)
+    if len(patch) != 3:
+        raise UserError(f"Volume Fusion needs a 3D configuration; {name!r} has the patch {patch}; {advice}")
+    if configuration.previous_stage_name is not None:
+        raise UserError(f"configuration {name!r} needs the segmentations of another stage; {advice}")
+    if min(patch) < _SMALLEST_PATCH:
+        raise UserError(
+            f"configuration {name!r} has the patch {patch}; Volume Fusion needs at least {_SMALLEST_PATCH} voxels "
+            "on each side; give it a larger patch_size in the plans, or plan with another target spacing: "
+            "nnUNetv2_plan_experiment -d ID -overwrite_target_spacing Z Y X"
+        )
+    return configuration
+
+
+def preprocessed_cases(plans_manager: PlansManager, configuration: ConfigurationManager) -> list[str]:
+    """Return the preprocessed cases of a configuration, sorted.
+
+    Raises:
+        UserError: there are none.
+    """
+    require_variables(nnUNet_preprocessed)
+    folder = Path(nnUNet_preprocessed) / plans_manager.dataset_name / configuration.data_identifier
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise UserError(
+            f"no preprocessed cases in {folder}; make them: nnUNetv2_preprocess "
+            f"-d {plans_manager.dataset_name} -plans_name {plans_manager.plans_name} -c CONFIGURATION"
+        )
+    return sorted(infer_dataset_class(str(folder)).get_identifiers(str(folder)))
+
+
+def check_pretraining(plans: Mapping[str, Any], configuration_name: str, fold: int | str, settings: VFSettings) -> None:
+    """Check everything that pretraining on this fold needs.
+
+    Raises:
+        UserError: for the first thing that is missing or not legal.
+    """
+    require_variables(nnUNet_preprocessed, nnUNet_results)
+    plans_manager = PlansManager(dict(plans))
+    configuration = pretraining_configuration(plans_manager, configuration_name)
+    cases = preprocessed_cases(plans_manager, configuration)
+    splits_file = Path(nnUNet_preprocessed) / plans_manager.dataset_name / "splits_final.json"
+    training, validation = _fold_cases(cases, fold, splits_file)
+
+    missing = sorted({*training, *validation} - {*cases})
+    if missing:
+        raise UserError(
+            f"{len(missing)} cases of {splits_file} are not preprocessed, {missing[0]} for one; run "
+            f"nnUNetv2_preprocess again or delete {splits_file}"
+        )
+    needed = 2 if settings.pairing == "different" else 1
+    if min(len(training), len(validation)) < needed:
+        raise UserError(
+            f"fold {fold} has {len(training)} training and {len(validation)} validation cases; pairing "
+            f"{settings.pairing!r} needs at least {needed} of each; use all cases for both: fold 'all'"
+        )
+
+
+def _fold_cases(cases: list[str], fold: int | str, splits_file: Path) -> tuple[list[str], list[str]]:
+    """The fold's training and validation cases, or as many of each as nnU-Net's split will give."""
+    if fold == "all":
+        return cases, cases
+    splits = load_json(splits_file) if splits_file.is_file() else []
+    if int(fold) < len(splits):
+        return splits[int(fold)]["train"], splits[int(fold)]["val"]
+    if len(cases) < _FOLDS:
+        raise UserError(
+            f"the dataset has {len(cases)} preprocessed cases; {_FOLDS} folds need at least {_FOLDS}; use fold 'all'"
+        )
+    held_out = len(cases) // _FOLDS
+    return cases[held_out:], cases[:held_out]

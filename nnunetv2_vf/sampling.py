@@ -1,0 +1,163 @@
+"""The Dataset: sample i -> two sub-volumes of a case, a fusion map and the augmentation's parameters.
+
+Sample i of a stream is a pure function of (cases, settings, stream, i): any number of workers, on any rank, after
+any resume, gives the same sequence. Nothing is drawn from a global random state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from nnunetv2_vf.augment import draw_augmentation
+from nnunetv2_vf.fusion import draw_fusion_map
+from nnunetv2_vf.settings import VFSettings
+
+# The two streams of samples; the validation stream ignores the seed setting, so that runs compare.
+TRAINING, VALIDATION = 0, 1
+
+_DRAWS = 50  # redraws of a sample whose crops are unusable, before giving up
+
+
+class FusionDataset(Dataset):
+    """Pretext samples from the preprocessed cases of one nnU-Net dataset.
+
+    A sample is a dict: ``subvolumes`` (2, C, D, H, W) float32, foreground and background; ``fusion_map``
+    (D, H, W) uint8; the parameters of :func:`nnunetv2_vf.augment.draw_augmentation`; ``cases``, the one or two
+    cases it came from; ``rejected``, a list of (case, reason) met on the way. If nothing usable was found in
+    50 draws, the sample is only ``rejected``.
+
+    Args:
+        cases: nnU-Net's dataset; read through its own ``load_case``.
+        patch_size: (D, H, W) in voxels.
+        stream: TRAINING or VALIDATION.
+    """
+
+    def __init__(self, cases: nnUNetBaseDataset, patch_size: Sequence[int], settings: VFSettings, stream: int):
+        self.cases = cases
+        self.patch_size = tuple(int(n) for n in patch_size)
+        self.settings = settings
+        self.stream = stream
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        seed = self.settings.seed if self.stream == TRAINING else 0
+        rng = np.random.default_rng((seed, self.stream, index))
+        rejected: list[tuple[str, str]] = []
+        for _ in range(_DRAWS):
+            cases = self._draw_cases(rng)
+            volumes = {case: self.cases.load_case(case)[0] for case in set(cases)}  # opened, not read
+            crops = [self._draw_crop(case, volumes[case], rng, rejected) for case in cases]
+            if all(crop is not None for crop in crops):
+                return {
+                    "subvolumes": torch.stack([resize(crop, self.patch_size) for crop in crops]),
+                    "fusion_map": draw_fusion_map(self.patch_size, self.settings, rng),
+                    **draw_augmentation(crops[0].shape[0], self.settings, rng),
+                    "cases": sorted(set(cases)),
+                    "rejected": rejected,
+                }
+        return {"rejected": rejected}
+
+    def _draw_cases(self, rng: np.random.Generator) -> tuple[str, str]:
+        """The cases of the foreground and the background."""
+        names = self.cases.identifiers
+        if self.settings.pairing == "different":
+            first, second = rng.choice(len(names), size=2, replace=False)
+        else:
+            first = second = rng.integers(len(names))
+        return names[first], names[second]
+
+    def _draw_crop(
+        self, case: str, volume: Any, rng: np.random.Generator, rejected: list[tuple[str, str]]
+    ) -> Tensor | None:
+        """A crop (C, d, h, w) of random size and place of the volume (C, D, H, W), or None if it cannot be used."""
+        box = self._draw_box(volume.shape[1:], rng)
+        crop = torch.from_numpy(crop_and_pad_nd(volume, box, 0)).float()
+
+        inside = tuple(
+            slice(max(0, -start), length - start) for (start, _), length in zip(box, volume.shape[1:], strict=True)
+        )
+        lowest, highest = crop[(..., *inside)].flatten(1).aminmax(dim=1)  # one pass; NaN and infinity show in it
+        if not (lowest.isfinite().all() and highest.isfinite().all()):
+            rejected.append((case, "holds voxels that are not finite (NaN or infinite)"))
+            return None
+        if (lowest == highest).all():  # air, usually: draw again; say so only if there is nothing else
+            if _is_constant(volume):
+                rejected.append((case, "is constant: all its voxels are equal"))
+            return None
+        return crop
+
+    def _draw_box(self, shape: Sequence[int], rng: np.random.Generator) -> list[list[int]]:
+        """Draw where to crop: [start, end) per axis.
+
+        An axis is the patch times a scale uniform in ``crop_scale`` long, but no longer than the volume; where the
+        volume is shorter than that and than the patch, the crop is centred on it and padded with 0, as nnU-Net does.
+        """
+        box = []
+        for length, patch, scale in zip(
+            shape, self.patch_size, rng.uniform(*self.settings.crop_scale, size=3), strict=True
+        ):
+            size = min(max(1, round(patch * scale)), max(length, patch))
+            start = int(rng.integers(0, length - size, endpoint=True)) if size <= length else -((size - length) // 2)
+            box.append([start, start + size])
+        return box
+
+
+def resize(crop: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Resize (C, d, h, w) to (C, *size), trilinear."""
+    if crop.shape[1:] == size:
+        return crop
+    return F.interpolate(crop[None], size, mode="trilinear", align_corners=False)[0]
+
+
+def _is_constant(volume: Any) -> bool:
+    """Whether every channel of (C, D, H, W) is constant; reads slice by slice, stops at the first difference."""
+    return all(
+        bool(np.all(volume[channel, z] == volume[channel, 0, 0, 0]))
+        for channel in range(volume.shape[0])
+        for z in range(volume.shape[1])
+    )
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Collate to a batch; ``cases`` and ``rejected`` become lists over the samples.
+
+    A batch with a sample that could not be made is only ``rejected``.
+    """
+    rejected = [pair for sample in samples for pair in sample.pop("rejected")]
+    if not all(samples):
+        return {"rejected": rejected}
+    cases = [sample.pop("cases") for sample in samples]
+    return {"tensors": default_collate(samples), "cases": cases, "rejected": rejected}
+
+
+def sample_indices(first_step: int, last_step: int, global_batch: int, offset: int, batch: int) -> Iterator[range]:
+    """The sample indices of this rank's batches for steps [first_step, last_step).
+
+    Step t takes samples [t * global_batch, (t + 1) * global_batch); this rank takes ``batch`` of them from
+    ``offset`` on.
+    """
+    for step in range(first_step, last_step):
+        start = step * global_batch + offset
+        yield range(start, start + batch)
+
+
+def make_loader(dataset: FusionDataset, batches: Iterator[range], workers: int, pin_memory: bool) -> DataLoader:
+    """A DataLoader over batches of sample indices, with real worker tracebacks and prefetching."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        prefetch_factor=max(2, math.ceil(6 / workers)) if workers else None,
+        generator=torch.Generator(),  # the loader's own base seed must not come from the global random state
+    )

@@ -1,0 +1,190 @@
+"""Settings: frozen, validated once, printed, recorded in every checkpoint.
+
+Precedence: defaults < plans (section ``volume_fusion`` for pretraining, ``volume_fusion_finetune`` for fine-tuning)
+< environment (``nnUNet_vf_<field>``, ``nnUNet_vf_finetune_<field>``). A range is written ``low,high``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
+
+from nnunetv2_vf.errors import UserError
+
+_S = TypeVar("_S", bound="ScheduleSettings")
+_FINETUNE_PREFIX = "nnUNet_vf_finetune_"
+
+
+def _setting(
+    default: Any,
+    about: str,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    return field(default=default, metadata={"about": about, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """The settings that pretraining and fine-tuning share; their names and defaults are nnU-Net's."""
+
+    prefix: ClassVar[str] = ""  # of the environment variables
+    section: ClassVar[str] = ""  # of the plans, where the settings are looked for and recorded
+
+    num_epochs: int = _setting(1000, "epochs", low=1)
+    iterations_per_epoch: int = _setting(250, "training steps per epoch", low=1)
+    val_iterations_per_epoch: int = _setting(50, "validation steps per epoch", low=1)
+    initial_lr: float = _setting(1e-2, "learning rate of the first epoch; decays polynomially", low=1e-12, high=10)
+    weight_decay: float = _setting(3e-5, "weight decay", low=0, high=1)
+    save_every: int = _setting(50, "epochs between two checkpoint_latest.pth", low=1)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, _legal_value(f, getattr(self, f.name), f.name))
+
+    @classmethod
+    def resolve(cls: type[_S], plans: Mapping[str, Any], environment: Mapping[str, str]) -> _S:
+        """Combine the defaults, the plans' :attr:`section` (ranges as lists of two numbers) and the environment.
+
+        Args:
+            plans: the content of a plans file.
+            environment: usually ``os.environ``; only names that start with :attr:`prefix` are looked at.
+
+        Raises:
+            UserError: a name or a value is not legal.
+        """
+        known = {f.name: f for f in fields(cls)}
+        values: dict[str, Any] = {}
+        for name, value in plans.get(cls.section, {}).items():
+            values[name] = _legal_value(_known_field(known, name, "in the plans"), value, f"{name} in the plans")
+        for variable, text in environment.items():
+            name = cls._field_name(variable)
+            if name is not None:
+                values[name] = _legal_value(_known_field(known, name, "from " + variable), text, variable)
+        return cls(**values)
+
+    @classmethod
+    def _field_name(cls, variable: str) -> str | None:
+        if not cls.prefix or not variable.startswith(cls.prefix):
+            return None
+        if cls.prefix != _FINETUNE_PREFIX and variable.startswith(_FINETUNE_PREFIX):
+            return None
+        return variable[len(cls.prefix) :]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types, for plans files and checkpoints."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+    def apply_schedule(self, trainer: Any) -> None:
+        """Set the attributes of an nnUNetTrainer that hold its schedule."""
+        trainer.num_epochs = self.num_epochs
+        trainer.num_iterations_per_epoch = self.iterations_per_epoch
+        trainer.num_val_iterations_per_epoch = self.val_iterations_per_epoch
+        trainer.initial_lr = self.initial_lr
+        trainer.weight_decay = self.weight_decay
+        trainer.save_every = self.save_every
+
+    def differences(self, recorded: Mapping[str, Any]) -> list[str]:
+        """Name every setting whose value is not the recorded one, with both values."""
+        current = self.as_dict()
+        return [
+            f"{name} = {current.get(name)!r} (recorded: {recorded.get(name)!r})"
+            for name in sorted({*current, *recorded})
+            if current.get(name) != recorded.get(name)
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join(f"  {name}: {value}" for name, value in self.as_dict().items())
+
+
+@dataclass(frozen=True)
+class VFSettings(ScheduleSettings):
+    """Pretraining with Volume Fusion. Defaults: the paper's pretext task (arXiv 2306.16925), nnU-Net's schedule."""
+
+    prefix: ClassVar[str] = "nnUNet_vf_"
+    section: ClassVar[str] = "volume_fusion"
+
+    seed: int = _setting(0, "seed of the training samples; the validation samples are always the same", low=0)
+    coefficient_steps: int = _setting(4, "K: the coefficients are 0, 1/K, ..., 1, one class each", low=1, high=100)
+    fusion_map: str = _setting("boxes", "how the coefficients are laid out", choices=("boxes", "blocks"))
+    pairing: str = _setting("same", "both sub-volumes from one case, or from two", choices=("same", "different"))
+
+    box_count: tuple[int, int] = _setting((10, 40), "boxes: how many", low=1, high=1000)
+    box_min_side: int = _setting(8, "boxes: shortest side in voxels", low=1)
+    box_max_fraction: float = _setting(0.625, "boxes: longest side, as a fraction of the patch", low=0.01, high=1)
+    block_side: tuple[int, int] = _setting((8, 32), "blocks: side in voxels", low=1)
+    block_foreground: float = _setting(0.7, "blocks: fraction with a non-zero class", low=0, high=1)
+
+    crop_scale: tuple[float, float] = _setting(
+        (0.7, 1.5), "size of a crop relative to the patch, per axis", low=0.1, high=10
+    )
+    flip_probability: float = _setting(0.5, "probability of a flip, per axis", low=0, high=1)
+    contrast_probability: float = _setting(1.0, "probability of the percentile contrast", low=0, high=1)
+    contrast_lower: tuple[float, float] = _setting((0.1, 2.0), "lower percentile", low=0, high=50)
+    contrast_upper: tuple[float, float] = _setting((98.0, 99.9), "upper percentile", low=50, high=100)
+    gamma: tuple[float, float] = _setting((0.7, 1.5), "exponent of the gamma correction", low=0.1, high=10)
+    invert_probability: float = _setting(0.25, "probability that both sub-volumes are inverted", low=0, high=1)
+
+
+@dataclass(frozen=True)
+class FinetuneSettings(ScheduleSettings):
+    """Fine-tuning; nnU-Net's defaults."""
+
+    prefix: ClassVar[str] = _FINETUNE_PREFIX
+    section: ClassVar[str] = "volume_fusion_finetune"
+
+
+def _known_field(known: Mapping[str, Field[Any]], name: str, where: str) -> Field[Any]:
+    if name not in known:
+        raise UserError(f"unknown setting {name!r} {where}; legal are: {', '.join(known)}")
+    return known[name]
+
+
+def _legal_value(f: Field[Any], value: Any, where: str) -> Any:
+    """Return ``value`` in the type of the field's default, or say what would have been legal."""
+    try:
+        return _parse(f, value)
+    except (TypeError, ValueError):
+        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        raise UserError(
+            f"setting {where} = {value!r} is not legal; legal: {_describe(f)} (default {default})"
+        ) from None
+
+
+def _parse(f: Field[Any], value: Any) -> Any:
+    if f.metadata["choices"]:
+        if value not in f.metadata["choices"]:
+            raise ValueError
+        return value
+    if not isinstance(f.default, tuple):
+        return _number(f, value, type(f.default))
+    low, high = value.split(",") if isinstance(value, str) else value
+    kind = type(f.default[0])
+    pair = (_number(f, low, kind), _number(f, high, kind))
+    if pair[0] > pair[1]:
+        raise ValueError
+    return pair
+
+
+def _number(f: Field[Any], value: Any, kind: type) -> float | int:
+    number = kind(value)
+    if isinstance(value, bool) or (kind is int and not isinstance(value, str) and number != value):
+        raise ValueError
+    if not math.isfinite(number) or not f.metadata["low"] <= number <= f.metadata["high"]:
+        raise ValueError
+    return number
+
+
+def _describe(f: Field[Any]) -> str:
+    if f.metadata["choices"]:
+        return " or ".join(f.metadata["choices"])
+    is_range = isinstance(f.default, tuple)
+    kind = type(f.default[0] if is_range else f.default)
+    noun = "whole number" if kind is int else "number"
+    low, high = f.metadata["low"], f.metadata["high"]
+    bounds = f"of at least {low}" if math.isinf(high) else f"from {low} to {high}"
+    return f"two {noun}s low,high {bounds}" if is_range else f"a {noun} {bounds}"

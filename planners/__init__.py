@@ -1,0 +1,1 @@
+"""Experiment planners of this project, for ``nnUNetv2_vf plan``."""

@@ -1,0 +1,37 @@
+"""``nnUNetv2_train DATASET 3d_fullres 0 -tr VFFinetuneTrainer -pretrained_weights vf_pretrained.pth``."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunetv2_vf.errors import one_line_errors
+from nnunetv2_vf.settings import FinetuneSettings
+
+
+class VFFinetuneTrainer(nnUNetTrainer):
+    """nnU-Net's supervised training with a schedule from ``nnUNet_vf_finetune_<field>``.
+
+    Without ``-pretrained_weights`` it is the matched baseline from scratch. Settings:
+    :class:`nnunetv2_vf.settings.FinetuneSettings`, recorded wherever nnU-Net stores the plans.
+    """
+
+    @one_line_errors()
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net records exactly this signature
+    ):
+        self.settings = FinetuneSettings.resolve(plans, os.environ)
+        plans = {**plans, FinetuneSettings.section: self.settings.as_dict()}
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.settings.apply_schedule(self)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.print_to_log_file(f"Fine-tuning settings:\n{self.settings}\n", add_timestamp=False)

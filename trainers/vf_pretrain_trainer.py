@@ -1,0 +1,275 @@
+"""``nnUNetv2_train DATASET 3d_fullres all -tr VFPretrainTrainer``: pretrain any 3D plan with Volume Fusion."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from batchgenerators.utilities.file_and_folder_operations import save_json
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.helpers import dummy_context
+from torch import Tensor, autocast
+from torch._dynamo import OptimizedModule
+
+from nnunetv2_vf import weights
+from nnunetv2_vf.errors import UserError, one_line_errors
+from nnunetv2_vf.fusion import fuse_batch
+from nnunetv2_vf.preflight import check_pretraining
+from nnunetv2_vf.preview import class_names, draw_confusion, draw_examples, make_examples
+from nnunetv2_vf.progress import PretextLogger
+from nnunetv2_vf.sampling import TRAINING, VALIDATION, FusionDataset, collate, make_loader, sample_indices
+from nnunetv2_vf.settings import VFSettings
+
+_PREVIEW_EXAMPLES = 3
+
+
+class VFPretrainTrainer(nnUNetTrainer):
+    """Pretrains encoder and decoder: segment fused sub-volumes into their K + 1 fusion coefficients.
+
+    The dataset's labels are ignored. To nnU-Net the fusion classes are this training's labels, so that network
+    heads, loss, optimiser, schedule, pseudo Dice, logging and checkpoints stay its own. Beside its checkpoints it
+    leaves ``vf_pretrained.pth``, ``preview.png`` and a final ``pretext_report.json`` and ``.png``.
+
+    Settings: :class:`nnunetv2_vf.settings.VFSettings`. Source: arXiv 2306.16925, section "Volume Fusion".
+    """
+
+    @one_line_errors()
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net records exactly this signature
+    ):
+        settings = VFSettings.resolve(plans, os.environ)
+        check_pretraining(plans, configuration, fold, settings)
+        self.settings = settings
+        # What nnU-Net gets to see is copies: the settings are recorded wherever it stores the plans, and the
+        # fusion classes take the place of the dataset's labels.
+        plans = {**plans, VFSettings.section: settings.as_dict()}
+        super().__init__(plans, configuration, fold, _with_fusion_labels(dataset_json, settings), device)
+        settings.apply_schedule(self)
+        self.logger.local_logger = PretextLogger(class_names(settings.coefficient_steps))
+        self._reported: set[str] = set()
+
+    # ------------------------------------------------------------------ the pretext task in nnU-Net's training
+
+    def train_step(self, batch: dict) -> dict:
+        return super().train_step(self._fuse(batch))
+
+    def validation_step(self, batch: dict) -> dict:
+        """As nnU-Net's, but class 0 counts (it is a real class here) and the confusion matrix comes with it."""
+        batch = self._fuse(batch)
+        output = self._forward(batch["data"])
+        loss = self.loss(output, batch["target"])
+        answer, truth = (x[0] if self.enable_deep_supervision else x for x in (output, batch["target"]))
+        confusion = _confusion(answer.argmax(1), truth[:, 0], self.settings.coefficient_steps + 1).cpu().numpy()
+        hits = confusion.diagonal()
+        return {
+            "loss": loss.cpu().numpy(),
+            "tp_hard": hits,
+            "fp_hard": confusion.sum(axis=0) - hits,
+            "fn_hard": confusion.sum(axis=1) - hits,
+            "confusion": confusion,
+        }
+
+    def _fuse(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Samples of a :class:`FusionDataset` -> what nnU-Net's training step takes."""
+        for case, reason in batch["rejected"]:
+            if case not in self._reported:
+                self._reported.add(case)
+                self.print_to_log_file(f"WARNING: case {case} {reason}; it is skipped")
+        if "tensors" not in batch:
+            raise UserError(f"found no usable sub-volume; look at the images of {', '.join(sorted(self._reported))}")
+        fused = fuse_batch(batch["tensors"], self.settings.coefficient_steps, self.device)
+        return {"data": fused.fused, "target": self._targets(fused.fusion_map)}
+
+    def _targets(self, fusion_map: Tensor) -> Tensor | list[Tensor]:
+        """The map (B, D, H, W) at every resolution of the deep supervision: (B, 1, D, H, W) each."""
+        if not self.enable_deep_supervision:
+            return fusion_map[:, None]
+        downsample = DownsampleSegForDSTransform(self._get_deep_supervision_scales())
+        return [target[:, None] for target in downsample(segmentation=fusion_map)["segmentation"]]
+
+    def _forward(self, data: Tensor) -> Any:
+        with autocast(self.device.type, enabled=True) if self.device.type == "cuda" else dummy_context():
+            return self.network(data)
+
+    def _build_loss(self) -> torch.nn.Module:
+        loss = super()._build_loss()
+        (loss.loss if self.enable_deep_supervision else loss).dc.do_bg = True  # class 0 is a real class
+        return loss
+
+    # ------------------------------------------------------------------ data
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """Iterators over the whole of the remaining training: every epoch new samples, and the fixed ones."""
+        first = self.current_epoch * self.num_iterations_per_epoch
+        last = self.num_epochs * self.num_iterations_per_epoch
+        train = self._loader(TRAINING, [range(first, last)])
+        fixed = self._loader(VALIDATION, self._fixed_steps(self.num_epochs - self.current_epoch))
+        return iter(train), iter(fixed)
+
+    def _fixed_steps(self, epochs: int) -> list[range]:
+        return [range(self.num_val_iterations_per_epoch)] * epochs
+
+    @functools.cached_property
+    def _cases(self) -> tuple[nnUNetBaseDataset, nnUNetBaseDataset]:
+        """This fold's cases: for TRAINING and for VALIDATION."""
+        return self.get_tr_and_val_datasets()
+
+    def _samples(self, stream: int) -> FusionDataset:
+        return FusionDataset(self._cases[stream], self.configuration_manager.patch_size, self.settings, stream)
+
+    def _loader(self, stream: int, epochs: list[range]) -> torch.utils.data.DataLoader:
+        batches = itertools.chain.from_iterable(map(self._batches, epochs))
+        workers = get_allowed_n_proc_DA()
+        if stream == VALIDATION:
+            workers = (workers + 1) // 2
+        return make_loader(self._samples(stream), batches, workers, pin_memory=self.device.type == "cuda")
+
+    def _batches(self, steps: range) -> Any:
+        """This rank's sample indices; nnU-Net gives the first ranks the remainder of a batch it splits."""
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if self.is_ddp else (0, 1)
+        whole = self.configuration_manager.batch_size
+        offset = whole // ranks * rank + min(rank, whole % ranks)
+        return sample_indices(steps.start, steps.stop, whole, offset, self.batch_size)
+
+    # ------------------------------------------------------------------ where stock commands enter
+
+    @one_line_errors()
+    def run_training(self) -> None:
+        super().run_training()
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.print_to_log_file(f"Volume Fusion settings:\n{self.settings}\n", add_timestamp=False)
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self.dataloader_train = self.dataloader_val = None  # ends their workers
+
+    @one_line_errors()
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """As nnU-Net's.
+
+        Raises:
+            SystemExit: the checkpoint is damaged, another trainer's, or has other settings than this run.
+        """
+        recorded = weights.recorded_settings(Path(filename_or_checkpoint), type(self).__name__)
+        differences = self.settings.differences(recorded)
+        if differences:
+            raise UserError(
+                f"the settings differ from those of {filename_or_checkpoint}: {'; '.join(differences)}. Set them "
+                f"back (export {VFSettings.prefix}NAME=VALUE), or train anew without --c"
+            )
+        super().load_checkpoint(filename_or_checkpoint)
+
+    def save_checkpoint(self, filename: str) -> None:
+        """As nnU-Net's; beside the best and the final checkpoint the artifact and the pictures are refreshed."""
+        super().save_checkpoint(filename)
+        if self.local_rank == 0 and Path(filename).stem in ("checkpoint_best", "checkpoint_final"):
+            self._draw_preview()
+            if not self.disable_checkpointing:
+                self._write_artifact()
+
+    @one_line_errors()
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """The pretext report, in the place of nnU-Net's prediction of whole volumes, which has no meaning here.
+
+        Per-class Dice and the confusion matrix over the fixed validation samples, logged and written to
+        ``pretext_report.json`` and ``pretext_report.png``.
+        """
+        self.set_deep_supervision_enabled(self.enable_deep_supervision)
+        self.network.eval()
+        loader = self._loader(VALIDATION, self._fixed_steps(1))
+        with torch.no_grad():
+            confusion = sum(self.validation_step(batch)["confusion"] for batch in loader)
+        if self.is_ddp:
+            parts = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, confusion)
+            confusion = sum(parts)
+        if self.local_rank == 0:
+            self._write_report(confusion)
+
+    # ------------------------------------------------------------------ what it leaves behind
+
+    def _write_report(self, confusion: np.ndarray) -> None:
+        dice = _dice_per_class(confusion)
+        names = class_names(self.settings.coefficient_steps)
+        report = {
+            "mean_dice": float(np.nanmean(dice)),
+            "dice_per_class": dict(zip(names, map(float, dice), strict=True)),
+            "confusion_rows_are_the_truth": confusion.tolist(),
+            "samples": self.num_val_iterations_per_epoch * self.configuration_manager.batch_size,
+            "settings": self.settings.as_dict(),
+        }
+        folder = Path(self.output_folder)
+        save_json(report, str(folder / "pretext_report.json"), sort_keys=False)
+        draw_confusion(confusion, dice, folder / "pretext_report.png")
+        lines = [f"  {name}: Dice {value:.4f}" for name, value in zip(names, dice, strict=True)]
+        lines.append(f"  mean: Dice {report['mean_dice']:.4f}")
+        self.print_to_log_file("Pretext report, fixed validation samples:\n" + "\n".join(lines))
+        for name, value in zip(names, dice, strict=True):
+            self.logger.log_summary(f"final_val/{name}_dice", value)
+
+    def _draw_preview(self) -> None:
+        """Draw the first fixed validation samples with the network's answer to ``preview.png``."""
+        self.network.eval()
+        samples = self._samples(VALIDATION)
+        batch = collate([samples[index] for index in range(self.batch_size)])
+        examples = make_examples(batch, self.settings, self.device, self._answer)[:_PREVIEW_EXAMPLES]
+        draw_examples(examples, self.settings.coefficient_steps, Path(self.output_folder) / "preview.png")
+
+    @torch.no_grad()
+    def _answer(self, data: Tensor) -> Tensor:
+        output = self._forward(data)
+        return (output[0] if self.enable_deep_supervision else output).argmax(1)
+
+    def _write_artifact(self) -> None:
+        network = self.network.module if self.is_ddp else self.network
+        network = network._orig_mod if isinstance(network, OptimizedModule) else network
+        metadata = weights.describe_pretraining(
+            self.plans_manager,
+            self.configuration_manager,
+            self.configuration_name,
+            self.dataset_json,
+            self.settings,
+            self.fold,
+            len(self._cases[TRAINING].identifiers),
+            self.logger.get_value("dice_per_class_or_region", step=-1),
+        )
+        weights.write_artifact(Path(self.output_folder) / weights.FILE_NAME, network.state_dict(), metadata)
+
+
+def _with_fusion_labels(dataset_json: dict, settings: VFSettings) -> dict:
+    """A copy of dataset.json whose labels are the fusion classes; regions and ignore label are gone."""
+    names = ["background", *(f"fusion_{label}_of_{settings.coefficient_steps}" for label in _foreground(settings))]
+    kept = {key: value for key, value in dataset_json.items() if key != "regions_class_order"}
+    return {**kept, "labels": {name: label for label, name in enumerate(names)}}
+
+
+def _foreground(settings: VFSettings) -> range:
+    return range(1, settings.coefficient_steps + 1)
+
+
+def _confusion(answer: Tensor, truth: Tensor, num_classes: int) -> Tensor:
+    """Count voxels by (true class, answered class)."""
+    pairs = truth.long().flatten() * num_classes + answer.flatten()
+    return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def _dice_per_class(confusion: np.ndarray) -> np.ndarray:
+    """Dice of every class; NaN for a class that is neither true nor answered anywhere."""
+    marked = confusion.sum(axis=0) + confusion.sum(axis=1)
+    return np.divide(2 * confusion.diagonal(), marked, out=np.full(len(marked), np.nan), where=marked > 0)
