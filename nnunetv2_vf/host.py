@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,7 +52,8 @@ class Host:
         words = [command, *map(str, arguments)]
         settings = {name: str(value) for name, value in variables.items()}
         line = " ".join([*(f"{name}={value}" for name, value in settings.items()), *words])
-        print(f"$ {line}", flush=True)
+        print(f"$ {line}", end="", flush=True)
+        start = time.monotonic()
         with self.log.open("a+") as log:
             log.write(f"$ {line}\n")
             log.flush()
@@ -64,6 +66,7 @@ class Host:
                 stderr=subprocess.STDOUT,
                 check=False,
             )
+        print(f"  # {time.monotonic() - start:.0f} s", flush=True)
         if done.returncode:
             last = self.log.read_text(errors="replace").rstrip().rpartition("\n")[2]
             raise UserError(f"{command} failed with exit status {done.returncode}: {last} (all of it: {self.log})")

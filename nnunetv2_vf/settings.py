@@ -103,11 +103,14 @@ class ScheduleSettings:
 
 @dataclass(frozen=True)
 class VFSettings(ScheduleSettings):
-    """Pretraining with Volume Fusion. Defaults: the paper's pretext task (arXiv 2306.16925), nnU-Net's schedule."""
+    """Pretraining with Volume Fusion. Defaults: pretext task and optimiser of arXiv 2306.16925, nnU-Net's schedule."""
 
     prefix: ClassVar[str] = "nnUNet_vf_"
     section: ClassVar[str] = "volume_fusion"
 
+    optimizer: str = _setting("adam", "adam (the paper's), or sgd: Nesterov momentum 0.99", choices=("adam", "sgd"))
+    initial_lr: float = _setting(1e-3, "learning rate of the first epoch; decays polynomially", low=1e-12, high=10)
+    weight_decay: float = _setting(1e-5, "weight decay", low=0, high=1)
     seed: int = _setting(0, "seed of the training samples; the validation samples are always the same", low=0)
     coefficient_steps: int = _setting(4, "K: the coefficients are 0, 1/K, ..., 1, one class each", low=1, high=100)
     fusion_map: str = _setting("boxes", "how the coefficients are laid out", choices=("boxes", "blocks"))

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from batchgenerators.utilities.file_and_folder_operations import save_json
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import dummy_context
@@ -109,6 +110,12 @@ class VFPretrainTrainer(nnUNetTrainer):
         loss = super()._build_loss()
         (loss.loss if self.enable_deep_supervision else loss).dc.do_bg = True  # class 0 is a real class
         return loss
+
+    def configure_optimizers(self):
+        if self.settings.optimizer == "sgd":
+            return super().configure_optimizers()
+        optimizer = torch.optim.Adam(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     # ------------------------------------------------------------------ data
 

@@ -1,0 +1,85 @@
+"""Real nnU-Net on tiny phantoms: one dataset, planned and preprocessed once per session by the host's own code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnunetv2_vf.cli import trainer_path
+from nnunetv2_vf.phantoms import write_dataset
+
+DATASET_ID, DATASET = 7, "Dataset007_Phantoms"
+NUM_CASES = 10
+SPACING_MM = 10.0  # about 24x22x32 voxels a case
+
+# Before anything of nnU-Net is imported: it reads the first of these at import.
+os.environ.update(nnUNet_def_n_proc="1", nnUNet_n_proc_DA="0")
+
+
+@pytest.fixture(scope="session")
+def nnunet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of nnU-Net's raw, preprocessed and results, with DATASET planned ('nnUNetPlans') and preprocessed."""
+    folder = tmp_path_factory.mktemp("nnunet")
+    names = {"nnUNet_raw": "raw", "nnUNet_preprocessed": "preprocessed", "nnUNet_results": "results"}
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in [name for name in os.environ if name.startswith("nnUNet_vf_")]:
+            patch.delenv(variable)
+        for variable, name in names.items():
+            (folder / name).mkdir()
+            patch.setenv(variable, str(folder / name))
+        patch.setenv("nnUNet_extTrainer", trainer_path(""))
+        write_dataset(folder / "raw" / DATASET, range(NUM_CASES), labelled=True, spacing=SPACING_MM)
+        _plan_and_preprocess()
+        shrink_network(folder / "preprocessed" / DATASET / "nnUNetPlans.json")
+        yield folder
+
+
+def _plan_and_preprocess() -> None:
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
+
+    extract_fingerprints([DATASET_ID], num_processes=1, check_dataset_integrity=True)
+    plan_experiments([DATASET_ID])
+    preprocess([DATASET_ID], "nnUNetPlans", configurations=["3d_fullres"], num_processes=[1])
+
+
+def shrink_network(plans_file: Path) -> None:
+    """nnU-Net's own plan with a small patch and few features, so that a step takes milliseconds."""
+    plans = json.loads(plans_file.read_text())
+    configuration = plans["configurations"]["3d_fullres"]
+    configuration["batch_size"] = 2
+    configuration["patch_size"] = [16, 16, 24]
+    network = configuration["architecture"]["arch_kwargs"]
+    network["features_per_stage"] = [4 * 2**stage for stage in range(network["n_stages"])]
+    plans_file.write_text(json.dumps(plans))
+
+
+@pytest.fixture
+def tiny(nnunet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A results folder of this test's own and a schedule of 2 epochs x 2 steps; returns nnU-Net's folder."""
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    for name, value in {"num_epochs": 2, "iterations_per_epoch": 2, "val_iterations_per_epoch": 2}.items():
+        monkeypatch.setenv(f"nnUNet_vf_{name}", str(value))
+        monkeypatch.setenv(f"nnUNet_vf_finetune_{name}", str(value))
+    return nnunet
+
+
+@pytest.fixture
+def own_dataset(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the preprocessed dataset that the test may damage; returns its folder."""
+    copy = tmp_path / "preprocessed" / DATASET
+    shutil.copytree(tiny / "preprocessed" / DATASET, copy)
+    monkeypatch.setenv("nnUNet_preprocessed", str(copy.parent))
+    return copy
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

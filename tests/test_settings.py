@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.settings import FinetuneSettings, VFSettings
+
+
+def test_environment_beats_plans_beats_defaults():
+    plans = {"volume_fusion": {"num_epochs": 7, "gamma": [0.9, 1.1], "seed": 3}}
+    settings = VFSettings.resolve(plans, {"nnUNet_vf_num_epochs": "9", "nnUNet_vf_box_count": "3,5"})
+    assert (settings.num_epochs, settings.gamma, settings.seed) == (9, (0.9, 1.1), 3)
+    assert settings.box_count == (3, 5)
+    assert settings.pairing == VFSettings().pairing
+
+
+def test_round_trip_through_plans():
+    settings = VFSettings(num_epochs=3, crop_scale=(1, 1), fusion_map="blocks")
+    assert VFSettings.resolve({"volume_fusion": settings.as_dict()}, {}) == settings
+
+
+def test_pretraining_and_finetuning_do_not_read_each_others_variables():
+    environment = {"nnUNet_vf_num_epochs": "5", "nnUNet_vf_finetune_num_epochs": "6"}
+    assert VFSettings.resolve({}, environment).num_epochs == 5
+    assert FinetuneSettings.resolve({}, environment).num_epochs == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "legal"),
+    [
+        ("num_epochs", "0", "at least 1"),
+        ("num_epochs", "many", "whole number"),
+        ("num_epochs", "1.5", "whole number"),
+        ("num_epochs", "", "whole number"),
+        ("initial_lr", "nan", "number"),
+        ("initial_lr", "-1", "from"),
+        ("fusion_map", "circles", "boxes or blocks"),
+        ("pairing", "none", "same or different"),
+        ("gamma", "1.5,0.7", "low,high"),
+        ("gamma", "1", "low,high"),
+        ("gamma", "1,2,3", "low,high"),
+        ("flip_probability", "1.01", "from 0 to 1"),
+        ("coefficient_steps", "0", "from 1 to"),
+    ],
+)
+def test_illegal_values_name_the_variable_the_value_and_the_legal_range(name, value, legal):
+    with pytest.raises(UserError) as error:
+        VFSettings.resolve({}, {f"nnUNet_vf_{name}": value})
+    message = str(error.value)
+    assert f"nnUNet_vf_{name}" in message
+    assert repr(value) in message
+    assert legal in message
+
+
+@pytest.mark.parametrize("value", [True, 2.5, None, "x", [1, 2]])
+def test_illegal_values_in_plans(value):
+    with pytest.raises(UserError, match="num_epochs in the plans"):
+        VFSettings.resolve({"volume_fusion": {"num_epochs": value}}, {})
+
+
+def test_unknown_names_are_refused_with_the_legal_ones():
+    with pytest.raises(UserError, match=r"'num_epoch' from nnUNet_vf_num_epoch.*num_epochs"):
+        VFSettings.resolve({}, {"nnUNet_vf_num_epoch": "3"})
+    with pytest.raises(UserError, match=r"'epochs' in the plans.*num_epochs"):
+        VFSettings.resolve({"volume_fusion": {"epochs": 3}}, {})
+
+
+def test_the_constructor_validates_too():
+    with pytest.raises(UserError, match="seed"):
+        VFSettings(seed=-1)
+
+
+def test_differences_name_the_setting_and_both_values():
+    recorded = VFSettings().as_dict()
+    assert VFSettings().differences(recorded) == []
+    (difference,) = VFSettings(seed=5).differences(recorded)
+    assert difference == "seed = 5 (recorded: 0)"
+    assert VFSettings().differences({**recorded, "gone": 1}) == ["gone = None (recorded: 1)"]
+
+
+def test_the_documentation_lists_every_setting_with_its_default():
+    page = (Path(__file__).parent.parent / "docs" / "settings.md").read_text()
+    for f in fields(VFSettings):
+        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
+        assert f"| `{f.name}` | {default} |" in page, f.name
