@@ -62,7 +62,8 @@ def draw_blocks(patch_size: Sequence[int], settings: VFSettings, rng: np.random.
     """Draw a regular grid of equal blocks on a ground of class 0 (the 2025 paper; PyMIC ``crop4vf.py``).
 
     The block's sides are uniform in ``block_side`` (cut to the patch), the grid of whole blocks lies at a random
-    offset, a fraction ``block_foreground`` of the blocks gets a class uniform in 1..K, the others 0.
+    offset, a fraction ``block_foreground`` of the blocks gets a class uniform in 1..K, the others 0 (a fraction of a
+    block is rounded at random, so that the share also holds where a small patch has room for few blocks).
     """
     patch = np.asarray(patch_size)
     shortest, longest = (np.minimum(side, patch) for side in settings.block_side)
@@ -72,7 +73,7 @@ def draw_blocks(patch_size: Sequence[int], settings: VFSettings, rng: np.random.
 
     count = int(grid.prod())
     classes = rng.integers(1, settings.coefficient_steps, size=count, endpoint=True).astype(np.uint8)
-    classes[int(count * settings.block_foreground) :] = 0
+    classes[int(count * settings.block_foreground + rng.random()) :] = 0
     blocks = rng.permutation(classes).reshape(grid)
 
     fusion_map = np.zeros(patch, dtype=np.uint8)

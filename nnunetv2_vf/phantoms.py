@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813  its own convention
+from numpy.typing import ArrayLike
 
 _BODY_MM = (240.0, 220.0, 320.0)  # depth (head to foot), front to back, left to right
 
@@ -55,9 +56,9 @@ def make_phantom(seed: int, spacing: float = 6.0) -> Phantom:
     rng = np.random.default_rng(seed)
     across, along = (spacing * rng.uniform(0.8, 1.25, size=2)).tolist()
     voxel = (along, across, across)
-    grid = np.meshgrid(*(_axis(mm, step) for mm, step in zip(_BODY_MM, voxel, strict=True)), indexing="ij", sparse=True)
     build = rng.uniform(0.9, 1.1, size=3)  # of the patient
-    grid = [coordinates / scale for coordinates, scale in zip(grid, build, strict=True)]
+    axes = [_axis(*per_axis) for per_axis in zip(_BODY_MM, voxel, build, strict=True)]
+    grid = np.meshgrid(*axes, indexing="ij", sparse=True)
 
     image = np.full(np.broadcast_shapes(*(g.shape for g in grid)), _AIR)
     labels = np.zeros(image.shape, dtype=np.uint8)
@@ -112,10 +113,10 @@ def write_labels(folder: Path, seeds: Sequence[int], organs: bool = True, spacin
         _write(labels, phantom.spacing, folder / f"torso_{seed:04d}.nii.gz")
 
 
-def _axis(length: float, step: float) -> np.ndarray:
-    """Voxel centres in mm, 0 in the middle."""
+def _axis(length: float, step: float, build: float) -> np.ndarray:
+    """Voxel centres in mm of a body of average build, 0 in the middle."""
     count = round(length / step)
-    return (np.arange(count) - (count - 1) / 2) * step
+    return (np.arange(count) - (count - 1) / 2) * step / build
 
 
 def _texture(rng: np.random.Generator, shape: tuple[int, ...], voxel: Sequence[float], width: float) -> np.ndarray:
@@ -126,8 +127,10 @@ def _texture(rng: np.random.Generator, shape: tuple[int, ...], voxel: Sequence[f
     return (smooth - smooth.mean()) / smooth.std()
 
 
-def _inside(grid: Sequence[np.ndarray], centre: Sequence[float], axes: Sequence[float]) -> np.ndarray:
-    return sum(((g - c) / a) ** 2 for g, c, a in zip(grid, centre, axes, strict=True)) <= 1
+def _inside(grid: Sequence[np.ndarray], centre: ArrayLike, axes: ArrayLike) -> np.ndarray:
+    """Which voxels lie in an ellipsoid; centre and semi-axes in mm."""
+    z, y, x = ((g - c) / a for g, c, a in zip(grid, np.asarray(centre), np.asarray(axes), strict=True))
+    return z**2 + y**2 + x**2 <= 1
 
 
 def _write(array: np.ndarray, spacing: Sequence[float], path: Path) -> None:

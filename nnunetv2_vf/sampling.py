@@ -7,7 +7,7 @@ any resume, gives the same sequence. Nothing is drawn from a global random state
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from nnunetv2_vf.settings import VFSettings
 # The two streams of samples; the validation stream ignores the seed setting, so that runs compare.
 TRAINING, VALIDATION = 0, 1
 
-_DRAWS = 50  # redraws of a sample whose crops are unusable, before giving up
+_DRAWS = 50  # of a crop in a case, and of cases for a sample, before giving up
 
 
 class FusionDataset(Dataset):
@@ -33,8 +33,8 @@ class FusionDataset(Dataset):
 
     A sample is a dict: ``subvolumes`` (2, C, D, H, W) float32, foreground and background; ``fusion_map``
     (D, H, W) uint8; the parameters of :func:`nnunetv2_vf.augment.draw_augmentation`; ``cases``, the one or two
-    cases it came from; ``rejected``, a list of (case, reason) met on the way. If nothing usable was found in
-    50 draws, the sample is only ``rejected``.
+    cases it came from; ``rejected``, a list of (case, reason) met on the way. If 50 draws found
+    no usable case, the sample is only ``rejected``.
 
     Args:
         cases: nnU-Net's dataset; read through its own ``load_case``.
@@ -44,7 +44,8 @@ class FusionDataset(Dataset):
 
     def __init__(self, cases: nnUNetBaseDataset, patch_size: Sequence[int], settings: VFSettings, stream: int):
         self.cases = cases
-        self.patch_size = tuple(int(n) for n in patch_size)
+        depth, height, width = (int(n) for n in patch_size)
+        self.patch_size = (depth, height, width)
         self.settings = settings
         self.stream = stream
 
@@ -56,11 +57,12 @@ class FusionDataset(Dataset):
             cases = self._draw_cases(rng)
             volumes = {case: self.cases.load_case(case)[0] for case in set(cases)}  # opened, not read
             crops = [self._draw_crop(case, volumes[case], rng, rejected) for case in cases]
-            if all(crop is not None for crop in crops):
+            usable = [resize(crop, self.patch_size) for crop in crops if crop is not None]
+            if len(usable) == 2:
                 return {
-                    "subvolumes": torch.stack([resize(crop, self.patch_size) for crop in crops]),
+                    "subvolumes": torch.stack(usable),
                     "fusion_map": draw_fusion_map(self.patch_size, self.settings, rng),
-                    **draw_augmentation(crops[0].shape[0], self.settings, rng),
+                    **draw_augmentation(len(usable[0]), self.settings, rng),
                     "cases": sorted(set(cases)),
                     "rejected": rejected,
                 }
@@ -79,21 +81,20 @@ class FusionDataset(Dataset):
         self, case: str, volume: Any, rng: np.random.Generator, rejected: list[tuple[str, str]]
     ) -> Tensor | None:
         """A crop (C, d, h, w) of random size and place of the volume (C, D, H, W), or None if it cannot be used."""
-        box = self._draw_box(volume.shape[1:], rng)
-        crop = torch.from_numpy(crop_and_pad_nd(volume, box, 0)).float()
-
-        inside = tuple(
-            slice(max(0, -start), length - start) for (start, _), length in zip(box, volume.shape[1:], strict=True)
-        )
-        lowest, highest = crop[(..., *inside)].flatten(1).aminmax(dim=1)  # one pass; NaN and infinity show in it
-        if not (lowest.isfinite().all() and highest.isfinite().all()):
-            rejected.append((case, "holds voxels that are not finite (NaN or infinite)"))
-            return None
-        if (lowest == highest).all():  # air, usually: draw again; say so only if there is nothing else
-            if _is_constant(volume):
+        for _ in range(_DRAWS):
+            box = self._draw_box(volume.shape[1:], rng)
+            crop = torch.from_numpy(crop_and_pad_nd(volume, box, 0)).float()
+            lowest, highest = _without_padding(crop, box, volume.shape[1:]).flatten(1).aminmax(dim=1)
+            if not (lowest.isfinite().all() and highest.isfinite().all()):  # NaN and infinity show in the extremes
+                rejected.append((case, "holds voxels that are not finite (NaN or infinite)"))
+                return None
+            if (lowest < highest).any():
+                return crop
+            if _is_constant(volume):  # else the crop was air: draw another
                 rejected.append((case, "is constant: all its voxels are equal"))
-            return None
-        return crop
+                return None
+        rejected.append((case, f"is mostly air: {_DRAWS} crops in a row were constant"))
+        return None
 
     def _draw_box(self, shape: Sequence[int], rng: np.random.Generator) -> list[list[int]]:
         """Draw where to crop: [start, end) per axis.
@@ -109,6 +110,12 @@ class FusionDataset(Dataset):
             start = int(rng.integers(0, length - size, endpoint=True)) if size <= length else -((size - length) // 2)
             box.append([start, start + size])
         return box
+
+
+def _without_padding(crop: Tensor, box: list[list[int]], shape: Sequence[int]) -> Tensor:
+    """The part of a crop that lies in its volume of this shape."""
+    inside = [slice(max(0, -start), length - start) for (start, _), length in zip(box, shape, strict=True)]
+    return crop[:, inside[0], inside[1], inside[2]]
 
 
 def resize(crop: Tensor, size: tuple[int, int, int]) -> Tensor:
@@ -150,11 +157,11 @@ def sample_indices(first_step: int, last_step: int, global_batch: int, offset: i
         yield range(start, start + batch)
 
 
-def make_loader(dataset: FusionDataset, batches: Iterator[range], workers: int, pin_memory: bool) -> DataLoader:
+def make_loader(dataset: FusionDataset, batches: Iterable[Sequence[int]], workers: int, pin_memory: bool) -> DataLoader:
     """A DataLoader over batches of sample indices, with real worker tracebacks and prefetching."""
     return DataLoader(
         dataset,
-        batch_sampler=batches,
+        batch_sampler=batches,  # type: ignore[arg-type]  # any sequence of indices will do
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,

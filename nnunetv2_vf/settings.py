@@ -185,8 +185,9 @@ def _number(f: Field[Any], value: Any, kind: type) -> float | int:
 def _describe(f: Field[Any]) -> str:
     if f.metadata["choices"]:
         return " or ".join(f.metadata["choices"])
-    is_range = isinstance(f.default, tuple)
-    kind = type(f.default[0] if is_range else f.default)
+    default: Any = f.default
+    is_range = isinstance(default, tuple)
+    kind = type(default[0] if is_range else default)
     noun = "whole number" if kind is int else "number"
     low, high = f.metadata["low"], f.metadata["high"]
     bounds = f"of at least {low}" if math.isinf(high) else f"from {low} to {high}"

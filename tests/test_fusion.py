@@ -55,7 +55,13 @@ def test_maps_of_any_patch_hold_classes_0_to_k_and_are_reproducible(kind, patch)
     assert fusion_map.dtype == torch.uint8
     assert fusion_map.max() <= 4
     assert torch.equal(fusion_map, draw_fusion_map(patch, settings, rng(3)))
-    assert not torch.equal(fusion_map, draw_fusion_map(patch, settings, rng(4)))
+
+
+@pytest.mark.parametrize("kind", ["boxes", "blocks"])
+def test_maps_differ_from_draw_to_draw(kind):
+    generator = rng()
+    maps = [draw_fusion_map((24, 32, 32), VFSettings(fusion_map=kind), generator) for _ in range(10)]
+    assert len({fusion_map.numpy().tobytes() for fusion_map in maps}) == 10
 
 
 # ---------------------------------------------------------------- boxes
@@ -133,8 +139,15 @@ def test_blocks_are_one_grid_of_equal_blocks_with_the_published_share_of_foregro
     blocks = fusion_map.reshape(8, 8, 8, 8, 8, 8).transpose(0, 2, 4, 1, 3, 5).reshape(512, -1)
     assert (blocks == blocks[:, :1]).all()
     classes = np.bincount(blocks[:, 0], minlength=5)
-    assert classes[1:].sum() == int(0.7 * 512)
+    assert classes[1:].sum() in (358, 359)  # 70 % of 512
     assert classes[1:].min() > 512 * 0.7 / 4 * 0.6
+
+
+def test_the_share_of_foreground_holds_for_a_single_block():
+    settings = VFSettings(fusion_map="blocks")
+    generator = rng()
+    foreground = [bool(draw_blocks((8, 8, 8), settings, generator).any()) for _ in range(500)]
+    assert np.mean(foreground) == pytest.approx(0.7, abs=0.08)
 
 
 def test_the_grid_lies_at_a_random_offset_and_blocks_are_whole():

@@ -111,7 +111,7 @@ class VFPretrainTrainer(nnUNetTrainer):
         (loss.loss if self.enable_deep_supervision else loss).dc.do_bg = True  # class 0 is a real class
         return loss
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         if self.settings.optimizer == "sgd":
             return super().configure_optimizers()
         optimizer = torch.optim.Adam(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
@@ -223,7 +223,7 @@ class VFPretrainTrainer(nnUNetTrainer):
         }
         folder = Path(self.output_folder)
         save_json(report, str(folder / "pretext_report.json"), sort_keys=False)
-        draw_confusion(confusion, dice, folder / "pretext_report.png")
+        draw_confusion(confusion, dice.tolist(), folder / "pretext_report.png")
         lines = [f"  {name}: Dice {value:.4f}" for name, value in zip(names, dice, strict=True)]
         lines.append(f"  mean: Dice {report['mean_dice']:.4f}")
         self.print_to_log_file("Pretext report, fixed validation samples:\n" + "\n".join(lines))

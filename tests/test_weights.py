@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.weights import read_artifact, recorded_settings, write_artifact
+
+
+def test_what_is_written_is_read_without_running_code(tmp_path):
+    path = tmp_path / "vf_pretrained.pth"
+    weights = {"a": torch.randn(3, 2), "b": torch.arange(4)}
+    write_artifact(path, weights, {"fold": 0, "nested": {"list": [1, 2.5, "x", None, True]}})
+    artifact = torch.load(path, weights_only=True)
+    assert artifact["vf"] == {"fold": 0, "nested": {"list": [1, 2.5, "x", None, True]}}
+    assert all(torch.equal(artifact["network_weights"][name], weights[name]) for name in weights)
+    assert read_artifact(path)["vf"] == artifact["vf"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_parameters_with_several_names_are_stored_once(tmp_path):
+    weight = torch.randn(100_000)
+    write_artifact(tmp_path / "once", {"a": weight}, {})
+    write_artifact(tmp_path / "twice", {"a": weight, "b.a": weight}, {})
+    sizes = [(tmp_path / name).stat().st_size for name in ("once", "twice")]
+    assert sizes[1] < 1.01 * sizes[0]
+
+
+def test_a_failed_write_leaves_the_old_artifact(tmp_path):
+    path = tmp_path / "vf_pretrained.pth"
+    write_artifact(path, {"a": torch.zeros(1)}, {"fold": 0})
+    with pytest.raises((AttributeError, TypeError)):
+        write_artifact(path, {"a": torch.zeros(1)}, {"fold": lambda: None})
+    assert read_artifact(path)["vf"] == {"fold": 0}
+
+
+def test_missing_damaged_and_foreign_files_are_one_clear_error(tmp_path):
+    path = tmp_path / "vf_pretrained.pth"
+    with pytest.raises(UserError, match=r"no file .*vf_pretrained"):
+        read_artifact(path)
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="damaged or not a vf_pretrained"):
+        read_artifact(path)
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(UserError, match="lacks network_weights and vf"):
+        read_artifact(path)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    path = tmp_path / "vf_pretrained.pth"
+    torch.save({"network_weights": Malicious(), "vf": {}}, path)
+    with pytest.raises(UserError, match="damaged or not"):
+        read_artifact(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_checkpoints_of_other_trainers_and_other_files_are_refused(tmp_path):
+    path = tmp_path / "checkpoint_latest.pth"
+    path.write_bytes(b"PK but not a zip")
+    with pytest.raises(UserError, match="damaged or no nnU-Net checkpoint"):
+        recorded_settings(path, "VFPretrainTrainer")
+    torch.save({"trainer_name": "nnUNetTrainer", "init_args": {"plans": {}}}, path)
+    with pytest.raises(UserError, match="written by nnUNetTrainer, not by VFPretrainTrainer"):
+        recorded_settings(path, "VFPretrainTrainer")
