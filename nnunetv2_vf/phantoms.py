@@ -69,8 +69,8 @@ def make_phantom(seed: int, spacing: float = 6.0) -> Phantom:
     image[body] = _SOFT + 50 * coarse[body]
     for organ in _ORGANS:
         hu = rng.normal(organ.hu, organ.contrast)
-        for centre, axes in organ.ellipsoids:
-            inside = _inside(grid, rng.normal(centre, 5), rng.normal(1, 0.06, size=3) * axes)
+        for centre, semi_axes in organ.ellipsoids:
+            inside = _inside(grid, rng.normal(centre, 5), rng.normal(1, 0.06, size=3) * semi_axes)
             image[inside] = hu + organ.texture * fine[inside]
             labels[inside] = organ.label
     image += rng.normal(0, rng.uniform(10, 35), size=image.shape)

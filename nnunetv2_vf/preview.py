@@ -135,6 +135,8 @@ def preview(
         UserError: a variable, the dataset, its plans or its preprocessed cases are missing, or a setting is wrong.
     """
     require_variables(nnUNet_preprocessed)
+    if not path.parent.is_dir():
+        raise UserError(f"the folder {path.parent} does not exist; make it: mkdir -p {path.parent}")
     plans_manager = PlansManager(_plans_file(dataset, plans_name).as_posix())
     settings = VFSettings.resolve(plans_manager.plans, environment)
     configuration = pretraining_configuration(plans_manager, configuration_name)

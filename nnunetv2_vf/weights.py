@@ -6,6 +6,7 @@ A dict of ``network_weights`` (CPU tensors, keys as in the network) and ``vf`` (
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -28,10 +29,14 @@ def write_artifact(path: Path, state_dict: Mapping[str, Tensor], metadata: Mappi
 
     Args:
         state_dict: of the bare network (no ``module.`` or ``_orig_mod.`` prefix), on any device.
-        metadata: str, numbers, bool, None, lists and dicts of these.
+        metadata: what JSON can hold.
+
+    Raises:
+        TypeError: the metadata hold something else.
     """
+    plain = json.loads(json.dumps(metadata))  # no subclasses, such as torch's version: they do not load safely
     unfinished = path.with_name(path.name + ".part")
-    torch.save({"network_weights": _to_cpu(state_dict), "vf": dict(metadata)}, unfinished)
+    torch.save({"network_weights": _to_cpu(state_dict), "vf": plain}, unfinished)
     unfinished.replace(path)
 
 
@@ -75,7 +80,7 @@ def describe_pretraining(
         "fold": fold,
         "num_cases": num_cases,
         "pretext_dice_per_class": [float(dice) for dice in dice_per_class],
-        "versions": {"nnunetv2": version("nnunetv2"), "torch": torch.__version__, "nnunetv2_vf": __version__},
+        "versions": {"nnunetv2": version("nnunetv2"), "torch": version("torch"), "nnunetv2_vf": __version__},
     }
 
 

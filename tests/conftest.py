@@ -18,8 +18,8 @@ DATASET_ID, DATASET = 7, "Dataset007_Phantoms"
 NUM_CASES = 10
 SPACING_MM = 10.0  # about 24x22x32 voxels a case
 
-# Before anything of nnU-Net is imported: it reads the first of these at import.
-os.environ.update(nnUNet_def_n_proc="1", nnUNet_n_proc_DA="0")
+os.environ.update(nnUNet_def_n_proc="1", nnUNet_n_proc_DA="1")  # nnU-Net reads these when it is imported
+torch.set_num_threads(1)  # the networks are tiny
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +63,7 @@ def shrink_network(plans_file: Path) -> None:
 def tiny(nnunet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A results folder of this test's own and a schedule of 2 epochs x 2 steps; returns nnU-Net's folder."""
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # samples are made in the training process: no start-up time
     for name, value in {"num_epochs": 2, "iterations_per_epoch": 2, "val_iterations_per_epoch": 2}.items():
         monkeypatch.setenv(f"nnUNet_vf_{name}", str(value))
         monkeypatch.setenv(f"nnUNet_vf_finetune_{name}", str(value))
@@ -76,10 +77,3 @@ def own_dataset(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     shutil.copytree(tiny / "preprocessed" / DATASET, copy)
     monkeypatch.setenv("nnUNet_preprocessed", str(copy.parent))
     return copy
-
-
-@pytest.fixture(autouse=True)
-def _restore_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)

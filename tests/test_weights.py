@@ -20,6 +20,14 @@ def test_what_is_written_is_read_without_running_code(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_metadata_load_safely_whatever_their_classes(tmp_path):
+    class Version(str):
+        pass
+
+    write_artifact(tmp_path / "file", {}, {"version": Version("2.1"), 1: (1, 2)})
+    assert read_artifact(tmp_path / "file")["vf"] == {"version": "2.1", "1": [1, 2]}
+
+
 def test_parameters_with_several_names_are_stored_once(tmp_path):
     weight = torch.randn(100_000)
     write_artifact(tmp_path / "once", {"a": weight}, {})
@@ -31,8 +39,8 @@ def test_parameters_with_several_names_are_stored_once(tmp_path):
 def test_a_failed_write_leaves_the_old_artifact(tmp_path):
     path = tmp_path / "vf_pretrained.pth"
     write_artifact(path, {"a": torch.zeros(1)}, {"fold": 0})
-    with pytest.raises((AttributeError, TypeError)):
-        write_artifact(path, {"a": torch.zeros(1)}, {"fold": lambda: None})
+    with pytest.raises(TypeError):
+        write_artifact(path, {"a": torch.zeros(1)}, {"fold": object()})
     assert read_artifact(path)["vf"] == {"fold": 0}
 
 

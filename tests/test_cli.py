@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import DATASET_ID
+
+from nnunetv2_vf.cli import main, trainer_path
+
+SUBCOMMANDS = ("env", "preview", "demo")
+
+
+def printed(capsys, *arguments: str) -> str:
+    main(arguments)
+    return capsys.readouterr().out.strip()
+
+
+# ---------------------------------------------------------------- env
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+@pytest.mark.parametrize("present", ["", "/my trainers", "/a:/it's"])
+def test_env_sets_the_variable_and_keeps_what_it_held(monkeypatch, present):
+    monkeypatch.setenv("nnUNet_extTrainer", present)
+    line = subprocess.run([sys.executable, "-m", "nnunetv2_vf", "env"], capture_output=True, text=True, check=True)
+    script = f'{line.stdout.strip()}\nprintf %s "$nnUNet_extTrainer"'
+    value = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
+    ours, *others = value.split(os.pathsep)
+    assert (Path(ours) / "vf_pretrain_trainer.py").is_file()
+    assert others == [path for path in present.split(os.pathsep) if path]
+
+
+def test_env_twice_is_env_once():
+    once = trainer_path("/mine")
+    assert trainer_path(once) == once
+
+
+def test_env_in_other_shells(capsys, monkeypatch):
+    monkeypatch.setenv("nnUNet_extTrainer", "/it's")
+    assert printed(capsys, "env", "--shell", "fish").startswith("set -gx nnUNet_extTrainer '")
+    assert printed(capsys, "env", "--shell", "fish").endswith(r"/it\'s'")
+    assert printed(capsys, "env", "--shell", "powershell").startswith("$env:nnUNet_extTrainer = '")
+    assert printed(capsys, "env", "--shell", "powershell").endswith("/it''s'")
+
+
+# ---------------------------------------------------------------- help, and what it costs
+
+
+def test_help_lists_every_subcommand(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in SUBCOMMANDS)
+    for name in SUBCOMMANDS:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+
+
+@pytest.mark.parametrize("statement", ["import nnunetv2_vf", "from nnunetv2_vf.cli import _parser; _parser()"])
+def test_importing_and_parsing_load_neither_torch_nor_nnunet(statement):
+    code = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "nnunetv2", "numpy", "matplotlib"} & set(done.stdout.split())
+
+
+# ---------------------------------------------------------------- preview
+
+
+def test_preview_draws_the_asked_number_of_examples(tiny, tmp_path, capsys):
+    for count in (1, 2):
+        path = tmp_path / f"{count}.png"
+        assert printed(capsys, "preview", "-d", str(DATASET_ID), "-n", str(count), "-o", str(path)) == f"wrote {path}"
+        assert path.read_bytes().startswith(b"\x89PNG")
+    heights = [int.from_bytes((tmp_path / f"{count}.png").read_bytes()[20:24], "big") for count in (1, 2)]
+    assert heights[1] > 1.5 * heights[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["-d", "99"], ["ID 99"]),
+        (["-d", "Dataset099_None"], ["no plans", "nnUNetv2_plan_and_preprocess"]),
+        (["-d", "seven"], ["seven"]),
+        (["-d", str(DATASET_ID), "-p", "OtherPlans"], ["no plans", "OtherPlans.json"]),
+        (["-d", str(DATASET_ID), "-c", "2d"], ["3D configuration", "'2d'", "3d_fullres"]),
+        (["-d", str(DATASET_ID), "-o", "/nowhere/preview.png"], ["/nowhere", "does not exist"]),
+    ],
+)
+def test_preview_errors_are_one_line(tiny, tmp_path, monkeypatch, arguments, parts):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["preview", *arguments])
+    message = exit_info.value.code
+    assert message.startswith("nnUNetv2_vf: error: ")
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+    assert not (tmp_path / "preview.png").exists()
+
+
+def test_preview_names_a_missing_variable(tiny, monkeypatch):
+    monkeypatch.delenv("nnUNet_preprocessed")
+    with pytest.raises(SystemExit, match="nnUNet_preprocessed is not set"):
+        main(["preview", "-d", "7"])
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "x"])
+def test_wrong_numbers_are_refused_by_the_parser(number, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["preview", "-d", "7", "-n", number])
+    assert exit_info.value.code == 2
+    assert "-n" in capsys.readouterr().err

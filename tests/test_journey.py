@@ -1,0 +1,121 @@
+"""The whole road, with the commands a user types."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import SimpleITK as sitk  # noqa: N813
+
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.host import Host
+from nnunetv2_vf.phantoms import make_phantom, write_dataset, write_images
+
+DATASET = "Dataset008_Journey"
+SCHEDULE = {"num_epochs": 1, "iterations_per_epoch": 2, "val_iterations_per_epoch": 1}
+
+
+def test_pretrain_finetune_predict_with_stock_commands(tmp_path):
+    """On an ordinary labelled dataset: no -p, no plans of ours; the artifact goes straight into -pretrained_weights."""
+    host = Host(tmp_path, processes=1)
+    write_dataset(host.raw / DATASET, range(5), labelled=True, spacing=12)
+    host.run("nnUNetv2_plan_and_preprocess", "-d", 8, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
+    pretraining = {f"nnUNet_vf_{name}": value for name, value in SCHEDULE.items()}
+    host.run("nnUNetv2_train", 8, "3d_fullres", 0, "-tr", "VFPretrainTrainer", "-device", "cpu", **pretraining)
+    artifact = host.fold_folder(DATASET, "VFPretrainTrainer", 0) / "vf_pretrained.pth"
+    finetuning = {f"nnUNet_vf_finetune_{name}": value for name, value in SCHEDULE.items()}
+    host.run(
+        "nnUNetv2_train", 8, "3d_fullres", 0, "-tr", "VFFinetuneTrainer", "-device", "cpu",
+        "-pretrained_weights", artifact, **finetuning,
+    )  # fmt: skip
+    assert f"Loading pretrained weights from file  {artifact}" in host.log.read_text()
+    write_images(tmp_path / "in", [50], spacing=12)
+    host.run(
+        "nnUNetv2_predict", "-d", 8, "-c", "3d_fullres", "-tr", "VFFinetuneTrainer", "-f", 0, "-device", "cpu",
+        "-i", tmp_path / "in", "-o", tmp_path / "out", "-npp", 1, "-nps", 1, "--disable_tta",
+    )  # fmt: skip
+    segmentation = sitk.ReadImage(str(tmp_path / "out" / "torso_0050.nii.gz"))
+    assert sitk.GetArrayFromImage(segmentation).shape == make_phantom(50, 12).image.shape
+
+
+def test_a_user_error_in_a_stock_command_is_one_line_and_exit_status_1(tiny):
+    environment = {**os.environ, "nnUNet_vf_num_epochs": "zero"}
+    command = ["nnUNetv2_train", "7", "3d_fullres", "0", "-tr", "VFPretrainTrainer", "-device", "cpu"]
+    command[0] = str(Path(sys.executable).parent / command[0])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1] == (
+        "nnUNetv2_vf: error: setting nnUNet_vf_num_epochs = 'zero' is not legal; "
+        "legal: a whole number of at least 1 (default 1000)"
+    )
+
+
+def test_a_failing_host_command_is_reported_with_its_last_line(tmp_path):
+    host = Host(tmp_path, processes=1)
+    with pytest.raises(UserError, match=r"nnUNetv2_plan_experiment failed with exit status 1: .*commands\.log"):
+        host.run("nnUNetv2_plan_experiment", "-d", 999)
+
+
+def test_the_users_variables_do_not_reach_the_commands(tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_raw", "/the/users")
+    monkeypatch.setenv("nnUNet_vf_num_epochs", "77")
+    environment = Host(tmp_path, processes=1).environment
+    assert environment["nnUNet_raw"] == str(tmp_path / "raw")
+    assert "nnUNet_vf_num_epochs" not in environment
+
+
+def test_the_demo_wants_an_empty_folder(tmp_path):
+    (tmp_path / "something").touch()
+    done = subprocess.run(
+        [sys.executable, "-m", "nnunetv2_vf", "demo", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"nnUNetv2_vf: error: {tmp_path} is not an empty folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["something"]
+
+
+@pytest.mark.slow
+def test_the_demo_ends_within_six_minutes_with_one_table(tmp_path):
+    start = time.monotonic()
+    command = [sys.executable, "-m", "nnunetv2_vf", "demo", "--out", str(tmp_path / "demo"), "-device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert time.monotonic() - start < 360
+    assert "pretext Dice" in done.stdout
+    for picture in (line.strip() for line in done.stdout.splitlines() if line.strip().endswith(".png")):
+        assert Path(picture).is_file()
+
+
+@pytest.mark.slow
+def test_pretraining_on_real_mr_volumes_rises_well_above_an_untrained_network(tmp_path):
+    """The Hippocampus task of the Medical Segmentation Decathlon, below the folder NNUNETV2_VF_TEST_DATA."""
+    data = os.environ.get("NNUNETV2_VF_TEST_DATA")
+    if data is None:
+        pytest.skip("NNUNETV2_VF_TEST_DATA is not set to a folder with Dataset004_Hippocampus")
+    host = Host(tmp_path, processes=2)
+    (host.raw / "Dataset004_Hippocampus").symlink_to(Path(data) / "Dataset004_Hippocampus")
+    host.run("nnUNetv2_plan_and_preprocess", "-d", 4, "-c", "3d_fullres", "-np", 2)
+    plans_file = host.preprocessed / "Dataset004_Hippocampus" / "nnUNetPlans.json"
+    plans = json.loads(plans_file.read_text())
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] = [8, 16, 32, 64]
+    plans_file.write_text(json.dumps(plans))
+
+    def pretext_dice(**settings: float) -> float:
+        host.run(
+            "nnUNetv2_train", 4, "3d_fullres", 0, "-tr", "VFPretrainTrainer", "-device", "cpu",
+            **{f"nnUNet_vf_{name}": value for name, value in settings.items()},
+        )  # fmt: skip
+        report = host.fold_folder("Dataset004_Hippocampus", "VFPretrainTrainer", 0) / "pretext_report.json"
+        return json.loads(report.read_text())["mean_dice"]
+
+    common = {"val_iterations_per_epoch": 8, "num_epochs": 4}
+    untrained = pretext_dice(iterations_per_epoch=1, initial_lr=1e-12, **common)
+    assert pretext_dice(iterations_per_epoch=75, **common) > untrained + 0.1
