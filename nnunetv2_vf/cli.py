@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -11,8 +10,7 @@ from pathlib import Path
 
 from nnunetv2_vf import __version__
 from nnunetv2_vf.errors import one_line_errors
-
-_TRAINER_VARIABLE = "nnUNet_extTrainer"
+from nnunetv2_vf.host import TRAINER_VARIABLE, trainer_path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nnunetv2-vf {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    env = _add(commands, "env", _env, f"print the line that sets {_TRAINER_VARIABLE}, for nnU-Net to find the trainers")
+    env = _add(commands, "env", _env, f"print the line that sets {TRAINER_VARIABLE}, for nnU-Net to find the trainers")
     env.add_argument("--shell", choices=sorted(_EXPORT), default="sh", help="default: sh (bash, zsh, dash)")
 
     preview = _add(commands, "preview", _preview, "draw what pretraining on a preprocessed dataset shows the network")
@@ -65,16 +63,7 @@ def _positive(text: str) -> int:
 
 
 def _env(args: argparse.Namespace) -> None:
-    print(_EXPORT[args.shell](_TRAINER_VARIABLE, trainer_path(os.environ.get(_TRAINER_VARIABLE, ""))))
-
-
-def trainer_path(present: str) -> str:
-    """Our trainers' folder in front of what the variable already holds."""
-    spec = importlib.util.find_spec("nnunetv2_vf.trainers")
-    source_tree = Path(__file__).parent.parent / "trainers"
-    ours = str(next(iter(spec.submodule_search_locations or ())) if spec else source_tree)
-    others = [path for path in present.split(os.pathsep) if path and path != ours]
-    return os.pathsep.join([ours, *others])
+    print(_EXPORT[args.shell](TRAINER_VARIABLE, trainer_path(os.environ.get(TRAINER_VARIABLE, ""))))
 
 
 _EXPORT: dict[str, Callable[[str, str], str]] = {

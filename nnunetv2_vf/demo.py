@@ -20,7 +20,7 @@ _PRETRAIN, _FINETUNE = "VFPretrainTrainer", "VFFinetuneTrainer"
 # Seeds of the phantoms. nnU-Net splits off nothing here: fold 'all' trains on all labelled ones.
 _POOL, _FEW, _HELD_OUT = range(24), range(100, 104), range(200, 208)
 _PRETRAINING = {"num_epochs": 20, "iterations_per_epoch": 25, "val_iterations_per_epoch": 4}
-_FINETUNING = {"num_epochs": 8, "iterations_per_epoch": 15, "val_iterations_per_epoch": 1}
+_FINETUNING = {"num_epochs": 10, "iterations_per_epoch": 25, "val_iterations_per_epoch": 1}
 
 
 def demo(folder: Path | None, device: str | None) -> None:
@@ -99,7 +99,7 @@ def _finetune(host: Host, device: str, arm: str, weights: Path | None) -> dict[s
     )  # fmt: skip
     host.run(
         "nnUNetv2_predict", "-d", 902, "-c", "3d_fullres", "-tr", _FINETUNE, "-f", "all", "-device", device,
-        "-i", images, "-o", predictions, "-npp", 1, "-nps", 1, nnUNet_results=results,
+        "-i", images, "-o", predictions, "-npp", 1, "-nps", 1, "--disable_tta", nnUNet_results=results,
     )  # fmt: skip
     host.run(
         "nnUNetv2_evaluate_folder", labels, predictions, "-np", 2,

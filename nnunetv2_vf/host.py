@@ -1,7 +1,8 @@
-"""Run stock nnU-Net commands as a user would, with all of nnU-Net's folders below one of our own."""
+"""Run stock nnU-Net commands as a user would, with all of nnU-Net's folders below one of our own. Loads no torch."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,8 +11,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from nnunetv2_vf.cli import trainer_path
 from nnunetv2_vf.errors import UserError
+
+TRAINER_VARIABLE = "nnUNet_extTrainer"
 
 
 class Host:
@@ -34,7 +36,7 @@ class Host:
             "nnUNet_raw": str(self.raw),
             "nnUNet_preprocessed": str(self.preprocessed),
             "nnUNet_results": str(self.results),
-            "nnUNet_extTrainer": trainer_path(""),
+            TRAINER_VARIABLE: trainer_path(""),
             "nnUNet_n_proc_DA": str(processes),
             "nnUNet_def_n_proc": str(processes),
             "PYTHONUNBUFFERED": "1",
@@ -74,6 +76,15 @@ class Host:
     def fold_folder(self, dataset: str, trainer: str, fold: int | str, results: Path | None = None) -> Path:
         """Where nnUNetv2_train leaves a fold of configuration 3d_fullres with nnUNetPlans."""
         return (results or self.results) / dataset / f"{trainer}__nnUNetPlans__3d_fullres" / f"fold_{fold}"
+
+
+def trainer_path(present: str) -> str:
+    """Our trainers' folder in front of what the variable already holds."""
+    spec = importlib.util.find_spec("nnunetv2_vf.trainers")
+    source_tree = Path(__file__).parent.parent / "trainers"
+    ours = str(next(iter(spec.submodule_search_locations or ())) if spec else source_tree)
+    others = [path for path in present.split(os.pathsep) if path and path != ours]
+    return os.pathsep.join([ours, *others])
 
 
 def _script(command: str) -> str:

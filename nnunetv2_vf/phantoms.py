@@ -36,9 +36,9 @@ class _Organ(NamedTuple):
 LABELS = {"background": 0, "lungs": 1, "heart": 2, "liver": 3, "kidneys": 4, "spine": 5}
 _ORGANS = (
     _Organ(1, -820, 30, 90, (((-45, 0, -75), (80, 70, 48)), ((-45, 0, 75), (80, 70, 48)))),
-    _Organ(2, 90, 40, 25, (((-25, -30, 15), (42, 38, 42)),)),
-    _Organ(3, 95, 20, 35, (((55, -10, -60), (45, 65, 72)),)),
-    _Organ(4, 150, 40, 50, (((80, 40, -58), (36, 20, 18)), ((72, 40, 58), (36, 20, 18)))),
+    _Organ(2, 170, 30, 25, (((-25, -30, 15), (42, 38, 42)),)),
+    _Organ(3, 110, 15, 30, (((55, -10, -60), (45, 65, 72)),)),
+    _Organ(4, 240, 40, 40, (((80, 40, -58), (36, 20, 18)), ((72, 40, 58), (36, 20, 18)))),
     _Organ(5, 420, 60, 120, (((0, 75, 0), (400, 17, 19)),)),  # longer than the body: a column
 )
 _AIR, _FAT, _SOFT = -1000.0, -100.0, 40.0
@@ -66,7 +66,7 @@ def make_phantom(seed: int, spacing: float = 6.0) -> Phantom:
     body = _inside(grid, (0, 0, 0), (1e6, 100, 145))
     image[body] = _FAT + 20 * coarse[body]
     body = _inside(grid, (0, 0, 0), (1e6, 88, 132))
-    image[body] = _SOFT + 50 * coarse[body]
+    image[body] = _SOFT + 25 * coarse[body]
     for organ in _ORGANS:
         hu = rng.normal(organ.hu, organ.contrast)
         for centre, semi_axes in organ.ellipsoids:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnunetv2_vf.cli import trainer_path
+from nnunetv2_vf.host import trainer_path
 from nnunetv2_vf.phantoms import write_dataset
 
 DATASET_ID, DATASET = 7, "Dataset007_Phantoms"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import DATASET_ID
 
-from nnunetv2_vf.cli import main, trainer_path
+from nnunetv2_vf.cli import main
+from nnunetv2_vf.host import trainer_path
 
 SUBCOMMANDS = ("env", "preview", "demo")
 

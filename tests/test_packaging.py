@@ -33,19 +33,19 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    pip(sys.executable, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source)
+    pip("wheel", "--no-deps", "--no-build-isolation", "-w", folder, source)
     return next(folder.glob("*.whl"))
 
 
-def pip(python: Path | str, *arguments: object) -> None:
-    command = [str(python), "-m", "pip", "-q", "--disable-pip-version-check", *map(str, arguments)]
+def pip(*arguments: object) -> None:
+    command = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", *map(str, arguments)]
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 @pytest.fixture
 def environment(tmp_path) -> Path:
     """A virtual environment that sees this one's packages, but not its nnunetv2_vf; returns its Python."""
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     show = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = subprocess.run([str(python), "-c", show], capture_output=True, text=True, check=True).stdout.strip()
@@ -57,7 +57,7 @@ def environment(tmp_path) -> Path:
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_stock_nnunet_finds_both_trainers(kind, wheel, source, environment):
     what = [wheel] if kind == "wheel" else ["--editable", source]
-    pip(environment, "install", "--no-deps", "--no-build-isolation", "--ignore-installed", *what)
+    pip("--python", environment, "install", "--no-deps", "--no-build-isolation", "--ignore-installed", *what)
     script = (
         f'eval "$("{environment.parent}/nnUNetv2_vf" env)"\n'
         f"\"{environment}\" -c '{LOOKUP}' VFPretrainTrainer VFFinetuneTrainer"
