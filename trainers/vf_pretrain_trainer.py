@@ -71,7 +71,7 @@ class VFPretrainTrainer(nnUNetTrainer):
     def validation_step(self, batch: dict) -> dict:
         """As nnU-Net's, but class 0 counts (it is a real class here) and the confusion matrix comes with it."""
         batch = self._fuse(batch)
-        output = self._forward(batch["data"])
+        output = self._forward(self.network, batch["data"])
         loss = self.loss(output, batch["target"])
         answer, truth = (x[0] if self.enable_deep_supervision else x for x in (output, batch["target"]))
         confusion = _confusion(answer.argmax(1), truth[:, 0], self.settings.coefficient_steps + 1).cpu().numpy()
@@ -102,9 +102,9 @@ class VFPretrainTrainer(nnUNetTrainer):
         downsample = DownsampleSegForDSTransform(self._get_deep_supervision_scales())
         return [target[:, None] for target in downsample(segmentation=fusion_map)["segmentation"]]
 
-    def _forward(self, data: Tensor) -> Any:
+    def _forward(self, network: torch.nn.Module, data: Tensor) -> Any:
         with autocast(self.device.type, enabled=True) if self.device.type == "cuda" else dummy_context():
-            return self.network(data)
+            return network(data)
 
     def _build_loss(self) -> torch.nn.Module:
         loss = super()._build_loss()
@@ -240,7 +240,8 @@ class VFPretrainTrainer(nnUNetTrainer):
 
     @torch.no_grad()
     def _answer(self, data: Tensor) -> Tensor:
-        output = self._forward(data)
+        network = self.network.module if self.is_ddp else self.network  # rank 0 answers alone: no collective calls
+        output = self._forward(network, data)
         return (output[0] if self.enable_deep_supervision else output).argmax(1)
 
     def _write_artifact(self) -> None:
