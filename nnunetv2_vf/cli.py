@@ -36,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("-d", required=True, metavar="DATASET", help="dataset id or name")
     preview.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="default: %(default)s")
     preview.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")
-    preview.add_argument("-n", type=_positive, default=3, metavar="N", help="how many examples; default: %(default)s")
+    preview.add_argument(
+        "-n", type=int, choices=range(1, 21), default=3, metavar="N", help="1 to 20 examples; default: %(default)s"
+    )
     preview.add_argument("-o", type=Path, default=Path("preview.png"), metavar="PNG", help="default: %(default)s")
 
     demo = _add(commands, "demo", _demo, "the whole journey on generated phantoms, in a few minutes")
@@ -53,13 +55,6 @@ def _add(
     parser: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about)
     parser.set_defaults(run=run)
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return number
 
 
 def _env(args: argparse.Namespace) -> None:

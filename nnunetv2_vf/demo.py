@@ -53,6 +53,8 @@ def _prepare(host: Host, small: bool) -> None:
     """Make both datasets, give both the unlabelled one's plans, preprocess."""
     write_dataset(host.raw / _UNLABELLED, _POOL, labelled=False)
     write_dataset(host.raw / _LABELLED, _FEW, labelled=True)
+    write_images(host.folder / "test_images", _HELD_OUT)
+    write_labels(host.folder / "test_labels", _HELD_OUT)
     host.run("nnUNetv2_extract_fingerprint", "-d", 901, 902)
     host.run("nnUNetv2_plan_experiment", "-d", 901, 902)
     if small:
@@ -87,9 +89,7 @@ def _pretrain(host: Host, device: str) -> Path:
 
 def _finetune(host: Host, device: str, arm: str, weights: Path | None) -> dict[str, float]:
     """Fine-tune on the labelled phantoms and predict held-out ones; returns their Dice per organ."""
-    images, labels, predictions = (host.folder / name for name in ("test_images", "test_labels", f"test_{arm}"))
-    write_images(images, _HELD_OUT)
-    write_labels(labels, _HELD_OUT)
+    images, labels, predictions = (host.folder / f"test_{name}" for name in ("images", "labels", arm))
     results = host.folder / f"results_{arm}"
     variables = {f"nnUNet_vf_finetune_{name}": value for name, value in _FINETUNING.items()}
     given = ["-pretrained_weights", weights] if weights else []

@@ -32,7 +32,7 @@ class Host:
         for each in (self.raw, self.preprocessed, self.results):
             each.mkdir(parents=True, exist_ok=True)
         self.log = self.folder / "commands.log"
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("nnUNet_")} | {
+        self.environment = {k: v for k, v in os.environ.items() if not k.lower().startswith("nnunet_")} | {
             "nnUNet_raw": str(self.raw),
             "nnUNet_preprocessed": str(self.preprocessed),
             "nnUNet_results": str(self.results),

@@ -9,6 +9,7 @@ from typing import Any
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_vf.errors import UserError
@@ -21,7 +22,7 @@ _FOLDS = 5
 def require_variables(*variables: Any) -> None:
     """Raise UserError if one of nnU-Net's environment variables is not set."""
     for variable in variables:
-        if not variable.is_set():
+        if not variable.get():  # unset or empty
             name = variable.env_var_name
             raise UserError(f"the environment variable {name} is not set; set it: export {name}=/path/to/{name}")
 
@@ -52,20 +53,26 @@ def pretraining_configuration(plans_manager: PlansManager, name: str) -> Configu
     return configuration
 
 
-def preprocessed_cases(plans_manager: PlansManager, configuration: ConfigurationManager) -> list[str]:
+def preprocessed_cases(plans_manager: PlansManager, configuration_name: str) -> list[str]:
     """Return the preprocessed cases of a configuration, sorted.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or files of another kind among them.
     """
     require_variables(nnUNet_preprocessed)
-    folder = Path(nnUNet_preprocessed) / plans_manager.dataset_name / configuration.data_identifier
+    identifier = plans_manager.get_configuration(configuration_name).data_identifier
+    folder = Path(nnUNet_preprocessed) / plans_manager.dataset_name / identifier
+    command = (
+        f"nnUNetv2_preprocess -d {convert_dataset_name_to_id(plans_manager.dataset_name)} "
+        f"-plans_name {plans_manager.plans_name} -c {configuration_name}"
+    )
     if not folder.is_dir() or not any(folder.iterdir()):
-        raise UserError(
-            f"no preprocessed cases in {folder}; make them: nnUNetv2_preprocess "
-            f"-d {plans_manager.dataset_name} -plans_name {plans_manager.plans_name} -c CONFIGURATION"
-        )
-    return sorted(infer_dataset_class(str(folder)).get_identifiers(str(folder)))
+        raise UserError(f"no preprocessed cases in {folder}; make them: {command}")
+    try:
+        cases = infer_dataset_class(str(folder)).get_identifiers(str(folder))
+    except (AssertionError, KeyError, IndexError) as error:
+        raise UserError(f"{folder} holds files that are no preprocessed cases; empty it and run: {command}") from error
+    return sorted(cases)
 
 
 def check_pretraining(plans: Mapping[str, Any], configuration_name: str, fold: int | str, settings: VFSettings) -> None:
@@ -76,8 +83,8 @@ def check_pretraining(plans: Mapping[str, Any], configuration_name: str, fold: i
     """
     require_variables(nnUNet_preprocessed, nnUNet_results)
     plans_manager = PlansManager(dict(plans))
-    configuration = pretraining_configuration(plans_manager, configuration_name)
-    cases = preprocessed_cases(plans_manager, configuration)
+    pretraining_configuration(plans_manager, configuration_name)
+    cases = preprocessed_cases(plans_manager, configuration_name)
     splits_file = Path(nnUNet_preprocessed) / plans_manager.dataset_name / "splits_final.json"
     training, validation = _fold_cases(cases, fold, splits_file)
 
@@ -91,7 +98,7 @@ def check_pretraining(plans: Mapping[str, Any], configuration_name: str, fold: i
     if min(len(training), len(validation)) < needed:
         raise UserError(
             f"fold {fold} has {len(training)} training and {len(validation)} validation cases; pairing "
-            f"{settings.pairing!r} needs at least {needed} of each; use all cases for both: fold 'all'"
+            f"{settings.pairing!r} needs at least {needed} of each; fold 'all' uses all cases for both"
         )
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
@@ -78,7 +78,7 @@ def draw_examples(examples: Sequence[Example], coefficient_steps: int, path: Pat
         for label, name in enumerate(class_names(coefficient_steps))
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=80, format="png")
 
 
 def draw_confusion(confusion: np.ndarray, dice: Sequence[float], path: Path) -> None:
@@ -96,7 +96,7 @@ def draw_confusion(confusion: np.ndarray, dice: Sequence[float], path: Path) -> 
     matrix.set_ylabel("true")
     figure.colorbar(image, ax=matrix, label="share of the true class")
     _draw_bars(bars, names, dice)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, format="png")
 
 
 def _draw_bars(axes: Axes, names: Sequence[str], dice: Sequence[float]) -> None:
@@ -140,13 +140,13 @@ def preview(
     plans_manager = PlansManager(_plans_file(dataset, plans_name).as_posix())
     settings = VFSettings.resolve(plans_manager.plans, environment)
     configuration = pretraining_configuration(plans_manager, configuration_name)
-    names = preprocessed_cases(plans_manager, configuration)
+    names = preprocessed_cases(plans_manager, configuration_name)
 
     folder = str(Path(nnUNet_preprocessed) / plans_manager.dataset_name / configuration.data_identifier)
     cases = infer_dataset_class(folder)(folder, names)
     samples = FusionDataset(cases, configuration.patch_size, settings, VALIDATION)
     batch = collate([samples[index] for index in range(num_cases)])
-    for case, reason in batch["rejected"]:
+    for case, reason in dict.fromkeys(batch["rejected"]):
         print(f"{case} {reason}: skipped")
     if "tensors" not in batch:
         raise UserError(f"no usable sub-volume found in {folder}; check the images of {names[0]}")
@@ -182,5 +182,6 @@ def _plans_file(dataset: str, plans_name: str) -> Path:
         raise UserError(str(error)) from error
     path = Path(nnUNet_preprocessed) / name / f"{plans_name}.json"
     if not path.is_file():
-        raise UserError(f"no plans {path}; make them: nnUNetv2_plan_and_preprocess -d {dataset} -c 3d_fullres")
+        number = convert_dataset_name_to_id(name)
+        raise UserError(f"no plans {path}; make them: nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres")
     return path

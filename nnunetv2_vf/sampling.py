@@ -6,6 +6,7 @@ any resume, gives the same sequence. Nothing is drawn from a global random state
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -19,13 +20,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from nnunetv2_vf.augment import draw_augmentation
+from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.fusion import draw_fusion_map
 from nnunetv2_vf.settings import VFSettings
 
 # The two streams of samples; the validation stream ignores the seed setting, so that runs compare.
 TRAINING, VALIDATION = 0, 1
 
-_DRAWS = 50  # of a crop in a case, and of cases for a sample, before giving up
+_CROPS = 20  # drawn from a case before giving it up
+_CASES = 100  # tried for a sample before giving up
 
 
 class FusionDataset(Dataset):
@@ -33,16 +36,22 @@ class FusionDataset(Dataset):
 
     A sample is a dict: ``subvolumes`` (2, C, D, H, W) float32, foreground and background; ``fusion_map``
     (D, H, W) uint8; the parameters of :func:`nnunetv2_vf.augment.draw_augmentation`; ``cases``, the one or two
-    cases it came from; ``rejected``, a list of (case, reason) met on the way. If 50 draws found
-    no usable case, the sample is only ``rejected``.
+    cases it came from; ``rejected``, a list of (case, reason) met on the way. If none of
+    100 cases can be used, the sample is only ``rejected``.
 
     Args:
         cases: nnU-Net's dataset; read through its own ``load_case``.
         patch_size: (D, H, W) in voxels.
         stream: TRAINING or VALIDATION.
+
+    Raises:
+        UserError: there are fewer cases than a sample needs.
     """
 
     def __init__(self, cases: nnUNetBaseDataset, patch_size: Sequence[int], settings: VFSettings, stream: int):
+        needed = 2 if settings.pairing == "different" else 1
+        if len(cases.identifiers) < needed:
+            raise UserError(f"pairing {settings.pairing!r} needs at least {needed} cases, not {len(cases.identifiers)}")
         self.cases = cases
         depth, height, width = (int(n) for n in patch_size)
         self.patch_size = (depth, height, width)
@@ -52,49 +61,53 @@ class FusionDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         seed = self.settings.seed if self.stream == TRAINING else 0
         rng = np.random.default_rng((seed, self.stream, index))
+        crops_per_case = 1 if self.settings.pairing == "different" else 2
         rejected: list[tuple[str, str]] = []
-        for _ in range(_DRAWS):
-            cases = self._draw_cases(rng)
-            volumes = {case: self.cases.load_case(case)[0] for case in set(cases)}  # opened, not read
-            crops = [self._draw_crop(case, volumes[case], rng, rejected) for case in cases]
-            usable = [resize(crop, self.patch_size) for crop in crops if crop is not None]
-            if len(usable) == 2:
+        subvolumes: list[Tensor] = []
+        used: list[str] = []
+        for case in itertools.islice(self._cases_in_random_order(rng), _CASES):
+            crops = self._draw_crops(case, crops_per_case, rng, rejected)
+            if crops:
+                subvolumes += [resize(crop, self.patch_size) for crop in crops]
+                used.append(case)
+            if len(subvolumes) == 2:
                 return {
-                    "subvolumes": torch.stack(usable),
+                    "subvolumes": torch.stack(subvolumes),
                     "fusion_map": draw_fusion_map(self.patch_size, self.settings, rng),
-                    **draw_augmentation(len(usable[0]), self.settings, rng),
-                    "cases": sorted(set(cases)),
+                    **draw_augmentation(len(subvolumes[0]), self.settings, rng),
+                    "cases": used,
                     "rejected": rejected,
                 }
         return {"rejected": rejected}
 
-    def _draw_cases(self, rng: np.random.Generator) -> tuple[str, str]:
-        """The cases of the foreground and the background."""
-        names = self.cases.identifiers
-        if self.settings.pairing == "different":
-            first, second = rng.choice(len(names), size=2, replace=False)
-        else:
-            first = second = rng.integers(len(names))
-        return names[first], names[second]
+    def _cases_in_random_order(self, rng: np.random.Generator) -> Iterator[str]:
+        """Every case once; drawn one by one, since a permutation of 110,000 names takes longer than a crop."""
+        drawn: set[int] = set()
+        while len(drawn) < len(self.cases.identifiers):
+            index = int(rng.integers(len(self.cases.identifiers)))
+            if index not in drawn:
+                drawn.add(index)
+                yield self.cases.identifiers[index]
 
-    def _draw_crop(
-        self, case: str, volume: Any, rng: np.random.Generator, rejected: list[tuple[str, str]]
-    ) -> Tensor | None:
-        """A crop (C, d, h, w) of random size and place of the volume (C, D, H, W), or None if it cannot be used."""
-        for _ in range(_DRAWS):
+    def _draw_crops(
+        self, case: str, count: int, rng: np.random.Generator, rejected: list[tuple[str, str]]
+    ) -> list[Tensor]:
+        """Crops (C, d, h, w) of random size and place of a case; none if it cannot be used."""
+        volume = self.cases.load_case(case)[0]  # (C, D, H, W), opened but not read
+        crops: list[Tensor] = []
+        for _ in range(_CROPS):
             box = self._draw_box(volume.shape[1:], rng)
             crop = torch.from_numpy(crop_and_pad_nd(volume, box, 0)).float()
             lowest, highest = _without_padding(crop, box, volume.shape[1:]).flatten(1).aminmax(dim=1)
             if not (lowest.isfinite().all() and highest.isfinite().all()):  # NaN and infinity show in the extremes
                 rejected.append((case, "holds voxels that are not finite (NaN or infinite)"))
-                return None
-            if (lowest < highest).any():
-                return crop
-            if _is_constant(volume):  # else the crop was air: draw another
-                rejected.append((case, "is constant: all its voxels are equal"))
-                return None
-        rejected.append((case, f"is mostly air: {_DRAWS} crops in a row were constant"))
-        return None
+                return []
+            if (lowest < highest).any():  # else it is air: draw another
+                crops.append(crop)
+            if len(crops) == count:
+                return crops
+        rejected.append((case, f"is constant or nearly so: of {_CROPS} crops, {len(crops)} hold more than one value"))
+        return []
 
     def _draw_box(self, shape: Sequence[int], rng: np.random.Generator) -> list[list[int]]:
         """Draw where to crop: [start, end) per axis.
@@ -123,15 +136,6 @@ def resize(crop: Tensor, size: tuple[int, int, int]) -> Tensor:
     if crop.shape[1:] == size:
         return crop
     return F.interpolate(crop[None], size, mode="trilinear", align_corners=False)[0]
-
-
-def _is_constant(volume: Any) -> bool:
-    """Whether every channel of (C, D, H, W) is constant; reads slice by slice, stops at the first difference."""
-    return all(
-        bool(np.all(volume[channel, z] == volume[channel, 0, 0, 0]))
-        for channel in range(volume.shape[0])
-        for z in range(volume.shape[1])
-    )
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -165,6 +169,6 @@ def make_loader(dataset: FusionDataset, batches: Iterable[Sequence[int]], worker
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        prefetch_factor=max(2, math.ceil(6 / workers)) if workers else None,
+        prefetch_factor=math.ceil(6 / workers) if workers else None,
         generator=torch.Generator(),  # the loader's own base seed must not come from the global random state
     )

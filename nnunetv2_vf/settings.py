@@ -59,7 +59,10 @@ class ScheduleSettings:
         """
         known = {f.name: f for f in fields(cls)}
         values: dict[str, Any] = {}
-        for name, value in plans.get(cls.section, {}).items():
+        section = plans.get(cls.section, {})
+        if not isinstance(section, Mapping):
+            raise UserError(f'{cls.section!r} in the plans is {section!r}; legal: settings as {{"name": value}}')
+        for name, value in section.items():
             values[name] = _legal_value(_known_field(known, name, "in the plans"), value, f"{name} in the plans")
         for variable, text in environment.items():
             name = cls._field_name(variable)
@@ -69,11 +72,12 @@ class ScheduleSettings:
 
     @classmethod
     def _field_name(cls, variable: str) -> str | None:
-        if not cls.prefix or not variable.startswith(cls.prefix):
+        lowered = variable.lower()  # Windows shows every name in capitals
+        if not lowered.startswith(cls.prefix.lower()):
             return None
-        if cls.prefix != _FINETUNE_PREFIX and variable.startswith(_FINETUNE_PREFIX):
+        if cls.prefix != _FINETUNE_PREFIX and lowered.startswith(_FINETUNE_PREFIX.lower()):
             return None
-        return variable[len(cls.prefix) :]
+        return lowered[len(cls.prefix) :]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types, for plans files and checkpoints."""
@@ -151,7 +155,7 @@ def _legal_value(f: Field[Any], value: Any, where: str) -> Any:
     """Return ``value`` in the type of the field's default, or say what would have been legal."""
     try:
         return _parse(f, value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         raise UserError(
             f"setting {where} = {value!r} is not legal; legal: {_describe(f)} (default {default})"

@@ -36,17 +36,25 @@ def write_artifact(path: Path, state_dict: Mapping[str, Tensor], metadata: Mappi
     """
     plain = json.loads(json.dumps(metadata))  # no subclasses, such as torch's version: they do not load safely
     unfinished = path.with_name(path.name + ".part")
-    torch.save({"network_weights": _to_cpu(state_dict), "vf": plain}, unfinished)
-    unfinished.replace(path)
+    try:
+        torch.save({"network_weights": _to_cpu(state_dict), "vf": plain}, unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _to_cpu(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy to the CPU, each storage once: nnU-Net's networks list most parameters under two to four names."""
-    copies: dict[int, Tensor] = {}
+    copies: dict[tuple[Any, ...], Tensor] = {}
     for tensor in state_dict.values():
-        if tensor.data_ptr() not in copies:
-            copies[tensor.data_ptr()] = tensor.detach().cpu()
-    return {name: copies[tensor.data_ptr()] for name, tensor in state_dict.items()}
+        if _place(tensor) not in copies:
+            copies[_place(tensor)] = tensor.detach().cpu()
+    return {name: copies[_place(tensor)] for name, tensor in state_dict.items()}
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """What two names of the same tensor have in common."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def describe_pretraining(
@@ -101,8 +109,8 @@ def read_artifact(path: Path) -> dict[str, Any]:
     return artifact
 
 
-def recorded_settings(checkpoint_file: Path, trainer_name: str) -> dict[str, Any]:
-    """Return the settings recorded in an nnU-Net checkpoint of ``trainer_name``; reads no weights.
+def recorded_plans(checkpoint_file: Path, trainer_name: str) -> dict[str, Any]:
+    """Return the plans recorded in an nnU-Net checkpoint of ``trainer_name``; reads no weights.
 
     Raises:
         UserError: the file is damaged, or another trainer wrote it.
@@ -117,4 +125,4 @@ def recorded_settings(checkpoint_file: Path, trainer_name: str) -> dict[str, Any
         ) from error
     if writer != trainer_name or VFSettings.section not in plans:
         raise UserError(f"{checkpoint_file} was written by {writer}, not by {trainer_name}; move it away")
-    return plans[VFSettings.section]
+    return plans

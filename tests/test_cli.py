@@ -109,7 +109,7 @@ def test_preview_names_a_missing_variable(tiny, monkeypatch):
         main(["preview", "-d", "7"])
 
 
-@pytest.mark.parametrize("number", ["0", "-1", "x"])
+@pytest.mark.parametrize("number", ["0", "-1", "x", "21"])
 def test_wrong_numbers_are_refused_by_the_parser(number, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(["preview", "-d", "7", "-n", number])

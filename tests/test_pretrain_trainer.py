@@ -131,6 +131,8 @@ def test_val_repeats_the_report_of_the_finished_training(tiny, folder):
     (folder / "pretext_report.json").unlink()
     pretrain(only_run_validation=True)
     assert (folder / "pretext_report.json").read_text() == report
+    pretrain(only_run_validation=True, val_with_best=True)
+    assert (folder / "pretext_report.json").is_file()
 
 
 # ---------------------------------------------------------------- the pretext task inside nnU-Net's training
@@ -151,6 +153,50 @@ def test_the_heads_are_the_fusion_classes_whatever_the_labels(own_dataset, monke
     assert trainer.network(torch.zeros(1, 1, 16, 16, 24))[0].shape[1] == 4
     stored = json.loads((own_dataset / "dataset.json").read_text())
     assert stored["labels"]["ignore"] == 4, "the dataset itself is not changed"
+
+
+def test_several_channels_share_one_map(own_dataset, folder):
+    edit_json(own_dataset / "dataset.json", lambda d: d.update(channel_names={"0": "CT", "1": "PET", "2": "T1"}))
+    for case in range(NUM_CASES):
+        replace_image(own_dataset, f"torso_{case:04d}", lambda data: np.concatenate([data, -data, data**2]))
+    pretrain()
+    vf = read_artifact(folder / FILE_NAME)["vf"]
+    assert vf["num_input_channels"] == 3
+
+
+def test_the_validation_loss_is_computed_under_autocast(tiny, monkeypatch):
+    """Outside it, the half-precision cross-entropy of a CUDA training overflows."""
+    trainer = new_trainer()
+    trainer.initialize()
+    monkeypatch.setattr(trainer, "_autocast", lambda: torch.autocast("cpu", torch.bfloat16))
+    loss, under_autocast = trainer.loss, []
+
+    def spy(*args):
+        under_autocast.append(torch.is_autocast_enabled("cpu"))
+        return loss(*args)
+
+    trainer.loss = spy
+    _, validation = trainer.get_dataloaders()
+    with torch.no_grad():
+        trainer.validation_step(next(validation))
+    assert under_autocast == [True]
+
+
+@pytest.mark.parametrize(("batch", "ranks"), [(2, 2), (5, 2), (5, 3), (7, 4)])
+def test_ranks_share_every_batch_as_nnunet_splits_it(own_dataset, monkeypatch, batch, ranks):
+    def enlarge(plans):
+        plans["configurations"]["3d_fullres"]["batch_size"] = batch
+
+    edit_json(own_dataset / "nnUNetPlans.json", enlarge)
+    trainer = new_trainer()
+    trainer.is_ddp = True
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
+    indices = []
+    for rank in range(ranks):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        trainer._set_batch_size_and_oversample()
+        indices += [i for step in trainer._batches(range(1, 3)) for i in step]
+    assert sorted(indices) == list(range(batch, 3 * batch))
 
 
 def test_class_0_counts_in_the_loss(tiny):
@@ -222,6 +268,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, monkeypatch, 
         assert torch.equal(tensor, resumed["network_weights"][name]), name
     for key in ("train_losses", "val_losses", "dice_per_class_or_region", "ema_fg_dice", "lrs"):
         np.testing.assert_array_equal(whole["logging"][key], resumed["logging"][key], err_msg=key)
+    assert whole["_best_ema"] == resumed["_best_ema"]
 
 
 def stopping(trainer, epoch: int):
@@ -247,6 +294,7 @@ def test_fold_all_and_disabled_checkpointing(tiny, tmp_path):
 
 @pytest.mark.parametrize("settings", [{"fusion_map": "blocks", "pairing": "different"}, {"optimizer": "sgd"}])
 def test_the_other_map_pairing_and_optimizer(tiny, folder, monkeypatch, settings):
+    monkeypatch.setenv("nnUNet_vf_val_iterations_per_epoch", "10")  # enough for every class to occur
     for name, value in settings.items():
         monkeypatch.setenv(f"nnUNet_vf_{name}", value)
     pretrain()
@@ -298,8 +346,9 @@ def test_a_wrong_setting_is_refused(tiny, folder, monkeypatch):
     refused(folder, "nnUNet_vf_pairing", "'triple'", "same or different")
 
 
-def test_missing_variables_are_named(tiny, folder, monkeypatch):
-    monkeypatch.delenv("nnUNet_results")
+@pytest.mark.parametrize("how", ["unset", "empty"])
+def test_missing_variables_are_named(tiny, folder, monkeypatch, how):
+    monkeypatch.delenv("nnUNet_results") if how == "unset" else monkeypatch.setenv("nnUNet_results", "")
     refused(folder, "nnUNet_results is not set", "export nnUNet_results=")
 
 
@@ -345,10 +394,19 @@ def test_unpreprocessed_data_are_refused(own_dataset, folder):
     refused(folder, "no preprocessed cases", "nnUNetv2_preprocess")
 
 
+def test_strange_files_among_the_preprocessed_are_named(own_dataset, folder):
+    (own_dataset / "nnUNetPlans_3d_fullres" / "notes.txt").touch()
+    refused(folder, "no preprocessed cases", "nnUNetv2_preprocess -d 7 -plans_name nnUNetPlans -c 3d_fullres")
+
+
 def spoil(dataset: Path, case: str, value: float) -> None:
+    replace_image(dataset, case, lambda data: np.full_like(data, value))
+
+
+def replace_image(dataset: Path, case: str, change) -> None:
     folder = dataset / "nnUNetPlans_3d_fullres"
     data, seg, _, properties = nnUNetDatasetBlosc2(str(folder)).load_case(case)
-    data, seg = np.full_like(data[:], value), seg[:]
+    data, seg = change(data[:]), seg[:]
     for path in folder.glob(f"{case}*.b2nd"):
         path.unlink()
     nnUNetDatasetBlosc2.save_case(data, seg, properties, str(folder / case), (1, 8, 8, 8), (1, 8, 8, 8))
@@ -367,11 +425,13 @@ def test_nan_and_constant_volumes_are_skipped_and_reported_once(own_dataset, fol
     assert np.isfinite(losses).all()
 
 
-def test_a_dataset_without_any_usable_volume_stops_with_one_line(own_dataset):
+def test_a_dataset_without_any_usable_volume_stops_with_one_line(own_dataset, tmp_path):
     for case in range(NUM_CASES):
         spoil(own_dataset, f"torso_{case:04d}", 1.0)
     with pytest.raises(SystemExit, match="no usable sub-volume"):
         pretrain("all")
+    left = {path.suffix for path in (tmp_path / "results").rglob("fold_all/*")}
+    assert left <= {".txt", ".json"}, "a log, but no weights"
 
 
 # ---------------------------------------------------------------- --c
@@ -399,4 +459,23 @@ def test_continuing_from_a_damaged_or_foreign_checkpoint_is_refused(tiny, folder
         pretrain(continue_training=True)
     torch.save({"weights": 1}, checkpoint)
     with pytest.raises(SystemExit, match="is damaged or no nnU-Net checkpoint"):
+        pretrain(continue_training=True)
+
+
+def test_continuing_with_other_plans_is_refused(own_dataset, folder):
+    pretrain()
+
+    def enlarge(plans):
+        plans["configurations"]["3d_fullres"]["batch_size"] = 3
+
+    edit_json(own_dataset / "nnUNetPlans.json", enlarge)
+    with pytest.raises(SystemExit, match=r"with other plans \(different: batch_size\)"):
+        pretrain(continue_training=True)
+
+
+def test_the_checkpoint_of_another_trainer_is_refused(tiny, folder):
+    pretrain()
+    checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
+    torch.save({**checkpoint, "trainer_name": "nnUNetTrainer"}, folder / "checkpoint_final.pth")
+    with pytest.raises(SystemExit, match="written by nnUNetTrainer, not by VFPretrainTrainer"):
         pretrain(continue_training=True)

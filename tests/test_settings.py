@@ -55,10 +55,22 @@ def test_illegal_values_name_the_variable_the_value_and_the_legal_range(name, va
     assert legal in message
 
 
-@pytest.mark.parametrize("value", [True, 2.5, None, "x", [1, 2]])
+@pytest.mark.parametrize("value", [True, 2.5, None, "x", [1, 2], float("inf")])
 def test_illegal_values_in_plans(value):
     with pytest.raises(UserError, match="num_epochs in the plans"):
         VFSettings.resolve({"volume_fusion": {"num_epochs": value}}, {})
+
+
+@pytest.mark.parametrize("section", [None, [1], "num_epochs=3"])
+def test_a_section_that_is_no_mapping(section):
+    with pytest.raises(UserError, match="'volume_fusion' in the plans"):
+        VFSettings.resolve({"volume_fusion": section}, {})
+
+
+def test_names_in_capitals_as_windows_shows_them():
+    environment = {"NNUNET_VF_NUM_EPOCHS": "5", "NNUNET_VF_FINETUNE_NUM_EPOCHS": "6"}
+    assert VFSettings.resolve({}, environment).num_epochs == 5
+    assert FinetuneSettings.resolve({}, environment).num_epochs == 6
 
 
 def test_unknown_names_are_refused_with_the_legal_ones():

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.weights import read_artifact, recorded_settings, write_artifact
+from nnunetv2_vf.weights import read_artifact, recorded_plans, write_artifact
+
+
+class UnpicklableTensor(torch.Tensor):
+    def __reduce_ex__(self, protocol):
+        raise TypeError("cannot pickle this")
 
 
 def test_what_is_written_is_read_without_running_code(tmp_path):
@@ -36,12 +41,23 @@ def test_parameters_with_several_names_are_stored_once(tmp_path):
     assert sizes[1] < 1.01 * sizes[0]
 
 
+def test_tensors_that_only_share_memory_stay_themselves(tmp_path):
+    weight = torch.randn(2, 3)
+    views = {"w": weight, "transposed": weight.t(), "row": weight[0]}
+    write_artifact(tmp_path / "file", views, {})
+    read = read_artifact(tmp_path / "file")["network_weights"]
+    assert all(torch.equal(read[name], tensor) for name, tensor in views.items())
+
+
 def test_a_failed_write_leaves_the_old_artifact(tmp_path):
     path = tmp_path / "vf_pretrained.pth"
     write_artifact(path, {"a": torch.zeros(1)}, {"fold": 0})
     with pytest.raises(TypeError):
         write_artifact(path, {"a": torch.zeros(1)}, {"fold": object()})
+    with pytest.raises(Exception, match="pickle"):
+        write_artifact(path, {"a": torch.zeros(1), "b": UnpicklableTensor()}, {})
     assert read_artifact(path)["vf"] == {"fold": 0}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_missing_damaged_and_foreign_files_are_one_clear_error(tmp_path):
@@ -72,7 +88,7 @@ def test_checkpoints_of_other_trainers_and_other_files_are_refused(tmp_path):
     path = tmp_path / "checkpoint_latest.pth"
     path.write_bytes(b"PK but not a zip")
     with pytest.raises(UserError, match="damaged or no nnU-Net checkpoint"):
-        recorded_settings(path, "VFPretrainTrainer")
+        recorded_plans(path, "VFPretrainTrainer")
     torch.save({"trainer_name": "nnUNetTrainer", "init_args": {"plans": {}}}, path)
     with pytest.raises(UserError, match="written by nnUNetTrainer, not by VFPretrainTrainer"):
-        recorded_settings(path, "VFPretrainTrainer")
+        recorded_plans(path, "VFPretrainTrainer")

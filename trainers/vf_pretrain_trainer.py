@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from nnunetv2.utilities.helpers import dummy_context
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, autocast
 from torch._dynamo import OptimizedModule
 
@@ -71,8 +72,9 @@ class VFPretrainTrainer(nnUNetTrainer):
     def validation_step(self, batch: dict) -> dict:
         """As nnU-Net's, but class 0 counts (it is a real class here) and the confusion matrix comes with it."""
         batch = self._fuse(batch)
-        output = self._forward(self.network, batch["data"])
-        loss = self.loss(output, batch["target"])
+        with self._autocast():
+            output = self.network(batch["data"])
+            loss = self.loss(output, batch["target"])
         answer, truth = (x[0] if self.enable_deep_supervision else x for x in (output, batch["target"]))
         confusion = _confusion(answer.argmax(1), truth[:, 0], self.settings.coefficient_steps + 1).cpu().numpy()
         hits = confusion.diagonal()
@@ -89,7 +91,7 @@ class VFPretrainTrainer(nnUNetTrainer):
         for case, reason in batch["rejected"]:
             if case not in self._reported:
                 self._reported.add(case)
-                self.print_to_log_file(f"WARNING: case {case} {reason}; it is skipped")
+                self.print_to_log_file(f"WARNING: case {case} {reason}; such sub-volumes are skipped")
         if "tensors" not in batch:
             raise UserError(f"found no usable sub-volume; look at the images of {', '.join(sorted(self._reported))}")
         fused = fuse_batch(batch["tensors"], self.settings.coefficient_steps, self.device)
@@ -102,13 +104,14 @@ class VFPretrainTrainer(nnUNetTrainer):
         downsample = DownsampleSegForDSTransform(self._get_deep_supervision_scales())
         return [target[:, None] for target in downsample(segmentation=fusion_map)["segmentation"]]
 
-    def _forward(self, network: torch.nn.Module, data: Tensor) -> Any:
-        with autocast(self.device.type, enabled=True) if self.device.type == "cuda" else dummy_context():
-            return network(data)
+    def _autocast(self) -> AbstractContextManager:
+        """nnU-Net's: on CUDA only."""
+        return autocast("cuda") if self.device.type == "cuda" else nullcontext()
 
     def _build_loss(self) -> torch.nn.Module:
         loss = super()._build_loss()
-        (loss.loss if self.enable_deep_supervision else loss).dc.do_bg = True  # class 0 is a real class
+        dice = (loss.loss if self.enable_deep_supervision else loss).dc
+        getattr(dice, "_orig_mod", dice).do_bg = True  # class 0 is a real class
         return loss
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
@@ -171,16 +174,30 @@ class VFPretrainTrainer(nnUNetTrainer):
         """As nnU-Net's.
 
         Raises:
-            SystemExit: the checkpoint is damaged, another trainer's, or has other settings than this run.
+            SystemExit: the checkpoint is damaged, another trainer's, or has other settings or plans than this run.
         """
-        recorded = weights.recorded_settings(Path(filename_or_checkpoint), type(self).__name__)
-        differences = self.settings.differences(recorded)
+        recorded = PlansManager(weights.recorded_plans(Path(filename_or_checkpoint), type(self).__name__))
+        self._refuse_differences(recorded, filename_or_checkpoint)
+        super().load_checkpoint(filename_or_checkpoint)
+        # nnU-Net writes checkpoint_latest before it compares the epoch with the best one so far
+        self._best_ema = max(self.logger.get_value("ema_fg_dice", step=None), default=None)
+
+    def _refuse_differences(self, recorded: PlansManager, filename: str) -> None:
+        differences = self.settings.differences(recorded.plans[VFSettings.section])
         if differences:
             raise UserError(
-                f"the settings differ from those of {filename_or_checkpoint}: {'; '.join(differences)}. Set them "
-                f"back (export {VFSettings.prefix}NAME=VALUE), or train anew without --c"
+                f"the settings differ from those of {filename}: {'; '.join(differences)}. Set them back "
+                f"(export {VFSettings.prefix}NAME=VALUE), or train anew without --c"
             )
-        super().load_checkpoint(filename_or_checkpoint)
+        known = self.configuration_name in recorded.available_configurations
+        theirs = recorded.get_configuration(self.configuration_name).configuration if known else {}
+        ours = self.configuration_manager.configuration
+        changed = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+        if recorded.dataset_name != self.plans_manager.dataset_name or changed:
+            raise UserError(
+                f"{filename} was trained on {recorded.dataset_name} with other plans (different: "
+                f"{', '.join(changed) or 'the dataset'}); restore them, or train anew without --c"
+            )
 
     def save_checkpoint(self, filename: str) -> None:
         """As nnU-Net's; beside the best and the final checkpoint the artifact and the pictures are refreshed."""
@@ -240,13 +257,17 @@ class VFPretrainTrainer(nnUNetTrainer):
 
     @torch.no_grad()
     def _answer(self, data: Tensor) -> Tensor:
-        network = self.network.module if self.is_ddp else self.network  # rank 0 answers alone: no collective calls
-        output = self._forward(network, data)
+        network = self._bare_network() if self.is_ddp else self.network  # rank 0 answers alone: no collective calls
+        with self._autocast():
+            output = network(data)
         return (output[0] if self.enable_deep_supervision else output).argmax(1)
 
-    def _write_artifact(self) -> None:
+    def _bare_network(self) -> torch.nn.Module:
+        """The network without the wrappers of DDP and torch.compile."""
         network = self.network.module if self.is_ddp else self.network
-        network = network._orig_mod if isinstance(network, OptimizedModule) else network
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+    def _write_artifact(self) -> None:
         metadata = weights.describe_pretraining(
             self.plans_manager,
             self.configuration_manager,
@@ -257,7 +278,9 @@ class VFPretrainTrainer(nnUNetTrainer):
             len(self._cases[TRAINING].identifiers),
             self.logger.get_value("dice_per_class_or_region", step=-1),
         )
-        weights.write_artifact(Path(self.output_folder) / weights.FILE_NAME, network.state_dict(), metadata)
+        weights.write_artifact(
+            Path(self.output_folder) / weights.FILE_NAME, self._bare_network().state_dict(), metadata
+        )
 
 
 def _with_fusion_labels(dataset_json: dict, settings: VFSettings) -> dict:
