@@ -31,16 +31,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"))
     parser.add_argument("--docs", type=Path, default=Path(__file__).parent.parent / "docs")
+    parser.add_argument("--arms", nargs="+", default=["pretrained", "scratch"], choices=("pretrained", "scratch"))
     args = parser.parse_args()
     with one_line_errors():
         host = Host(args.out, processes=2)
         prepare(host, args.data)
         untrained = untrained_dice(host, args.device)
         pretrained = pretrain(host, args.device)
-        dice = {
-            "pretrained": finetune(host, args.device, "results", pretrained / "vf_pretrained.pth"),
-            "scratch": finetune(host, args.device, "results_scratch", None),
-        }
+        arms = {"pretrained": ("results", pretrained / "vf_pretrained.pth"), "scratch": ("results_scratch", None)}
+        dice = {arm: finetune(host, args.device, *arms[arm]) for arm in args.arms}
         write_results(args.docs, pretrained, untrained, dice)
 
 
@@ -127,7 +126,7 @@ def write_results(docs: Path, pretrained: Path, untrained: dict, dice: dict[str,
     print("\n| fusion class | untrained | pretrained |\n|---|---|---|")
     for name, row in pretext.items():
         print(f"| {name} | {row['untrained']:.3f} | {row['pretrained']:.3f} |")
-    print("\n| fine-tuned from | " + " | ".join(dice["scratch"]) + " |\n|---|---|---|---|")
+    print("\n| trained from | " + " | ".join(next(iter(dice.values()))) + " |\n|---|---|---|---|")
     for arm, row in dice.items():
         print(f"| {arm} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |")
 

@@ -15,6 +15,7 @@ from nnunetv2_vf.errors import UserError
 
 _S = TypeVar("_S", bound="ScheduleSettings")
 _FINETUNE_PREFIX = "nnUNet_vf_finetune_"
+_OPTIMIZERS = "adam: the paper's; sgd: nnU-Net's, with Nesterov momentum 0.99"
 
 
 def _setting(
@@ -38,6 +39,7 @@ class ScheduleSettings:
     num_epochs: int = _setting(1000, "epochs", low=1)
     iterations_per_epoch: int = _setting(250, "training steps per epoch", low=1)
     val_iterations_per_epoch: int = _setting(50, "validation steps per epoch", low=1)
+    optimizer: str = _setting("sgd", _OPTIMIZERS, choices=("adam", "sgd"))
     initial_lr: float = _setting(1e-2, "learning rate of the first epoch; decays polynomially", low=1e-12, high=10)
     weight_decay: float = _setting(3e-5, "weight decay", low=0, high=1)
     save_every: int = _setting(50, "epochs between two checkpoint_latest.pth", low=1)
@@ -112,7 +114,7 @@ class VFSettings(ScheduleSettings):
     prefix: ClassVar[str] = "nnUNet_vf_"
     section: ClassVar[str] = "volume_fusion"
 
-    optimizer: str = _setting("adam", "adam (the paper's), or sgd: Nesterov momentum 0.99", choices=("adam", "sgd"))
+    optimizer: str = _setting("adam", _OPTIMIZERS, choices=("adam", "sgd"))
     initial_lr: float = _setting(1e-3, "learning rate of the first epoch; decays polynomially", low=1e-12, high=10)
     weight_decay: float = _setting(1e-5, "weight decay", low=0, high=1)
     seed: int = _setting(0, "seed of the training samples; the validation samples are always the same", low=0)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 
 import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_vf.errors import one_line_errors
+from nnunetv2_vf.optimizer import adam_with_poly_decay
 from nnunetv2_vf.settings import FinetuneSettings
 
 
@@ -31,6 +33,11 @@ class VFFinetuneTrainer(nnUNetTrainer):
         plans = {**plans, FinetuneSettings.section: self.settings.as_dict()}
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.settings.apply_schedule(self)
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
+        if self.settings.optimizer == "adam":
+            return adam_with_poly_decay(self.network, self.settings)
+        return super().configure_optimizers()
 
     def on_train_start(self) -> None:
         super().on_train_start()
