@@ -285,13 +285,10 @@ class VFPretrainTrainer(nnUNetTrainer):
 
 def _with_fusion_labels(dataset_json: dict, settings: VFSettings) -> dict:
     """A copy of dataset.json whose labels are the fusion classes; regions and ignore label are gone."""
-    names = ["background", *(f"fusion_{label}_of_{settings.coefficient_steps}" for label in _foreground(settings))]
+    steps = settings.coefficient_steps
+    names = ["background", *(f"fusion_{label}_of_{steps}" for label in range(1, steps + 1))]
     kept = {key: value for key, value in dataset_json.items() if key != "regions_class_order"}
     return {**kept, "labels": {name: label for label, name in enumerate(names)}}
-
-
-def _foreground(settings: VFSettings) -> range:
-    return range(1, settings.coefficient_steps + 1)
 
 
 def _confusion(answer: Tensor, truth: Tensor, num_classes: int) -> Tensor:
