@@ -54,6 +54,7 @@ def demo(folder: Path | None, device: str | None) -> None:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     host = Host(folder, processes=min(4, os.cpu_count() or 1))
     print(f"{len(_POOL)} unlabelled and {len(_FEW)} labelled phantoms in {host.folder}, on {device}")
+    print(f"(follow a step with: tail -f {host.log})")
 
     _prepare(host, small=device == "cpu")
     pretrained = _pretrain(host, device)

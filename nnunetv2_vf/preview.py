@@ -25,7 +25,7 @@ from nnunetv2_vf.preflight import preprocessed_cases, pretraining_configuration,
 from nnunetv2_vf.sampling import VALIDATION, FusionDataset, collate
 from nnunetv2_vf.settings import VFSettings
 
-_PLANES = ("axial", "coronal", "sagittal")  # for axes (D, H, W) in nnU-Net's usual order
+_PLANES = ("axial", "coronal", "sagittal")  # across the axes (z, y, x) of an image as it was acquired
 
 
 class Example(NamedTuple):
@@ -44,14 +44,28 @@ def class_names(coefficient_steps: int) -> list[str]:
     return [f"a = {label}/{coefficient_steps}" for label in range(coefficient_steps + 1)]
 
 
-def draw_examples(examples: Sequence[Example], coefficient_steps: int, path: Path) -> None:
-    """Draw three orthogonal middle slices of each example, with a legend of the fusion classes."""
-    columns = ["foreground", "background", "fused: what the network sees", "fusion map: what it is to answer"]
+def plane_names(plans_manager: PlansManager) -> list[str]:
+    """The planes across the axes (D, H, W) of preprocessed volumes, which nnU-Net may have transposed."""
+    return [_PLANES[axis] for axis in plans_manager.transpose_forward]
+
+
+def draw_examples(examples: Sequence[Example], planes: Sequence[str], coefficient_steps: int, path: Path) -> None:
+    """Draw three orthogonal middle slices of each example, with a legend of the fusion classes.
+
+    Args:
+        planes: of :func:`plane_names`.
+    """
+    columns = [
+        "foreground sub-volume",
+        "background sub-volume",
+        "fused: what the network sees",
+        "fusion map: what it is to answer",
+    ]
     if examples[0].answer is not None:
         columns.append("the network's answer")
-    colours = _class_colours(coefficient_steps)
+    colours = class_colours(coefficient_steps)
 
-    rows = len(_PLANES) * len(examples)
+    rows = len(planes) * len(examples)
     figure = Figure(figsize=(2.6 * len(columns), 2.4 * rows + 0.8), layout="constrained")
     grid = figure.subplots(rows, len(columns), squeeze=False)
     for row, (example, axis) in enumerate((e, a) for e in examples for a in range(3)):
@@ -67,7 +81,7 @@ def draw_examples(examples: Sequence[Example], coefficient_steps: int, path: Pat
                 norm=BoundaryNorm(np.arange(coefficient_steps + 2) - 0.5, colours.N),
                 interpolation="nearest",
             )
-        grid[row, 0].set_ylabel(f"{example.title}\n{_PLANES[axis]}" if axis == 0 else _PLANES[axis])
+        grid[row, 0].set_ylabel(f"{example.title}\n{planes[axis]}" if axis == 0 else planes[axis])
     for axes, title in zip(grid[0], columns, strict=True):
         axes.set_title(title, fontsize=9)
     for axes in grid.flat:
@@ -100,14 +114,15 @@ def draw_confusion(confusion: np.ndarray, dice: Sequence[float], path: Path) -> 
 
 
 def _draw_bars(axes: Axes, names: Sequence[str], dice: Sequence[float]) -> None:
-    bars = axes.bar(names, np.nan_to_num(dice), color=_class_colours(len(names) - 1).colors, edgecolor="black")
+    bars = axes.bar(names, np.nan_to_num(dice), color=class_colours(len(names) - 1).colors, edgecolor="black")
     axes.bar_label(bars, [f"{value:.3f}" for value in dice])
     axes.set_ylim(0, 1)
     axes.set_ylabel("Dice")
     axes.tick_params(axis="x", rotation=45)
 
 
-def _class_colours(coefficient_steps: int) -> ListedColormap:
+def class_colours(coefficient_steps: int) -> ListedColormap:
+    """One colour per fusion class, the same in every picture."""
     return ListedColormap(colormaps["viridis"](np.linspace(0, 1, coefficient_steps + 1)))
 
 
@@ -150,7 +165,8 @@ def preview(
         print(f"{case} {reason}: skipped")
     if "tensors" not in batch:
         raise UserError(f"no usable sub-volume found in {folder}; check the images of {names[0]}")
-    draw_examples(make_examples(batch, settings, torch.device("cpu")), settings.coefficient_steps, path)
+    examples = make_examples(batch, settings, torch.device("cpu"))
+    draw_examples(examples, plane_names(plans_manager), settings.coefficient_steps, path)
 
 
 def make_examples(

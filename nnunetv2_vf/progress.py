@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
+from nnunetv2_vf.preview import class_colours
+
 
 class PretextLogger(LocalLogger):
     """Logs what nnU-Net logs; ``dice_per_class_or_region`` holds all K + 1 fusion classes, class 0 included.
@@ -31,8 +33,11 @@ class PretextLogger(LocalLogger):
         losses.plot(epochs, curves["train_losses"], label="training")
         losses.plot(epochs, curves["val_losses"], label="validation (fixed samples)")
         losses.set_ylabel("loss")
-        for label, values in zip(self.class_names, curves["dice_per_class_or_region"].T, strict=True):
-            dice.plot(epochs, values, label=label)
+        colours = class_colours(len(self.class_names) - 1)
+        for label, (name, values) in enumerate(
+            zip(self.class_names, curves["dice_per_class_or_region"].T, strict=True)
+        ):
+            dice.plot(epochs, values, color=colours(label), label=name)
         dice.plot(epochs, curves["ema_fg_dice"], "k--", label="mean (moving average)")
         dice.set_ylabel("pseudo Dice")
         dice.set_ylim(0, 1)
@@ -42,6 +47,7 @@ class PretextLogger(LocalLogger):
         rate.plot(epochs, curves["lrs"])
         rate.set_ylabel("learning rate")
         rate.set_xlabel("epoch")
+        rate.xaxis.get_major_locator().set_params(integer=True)
         for axes in (losses, dice):
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
         for axes in (losses, dice, seconds, rate):

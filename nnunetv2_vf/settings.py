@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar
 
 from nnunetv2_vf.errors import UserError
@@ -149,7 +150,9 @@ class FinetuneSettings(ScheduleSettings):
 
 def _known_field(known: Mapping[str, Field[Any]], name: str, where: str) -> Field[Any]:
     if name not in known:
-        raise UserError(f"unknown setting {name!r} {where}; legal are: {', '.join(known)}")
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"unknown setting {name!r} {where}; {hint}legal are: {', '.join(known)}")
     return known[name]
 
 

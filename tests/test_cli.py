@@ -80,6 +80,16 @@ def test_preview_draws_the_asked_number_of_examples(tiny, tmp_path, capsys):
     assert heights[1] > 1.5 * heights[0]
 
 
+def test_planes_are_named_as_in_the_original_image():
+    """nnU-Net's transposed axes: preprocessed axis 0 is original axis 1."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunetv2_vf.preview import plane_names
+
+    assert plane_names(PlansManager({"transpose_forward": [0, 1, 2]})) == ["axial", "coronal", "sagittal"]
+    assert plane_names(PlansManager({"transpose_forward": [1, 0, 2]})) == ["coronal", "axial", "sagittal"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

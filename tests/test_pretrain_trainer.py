@@ -125,8 +125,10 @@ def test_stock_pretrained_weights_transfer_everything_but_the_heads(finished, ti
         assert torch.equal(tensor, before[name] if ".seg_layers." in name else pretrained[name]), name
 
 
-def test_val_repeats_the_report_of_the_finished_training(tiny, folder):
+def test_val_repeats_the_report_of_the_finished_training(tiny, folder, monkeypatch):
     pretrain()
+    for name in ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
+        monkeypatch.delenv(f"nnUNet_vf_{name}")  # --val takes the settings of the checkpoint
     report = (folder / "pretext_report.json").read_text()
     (folder / "pretext_report.json").unlink()
     pretrain(only_run_validation=True)

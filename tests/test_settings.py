@@ -74,7 +74,7 @@ def test_names_in_capitals_as_windows_shows_them():
 
 
 def test_unknown_names_are_refused_with_the_legal_ones():
-    with pytest.raises(UserError, match=r"'num_epoch' from nnUNet_vf_num_epoch.*num_epochs"):
+    with pytest.raises(UserError, match=r"'num_epoch' from nnUNet_vf_num_epoch; did you mean num_epochs\?"):
         VFSettings.resolve({}, {"nnUNet_vf_num_epoch": "3"})
     with pytest.raises(UserError, match=r"'epochs' in the plans.*num_epochs"):
         VFSettings.resolve({"volume_fusion": {"epochs": 3}}, {})

@@ -27,7 +27,7 @@ from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.fusion import fuse_batch
 from nnunetv2_vf.optimizer import adam_with_poly_decay
 from nnunetv2_vf.preflight import check_pretraining
-from nnunetv2_vf.preview import class_names, draw_confusion, draw_examples, make_examples
+from nnunetv2_vf.preview import class_names, draw_confusion, draw_examples, make_examples, plane_names
 from nnunetv2_vf.progress import PretextLogger
 from nnunetv2_vf.sampling import TRAINING, VALIDATION, FusionDataset, collate, make_loader, sample_indices
 from nnunetv2_vf.settings import VFSettings
@@ -57,6 +57,7 @@ class VFPretrainTrainer(nnUNetTrainer):
         settings = VFSettings.resolve(plans, os.environ)
         check_pretraining(plans, configuration, fold, settings)
         self.settings = settings
+        self._continues = bool(plans.get("continue_training"))  # nnU-Net puts its flag --c here
         # What nnU-Net gets to see is copies: the settings are recorded wherever it stores the plans, and the
         # fusion classes take the place of the dataset's labels.
         plans = {**plans, VFSettings.section: settings.as_dict()}
@@ -171,12 +172,16 @@ class VFPretrainTrainer(nnUNetTrainer):
 
     @one_line_errors()
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """As nnU-Net's.
+        """As nnU-Net's. Without ``--c`` (``--val``, ``--val_best``) the settings are the checkpoint's.
 
         Raises:
             SystemExit: the checkpoint is damaged, another trainer's, or has other settings or plans than this run.
         """
         recorded = PlansManager(weights.recorded_plans(Path(filename_or_checkpoint), type(self).__name__))
+        theirs = VFSettings.resolve(recorded.plans, {})
+        if not self._continues and theirs.coefficient_steps == self.settings.coefficient_steps:
+            self.settings = theirs
+            theirs.apply_schedule(self)
         self._refuse_differences(recorded, filename_or_checkpoint)
         super().load_checkpoint(filename_or_checkpoint)
         # nnU-Net writes checkpoint_latest before it compares the epoch with the best one so far
@@ -253,7 +258,8 @@ class VFPretrainTrainer(nnUNetTrainer):
         samples = self._samples(VALIDATION)
         batch = collate([samples[index] for index in range(self.batch_size)])
         examples = make_examples(batch, self.settings, self.device, self._answer)[:_PREVIEW_EXAMPLES]
-        draw_examples(examples, self.settings.coefficient_steps, Path(self.output_folder) / "preview.png")
+        path = Path(self.output_folder) / "preview.png"
+        draw_examples(examples, plane_names(self.plans_manager), self.settings.coefficient_steps, path)
 
     @torch.no_grad()
     def _answer(self, data: Tensor) -> Tensor:
