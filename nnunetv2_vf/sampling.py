@@ -27,7 +27,7 @@ from nnunetv2_vf.settings import VFSettings
 # The two streams of samples; the validation stream ignores the seed setting, so that runs compare.
 TRAINING, VALIDATION = 0, 1
 
-_CROPS = 20  # drawn from a case before giving it up
+_CROPS = 100  # drawn from a case before giving it up: enough where a fifth of a scan is not air
 _CASES = 100  # tried for a sample before giving up
 
 

@@ -200,7 +200,7 @@ def test_volumes_with_nan_and_constant_volumes_are_skipped_and_reported(tmp_path
     rejected = {pair for sample in drawn for pair in sample["rejected"]}
     assert rejected == {
         ("holed", "holds voxels that are not finite (NaN or infinite)"),
-        ("flat", "is constant or nearly so: of 20 crops, 0 hold more than one value"),
+        ("flat", "is constant or nearly so: of 100 crops, 0 hold more than one value"),
     }
 
 
