@@ -20,7 +20,7 @@ _PRETRAIN, _FINETUNE = "VFPretrainTrainer", "VFFinetuneTrainer"
 # Seeds of the phantoms. nnU-Net splits off nothing here: fold 'all' trains on all labelled ones.
 _POOL, _FEW, _HELD_OUT = range(24), range(100, 104), range(200, 208)
 _PRETRAINING = {
-    "num_epochs": 20,
+    "num_epochs": 16,
     "iterations_per_epoch": 25,
     "val_iterations_per_epoch": 4,
     # the phantoms' organs differ in little but their HU: an augmentation that changes it hides what is to be learnt
