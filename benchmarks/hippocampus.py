@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from nnunetv2_vf.errors import one_line_errors
-from nnunetv2_vf.host import Host, parse_dice
+from nnunetv2_vf.host import Host
 
 DATASET = "Dataset004_Hippocampus"
 PRETRAIN = "VFPretrainTrainer"
@@ -87,17 +87,13 @@ def finetune(host: Host, device: str, results_name: str, weights: Path | None) -
         host.run(
             "nnUNetv2_train", 4, "3d_fullres", 0, "-tr", FINETUNE, "-device", device, *loaded, nnUNet_results=results
         )
-    if not (predictions / "summary.json").is_file():
-        images, labels = split_validation_cases(host)
+    images, labels = split_validation_cases(host)
+    if not (predictions / "summary.json").is_file():  # nnU-Net predicts all again after an interruption
         host.run(
             "nnUNetv2_predict", "-d", 4, "-c", "3d_fullres", "-tr", FINETUNE, "-f", 0, "-device", device,
             "-i", images, "-o", predictions, "-npp", 1, "-nps", 1, nnUNet_results=results,
         )  # fmt: skip
-        host.run(
-            "nnUNetv2_evaluate_folder", labels, predictions, "-np", 2,
-            "-djfile", predictions / "dataset.json", "-pfile", predictions / "plans.json",
-        )  # fmt: skip
-    return parse_dice(json.loads((predictions / "summary.json").read_text()))
+    return host.evaluate(labels, predictions)
 
 
 def split_validation_cases(host: Host) -> tuple[Path, Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.host import Host, parse_dice
+from nnunetv2_vf.host import Host
 from nnunetv2_vf.phantoms import LABELS, write_dataset, write_images, write_labels
 from nnunetv2_vf.weights import FILE_NAME
 
@@ -116,11 +116,7 @@ def _finetune(host: Host, device: str, arm: str, weights: Path | None) -> dict[s
         "nnUNetv2_predict", "-d", 902, "-c", "3d_fullres", "-tr", _FINETUNE, "-f", "all", "-device", device,
         "-i", images, "-o", predictions, "-npp", 1, "-nps", 1, "--disable_tta", nnUNet_results=results,
     )  # fmt: skip
-    host.run(
-        "nnUNetv2_evaluate_folder", labels, predictions, "-np", 2,
-        "-djfile", predictions / "dataset.json", "-pfile", predictions / "plans.json",
-    )  # fmt: skip
-    return parse_dice(json.loads((predictions / "summary.json").read_text()))
+    return host.evaluate(labels, predictions)
 
 
 def _print_results(pretrained: Path, dice: dict[str, dict[str, float]]) -> None:

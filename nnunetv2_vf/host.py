@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from nnunetv2_vf.errors import UserError
@@ -75,6 +75,18 @@ class Host:
             last = self.log.read_text(errors="replace").rstrip().rpartition("\n")[2]
             raise UserError(f"{command} failed with exit status {done.returncode}: {last} (all of it: {self.log})")
 
+    def evaluate(self, labels: Path, predictions: Path) -> dict[str, float]:
+        """Score a folder that nnUNetv2_predict wrote; returns the mean Dice per label, and ``mean`` over the labels."""
+        summary_file = predictions / "summary.json"
+        if not summary_file.is_file():
+            self.run(
+                "nnUNetv2_evaluate_folder", labels, predictions, "-np", 2,
+                "-djfile", predictions / "dataset.json", "-pfile", predictions / "plans.json",
+            )  # fmt: skip
+        summary = json.loads(summary_file.read_text())
+        per_label = {label: float(metrics["Dice"]) for label, metrics in summary["mean"].items()}
+        return {**per_label, "mean": float(summary["foreground_mean"]["Dice"])}
+
     def fold_folder(self, dataset: str, trainer: str, fold: int | str, results: Path | None = None) -> Path:
         """Where nnUNetv2_train leaves a fold of configuration 3d_fullres with nnUNetPlans."""
         return (results or self.results) / dataset / f"{trainer}__nnUNetPlans__3d_fullres" / f"fold_{fold}"
@@ -95,9 +107,3 @@ def _script(command: str) -> str:
     if found is None:
         raise UserError(f"the command {command} is not installed; install it: pip install nnunetv2-vf")
     return found
-
-
-def parse_dice(summary: Mapping) -> dict[str, float]:
-    """Mean Dice per label of nnUNetv2_evaluate_folder's ``summary.json``, and ``mean`` over the labels."""
-    per_label = {label: float(metrics["Dice"]) for label, metrics in summary["mean"].items()}
-    return {**per_label, "mean": float(summary["foreground_mean"]["Dice"])}
