@@ -88,8 +88,13 @@ def describe_pretraining(
         "fold": fold,
         "num_cases": num_cases,
         "pretext_dice_per_class": [float(dice) for dice in dice_per_class],
-        "versions": {"nnunetv2": version("nnunetv2"), "torch": version("torch"), "nnunetv2_vf": __version__},
+        "versions": package_versions(),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """What wrote an artifact."""
+    return {"nnunetv2": version("nnunetv2"), "torch": version("torch"), "nnunetv2_vf": __version__}
 
 
 def read_artifact(path: Path) -> dict[str, Any]:
