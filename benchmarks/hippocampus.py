@@ -46,8 +46,13 @@ def main() -> None:
 def prepare(host: Host, data: Path) -> None:
     """Copy the dataset, plan and preprocess it."""
     if not (host.preprocessed / DATASET / "nnUNetPlans_3d_fullres").is_dir():
-        shutil.copytree(data, host.raw / DATASET, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        copy_raw(host, data)
         host.run("nnUNetv2_plan_and_preprocess", "-d", 4, "-c", "3d_fullres", "-np", 2)
+
+
+def copy_raw(host: Host, data: Path) -> None:
+    """Copy the dataset to the host's raw folder."""
+    shutil.copytree(data, host.raw / DATASET, copy_function=shutil.copyfile, dirs_exist_ok=True)
 
 
 def untrained_dice(host: Host, device: str) -> dict:

@@ -32,6 +32,17 @@ def _parser() -> argparse.ArgumentParser:
     env = _add(commands, "env", _env, f"print the line that sets {TRAINER_VARIABLE}, for nnU-Net to find the trainers")
     env.add_argument("--shell", choices=sorted(_EXPORT), default="sh", help="default: sh (bash, zsh, dash)")
 
+    plan = _add(commands, "plan", _plan, "nnU-Net's experiment planning, with PCT-Net in the 3D configurations")
+    plan.add_argument("-d", required=True, nargs="+", metavar="DATASET", help="dataset ids or names")
+    plan.add_argument("-gpu_memory_target", type=float, metavar="GB", help="memory a training may take; default: 8")
+    plan.add_argument(
+        "-preprocessor_name", default="DefaultPreprocessor", metavar="CLASS", help="nnU-Net's; default: %(default)s"
+    )
+    plan.add_argument(
+        "-overwrite_target_spacing", type=float, nargs=3, metavar="MM", help="of 3d_fullres; default: nnU-Net's choice"
+    )
+    plan.add_argument("-overwrite_plans_name", metavar="PLANS", help="default: PCTNetPlans")
+
     preview = _add(commands, "preview", _preview, "draw what pretraining on a preprocessed dataset shows the network")
     preview.add_argument("-d", required=True, metavar="DATASET", help="dataset id or name")
     preview.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="default: %(default)s")
@@ -40,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
         "-n", type=int, choices=range(1, 21), default=3, metavar="N", help="1 to 20 examples; default: %(default)s"
     )
     preview.add_argument("-o", type=Path, default=Path("preview.png"), metavar="PNG", help="default: %(default)s")
+
+    convert = _add(commands, "convert", _convert, "make vf_pretrained.pth of a released MIS-FM checkpoint of PCT-Net")
+    convert.add_argument("release", type=Path, metavar="RELEASE.pt")
+    convert.add_argument("-o", type=Path, required=True, metavar="OUT.pth")
+    convert.add_argument(
+        "--mode", type=int, choices=(0, 1, 2), help="resolution mode; default: the one the release was trained with"
+    )
 
     demo = _add(commands, "demo", _demo, "the whole journey on generated phantoms, in a few minutes")
     demo.add_argument(
@@ -66,6 +84,25 @@ _EXPORT: dict[str, Callable[[str, str], str]] = {
     "fish": lambda name, value: f"set -gx {name} '" + value.replace("\\", "\\\\").replace("'", "\\'") + "'",
     "powershell": lambda name, value: f"$env:{name} = '" + value.replace("'", "''") + "'",
 }
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from nnunetv2_vf.planners.pct_net_planner import plan
+
+    plan(
+        args.d,
+        args.gpu_memory_target,
+        args.preprocessor_name,
+        args.overwrite_target_spacing,
+        args.overwrite_plans_name,
+    )
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from nnunetv2_vf.convert import convert_file
+
+    converted = convert_file(args.release, args.o, args.mode)
+    print(f"wrote {args.o}: {converted}")
 
 
 def _preview(args: argparse.Namespace) -> None:

@@ -69,6 +69,15 @@ class Conversion:
     arch_kwargs: dict[str, Any]  # plain; of a plan's entry
     state_dict: dict[str, Tensor]
 
+    def __str__(self) -> str:
+        kwargs = self.arch_kwargs
+        parameters = sum(tensor.numel() for name, tensor in self.state_dict.items() if "running" not in name)
+        return (
+            f"PCT-Net of resolution mode {self.mode}, {self.input_channels} input channels, {self.num_classes} classes, "
+            f"features {kwargs['features_per_stage']}, heads {kwargs['num_heads']}, depths {kwargs['depths']}, "
+            f"windows {kwargs['window_sizes']}; {parameters / 1e6:.1f} M parameters"
+        )
+
 
 def convert_file(release: Path, output: Path, mode: int | None = None) -> Conversion:
     """Write the artifact of a released checkpoint; executes nothing the file may hold.
@@ -121,10 +130,7 @@ def convert_state_dict(released: Mapping[str, Any], mode: int | None = None) -> 
                 "features_per_stage": features,
                 "strides": [list(stride) for stride in MODES[mode]],
                 **pyramid,
-                "window_sizes": windows,
-                # Published networks have one window size. Where it exceeds the map it was trained on, MIS-FM takes
-                # the map's shortest side instead, and shifts nothing.
-                "shift_windows": [window == max(windows) for window in windows],
+                "window_sizes": windows,  # less than the 6 of the paper where the trained map was smaller
                 "norm_op": "torch.nn.modules.batchnorm.BatchNorm3d",
             },
             state_dict=renamed,

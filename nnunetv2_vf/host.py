@@ -87,9 +87,11 @@ class Host:
         per_label = {label: float(metrics["Dice"]) for label, metrics in summary["mean"].items()}
         return {**per_label, "mean": float(summary["foreground_mean"]["Dice"])}
 
-    def fold_folder(self, dataset: str, trainer: str, fold: int | str, results: Path | None = None) -> Path:
-        """Where nnUNetv2_train leaves a fold of configuration 3d_fullres with nnUNetPlans."""
-        return (results or self.results) / dataset / f"{trainer}__nnUNetPlans__3d_fullres" / f"fold_{fold}"
+    def fold_folder(
+        self, dataset: str, trainer: str, fold: int | str, results: Path | None = None, plans: str = "nnUNetPlans"
+    ) -> Path:
+        """Where nnUNetv2_train leaves a fold of configuration 3d_fullres."""
+        return (results or self.results) / dataset / f"{trainer}__{plans}__3d_fullres" / f"fold_{fold}"
 
 
 def trainer_path(present: str) -> str:

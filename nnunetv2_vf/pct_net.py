@@ -56,8 +56,6 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
         depths: window attention blocks in a PCT block at levels 2, 3, 4; every second one has shifted windows.
         num_heads: at levels 2, 3, 4.
         window_sizes: side of the windows in voxels of the levels 2, 3, 4; smaller where a map is smaller.
-        shift_windows: at levels 2, 3, 4. Released weights that were trained on maps no larger than a window know no
-            shift there.
         drop_path: stochastic depth of the window attention.
         norm_op: ``nn.BatchNorm3d`` (published) or ``nn.InstanceNorm3d``.
         norm_op_kwargs: for ``norm_op``.
@@ -79,7 +77,6 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
         depths: Sequence[int] = (2, 2, 2),
         num_heads: Sequence[int] = (4, 8, 16),
         window_sizes: Sequence[int] = (6, 6, 6),
-        shift_windows: Sequence[bool] = (True, True, True),
         drop_path: float = 0.2,
         norm_op: type[nn.Module] = nn.BatchNorm3d,
         norm_op_kwargs: dict[str, Any] | None = None,
@@ -88,13 +85,7 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
         super().__init__()
         self.strides = _mode_strides(strides)
         _check_lengths(LEVELS, features_per_stage=features_per_stage, dropout_per_stage=dropout_per_stage)
-        _check_lengths(
-            LEVELS - EMBEDDING_LEVELS,
-            depths=depths,
-            num_heads=num_heads,
-            window_sizes=window_sizes,
-            shift_windows=shift_windows,
-        )
+        _check_lengths(LEVELS - EMBEDDING_LEVELS, depths=depths, num_heads=num_heads, window_sizes=window_sizes)
         _check_heads(features_per_stage, num_heads)
         if norm_op not in (nn.BatchNorm3d, nn.InstanceNorm3d):
             raise ValueError(f"norm_op = {norm_op}; legal: torch.nn.BatchNorm3d, torch.nn.InstanceNorm3d")
@@ -109,8 +100,7 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
             if level < EMBEDDING_LEVELS:
                 return conv_block(features, kernels[level], dropout, norm)
             pct = level - EMBEDDING_LEVELS
-            shifts = [shift_windows[pct] and i % 2 == 1 for i in range(depths[pct])]
-            return PCTBlock(features, num_heads[pct], window_sizes[pct], shifts, dropout, drop_path, norm)
+            return PCTBlock(features, depths[pct], num_heads[pct], window_sizes[pct], dropout, drop_path, norm)
 
         self.encoder = Encoder(
             nn.Conv3d(input_channels, features_per_stage[0], kernels[0], padding="same"),
@@ -223,9 +213,9 @@ class PCTBlock(nn.Module):
     def __init__(
         self,
         features: int,
+        depth: int,
         num_heads: int,
         window_size: int,
-        shifts: Sequence[bool],
         dropout: float,
         drop_path: float,
         norm: functools.partial[nn.Module],
@@ -234,7 +224,7 @@ class PCTBlock(nn.Module):
         self.convolution = conv_block(features, (3, 3, 3), dropout, norm)
         self.dropout = nn.Dropout(dropout)
         self.attention = nn.Sequential(
-            *(SwinBlock(features, num_heads, window_size, shifted, dropout, drop_path) for shifted in shifts)
+            *(SwinBlock(features, num_heads, window_size, i % 2 == 1, dropout, drop_path) for i in range(depth))
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -353,10 +343,12 @@ def _recomputation(module: nn.Module) -> tuple[AbstractContextManager, AbstractC
 @contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm3d | nn.SyncBatchNorm) and m.track_running_stats]
+    before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, batches in before:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)

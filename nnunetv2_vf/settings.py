@@ -1,7 +1,8 @@
 """Settings: frozen, validated once, printed, recorded in every checkpoint.
 
-Precedence: defaults < plans (section ``volume_fusion`` for pretraining, ``volume_fusion_finetune`` for fine-tuning)
-< environment (``nnUNet_vf_<field>``, ``nnUNet_vf_finetune_<field>``). A range is written ``low,high``.
+Precedence: defaults < the network's recipe (fine-tuning: :data:`FINETUNE_RECIPES`) < plans (section ``volume_fusion``
+for pretraining, ``volume_fusion_finetune`` for fine-tuning) < environment (``nnUNet_vf_<field>``,
+``nnUNet_vf_finetune_<field>``). A range is written ``low,high``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from nnunetv2_vf.errors import UserError
 
 _S = TypeVar("_S", bound="ScheduleSettings")
 _FINETUNE_PREFIX = "nnUNet_vf_finetune_"
-_OPTIMIZERS = "adam: the paper's; sgd: nnU-Net's, with Nesterov momentum 0.99"
+_OPTIMIZERS = ("adam", "adamw", "sgd")
+_ABOUT_OPTIMIZERS = "adam: the paper's; adamw: its weight decay apart; sgd: nnU-Net's, Nesterov momentum 0.99"
 
 
 def _setting(
@@ -40,8 +42,8 @@ class ScheduleSettings:
     num_epochs: int = _setting(1000, "epochs", low=1)
     iterations_per_epoch: int = _setting(250, "training steps per epoch", low=1)
     val_iterations_per_epoch: int = _setting(50, "validation steps per epoch", low=1)
-    optimizer: str = _setting("sgd", _OPTIMIZERS, choices=("adam", "sgd"))
-    initial_lr: float = _setting(1e-2, "learning rate of the first epoch; decays polynomially", low=1e-12, high=10)
+    optimizer: str = _setting("sgd", _ABOUT_OPTIMIZERS, choices=_OPTIMIZERS)
+    initial_lr: float = _setting(1e-2, "highest learning rate; decays polynomially", low=1e-12, high=10)
     weight_decay: float = _setting(3e-5, "weight decay", low=0, high=1)
     save_every: int = _setting(50, "epochs between two checkpoint_latest.pth", low=1)
 
@@ -50,18 +52,21 @@ class ScheduleSettings:
             object.__setattr__(self, f.name, _legal_value(f, getattr(self, f.name), f.name))
 
     @classmethod
-    def resolve(cls: type[_S], plans: Mapping[str, Any], environment: Mapping[str, str]) -> _S:
+    def resolve(
+        cls: type[_S], plans: Mapping[str, Any], environment: Mapping[str, str], recipe: Mapping[str, Any] | None = None
+    ) -> _S:
         """Combine the defaults, the plans' :attr:`section` (ranges as lists of two numbers) and the environment.
 
         Args:
             plans: the content of a plans file.
             environment: usually ``os.environ``; only names that start with :attr:`prefix` are looked at.
+            recipe: what replaces the defaults for a network.
 
         Raises:
             UserError: a name or a value is not legal.
         """
         known = {f.name: f for f in fields(cls)}
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = dict(recipe or {})
         section = plans.get(cls.section, {})
         if not isinstance(section, Mapping):
             raise UserError(f'{cls.section!r} in the plans is {section!r}; legal: settings as {{"name": value}}')
@@ -115,8 +120,8 @@ class VFSettings(ScheduleSettings):
     prefix: ClassVar[str] = "nnUNet_vf_"
     section: ClassVar[str] = "volume_fusion"
 
-    optimizer: str = _setting("adam", _OPTIMIZERS, choices=("adam", "sgd"))
-    initial_lr: float = _setting(1e-3, "learning rate of the first epoch; decays polynomially", low=1e-12, high=10)
+    optimizer: str = _setting("adam", _ABOUT_OPTIMIZERS, choices=_OPTIMIZERS)
+    initial_lr: float = _setting(1e-3, "highest learning rate; decays polynomially", low=1e-12, high=10)
     weight_decay: float = _setting(1e-5, "weight decay", low=0, high=1)
     seed: int = _setting(0, "seed of the training samples; the validation samples are always the same", low=0)
     coefficient_steps: int = _setting(4, "K: the coefficients are 0, 1/K, ..., 1, one class each", low=1, high=100)
@@ -142,10 +147,27 @@ class VFSettings(ScheduleSettings):
 
 @dataclass(frozen=True)
 class FinetuneSettings(ScheduleSettings):
-    """Fine-tuning; nnU-Net's defaults."""
+    """Fine-tuning; nnU-Net's defaults, and :data:`FINETUNE_RECIPES` for other networks than U-Nets."""
 
     prefix: ClassVar[str] = _FINETUNE_PREFIX
     section: ClassVar[str] = "volume_fusion_finetune"
+
+    warmup_fraction: float = _setting(
+        0.0, "part of the epochs in which the learning rate rises linearly, before it decays", low=0, high=0.9
+    )
+    gradient_clip: float = _setting(12.0, "largest norm of the gradient; nnU-Net's own limit is 12", low=1e-6, high=12)
+
+
+# By network class. Nesterov SGD at 1e-2 is a U-Net's; attention wants an adaptive optimiser, a warm-up and short steps.
+FINETUNE_RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "nnunetv2_vf.pct_net.PCTNet": {
+        "optimizer": "adamw",
+        "initial_lr": 1e-3,
+        "weight_decay": 1e-2,
+        "warmup_fraction": 0.05,
+        "gradient_clip": 1.0,
+    },
+}
 
 
 def _known_field(known: Mapping[str, Field[Any]], name: str, where: str) -> Field[Any]:

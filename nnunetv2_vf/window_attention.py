@@ -56,8 +56,8 @@ class WindowAttention(nn.Module):
 
     B, the relative position bias, has one learnt value for each head and each offset between two tokens of a window.
     A map is zero-padded at the end of each axis to whole windows (padding tokens take part, as published). Along an
-    axis no longer than a window there is one window of the map's length, which is not shifted: it uses the
-    inner part of the same bias table, so that one set of parameters serves all map sizes.
+    axis no longer than a window there is one window of the map's length; it uses the inner part of the same bias
+    table, so that one set of parameters serves all map sizes. Such a map is not shifted along any axis, as published.
 
     Args:
         dim: C.
@@ -80,7 +80,7 @@ class WindowAttention(nn.Module):
         self.projection_dropout = nn.Dropout(dropout)
         # row: offset (z, y, x) between two tokens, each from -(window_size - 1) to window_size - 1
         self.position_bias = nn.Parameter(torch.empty((2 * window_size - 1) ** 3, num_heads))
-        nn.init.trunc_normal_(self.position_bias, std=0.02)
+        nn.init.normal_(self.position_bias, std=0.02)
         self.register_buffer("index", relative_position_index(window_size), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, D, H, W, C) -> the same
@@ -100,9 +100,9 @@ class WindowAttention(nn.Module):
 
     def _windows(self, size: torch.Size) -> tuple[_Size, _Size]:
         """Window and shift for a map of this size, in tokens along D, H, W."""
-        window = tuple(min(self.window_size, side) for side in size)
-        shift = tuple(w // 2 if self.shifted and side > w else 0 for w, side in zip(window, size, strict=True))
-        return window, shift  # type: ignore[return-value]
+        depth, height, width = (min(self.window_size, side) for side in size)
+        shift = self.window_size // 2 if self.shifted and min(size) > self.window_size else 0
+        return (depth, height, width), (shift, shift, shift)
 
     def _attend(self, tokens: Tensor, bias: Tensor) -> Tensor:
         """Attention within windows (B, windows, N, C), with a bias of shape (windows or 1, heads, N, N)."""

@@ -7,16 +7,18 @@ import os
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.errors import one_line_errors
-from nnunetv2_vf.optimizer import adam_with_poly_decay
-from nnunetv2_vf.settings import FinetuneSettings
+from nnunetv2_vf.optimizer import adaptive_optimizer, clip_gradients, poly_decay
+from nnunetv2_vf.settings import FINETUNE_RECIPES, FinetuneSettings
 
 
 class VFFinetuneTrainer(nnUNetTrainer):
-    """nnU-Net's supervised training with a schedule from ``nnUNet_vf_finetune_<field>``.
+    """nnU-Net's supervised training with the recipe that the plan's network needs.
 
-    Without ``-pretrained_weights`` it is the matched baseline from scratch. Settings:
+    A U-Net is trained as by nnU-Net. PCT-Net gets AdamW with warm-up, decay and a tight gradient clipping. Every part
+    is a setting, ``nnUNet_vf_finetune_<field>``. Without ``-pretrained_weights`` it is the matched baseline from scratch. Settings:
     :class:`nnunetv2_vf.settings.FinetuneSettings`, recorded wherever nnU-Net stores the plans.
     """
 
@@ -29,15 +31,19 @@ class VFFinetuneTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net records exactly this signature
     ):
-        self.settings = FinetuneSettings.resolve(plans, os.environ)
+        network = PlansManager(plans).get_configuration(configuration).network_arch_class_name
+        self.settings = FinetuneSettings.resolve(plans, os.environ, FINETUNE_RECIPES.get(network))
         plans = {**plans, FinetuneSettings.section: self.settings.as_dict()}
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.settings.apply_schedule(self)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
-        if self.settings.optimizer == "adam":
-            return adam_with_poly_decay(self.network, self.settings)
-        return super().configure_optimizers()
+        if self.settings.optimizer == "sgd":
+            optimizer, _ = super().configure_optimizers()
+        else:
+            optimizer = adaptive_optimizer(self.network, self.settings)
+        clip_gradients(optimizer, self.settings.gradient_clip)
+        return optimizer, poly_decay(optimizer, self.settings, self.settings.warmup_fraction)
 
     def on_train_start(self) -> None:
         super().on_train_start()

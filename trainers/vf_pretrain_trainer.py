@@ -25,7 +25,7 @@ from torch._dynamo import OptimizedModule
 from nnunetv2_vf import weights
 from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.fusion import fuse_batch
-from nnunetv2_vf.optimizer import adam_with_poly_decay
+from nnunetv2_vf.optimizer import adaptive_optimizer, poly_decay
 from nnunetv2_vf.preflight import check_pretraining
 from nnunetv2_vf.preview import class_names, draw_confusion, draw_examples, make_examples, plane_names
 from nnunetv2_vf.progress import PretextLogger
@@ -117,9 +117,10 @@ class VFPretrainTrainer(nnUNetTrainer):
         return loss
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
-        if self.settings.optimizer == "adam":
-            return adam_with_poly_decay(self.network, self.settings)
-        return super().configure_optimizers()
+        if self.settings.optimizer == "sgd":
+            return super().configure_optimizers()
+        optimizer = adaptive_optimizer(self.network, self.settings)
+        return optimizer, poly_decay(optimizer, self.settings)
 
     # ------------------------------------------------------------------ data
 
