@@ -73,9 +73,9 @@ class Conversion:
         kwargs = self.arch_kwargs
         parameters = sum(tensor.numel() for name, tensor in self.state_dict.items() if "running" not in name)
         return (
-            f"PCT-Net of resolution mode {self.mode}, {self.input_channels} input channels, {self.num_classes} classes, "
-            f"features {kwargs['features_per_stage']}, heads {kwargs['num_heads']}, depths {kwargs['depths']}, "
-            f"windows {kwargs['window_sizes']}; {parameters / 1e6:.1f} M parameters"
+            f"PCT-Net of resolution mode {self.mode}, {self.input_channels} input channels, "
+            f"{self.num_classes} classes, features {kwargs['features_per_stage']}, heads {kwargs['num_heads']}, "
+            f"depths {kwargs['depths']}, windows {kwargs['window_sizes']}; {parameters / 1e6:.1f} M parameters"
         )
 
 
@@ -132,6 +132,7 @@ def convert_state_dict(released: Mapping[str, Any], mode: int | None = None) -> 
                 **pyramid,
                 "window_sizes": windows,  # less than the 6 of the paper where the trained map was smaller
                 "norm_op": "torch.nn.modules.batchnorm.BatchNorm3d",
+                "norm_op_kwargs": {"affine": True},
             },
             state_dict=renamed,
         )

@@ -53,9 +53,8 @@ def measure_step(build: Callable[[], nn.Module], batch_size: int, channels: int,
 
     with FakeTensorMode(), torch.device("cuda"), _cuda_autocast(), _FusedAttention():
         network = build().train()
-        loss = DC_and_CE_loss(
-            {"batch_dice": True, "do_bg": False, "smooth": 1e-5, "ddp": False}, {}, dice_class=MemoryEfficientSoftDiceLoss
-        )
+        dice = {"batch_dice": True, "do_bg": False, "smooth": 1e-5, "ddp": False}
+        loss = DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
         data = torch.empty(batch_size, channels, *patch)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             outputs = network(data)

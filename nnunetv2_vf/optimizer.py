@@ -47,7 +47,7 @@ def adaptive_optimizer(network: nn.Module, settings: ScheduleSettings) -> Adam:
 
 def poly_decay(optimizer: Optimizer, settings: ScheduleSettings, warmup_fraction: float = 0.0) -> PolyLRScheduler:
     """The schedule of the learning rate: a warm-up over that part of the epochs, then polynomial decay."""
-    warmup_epochs = math.ceil(warmup_fraction * settings.num_epochs)
+    warmup_epochs = min(math.ceil(warmup_fraction * settings.num_epochs), settings.num_epochs - 1)
     return WarmupPolyLRScheduler(optimizer, settings.initial_lr, settings.num_epochs, warmup_epochs)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -22,9 +23,12 @@ from nnunetv2_vf.window_attention import SwinBlock
 LEVELS = 5
 EMBEDDING_LEVELS = 2  # levels 0 and 1 are convolutional; the pyramid of PCT blocks begins at level 2
 PUBLISHED_FEATURES = (24, 48, 128, 256, 512)
-_ISOTROPIC, _IN_PLANE = (2, 2, 2), (1, 2, 2)
+_Triple = tuple[int, int, int]  # along D, H, W
+_Norm = Callable[[int], nn.Module]  # makes a norm for a number of features
+_ISOTROPIC: _Triple = (2, 2, 2)
+_IN_PLANE: _Triple = (1, 2, 2)
 # The paper's three resolution modes: how the two levels of the embedding halve the axis of the slices (axis 0).
-MODES: tuple[tuple[tuple[int, int, int], ...], ...] = tuple(
+MODES: tuple[tuple[_Triple, ...], ...] = tuple(
     ((1, 1, 1), first, second, _ISOTROPIC, _ISOTROPIC)
     for first, second in ((_ISOTROPIC, _ISOTROPIC), (_IN_PLANE, _ISOTROPIC), (_IN_PLANE, _IN_PLANE))
 )
@@ -83,6 +87,7 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
         activation_checkpointing: bool = False,
     ):
         super().__init__()
+        self.input_channels = input_channels
         self.strides = _mode_strides(strides)
         _check_lengths(LEVELS, features_per_stage=features_per_stage, dropout_per_stage=dropout_per_stage)
         _check_lengths(LEVELS - EMBEDDING_LEVELS, depths=depths, num_heads=num_heads, window_sizes=window_sizes)
@@ -92,7 +97,7 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
         if norm_op_kwargs is None:
             norm_op_kwargs = {"affine": True}
 
-        norm = functools.partial(norm_op, **norm_op_kwargs)
+        norm: _Norm = functools.partial(norm_op, **norm_op_kwargs)
         kernels = [_kernel(self.strides[level + 1]) for level in range(LEVELS - 1)] + [(3, 3, 3)]
 
         def block(level: int) -> nn.Module:
@@ -113,7 +118,7 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
         upwards = range(LEVELS - 2, -1, -1)  # as in nnU-Net's decoders: the deepest first
         self.decoder = Decoder(
             [
-                UpAndConcatenate(features_per_stage[i + 1], features_per_stage[i], self.strides[i + 1], kernels[i], norm)
+                Up(features_per_stage[i + 1], features_per_stage[i], self.strides[i + 1], kernels[i], norm)
                 for i in upwards
             ],
             [block(level) for level in upwards],
@@ -146,7 +151,7 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
         for module in network.modules():
             if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
                 module.register_forward_hook(count)
-        network(torch.empty(1, self.encoder.stem.in_channels, *input_size, device="meta"))
+        network(torch.empty((1, self.input_channels, *input_size), device="meta"))
         return elements
 
 
@@ -218,7 +223,7 @@ class PCTBlock(nn.Module):
         window_size: int,
         dropout: float,
         drop_path: float,
-        norm: functools.partial[nn.Module],
+        norm: _Norm,
     ):
         super().__init__()
         self.convolution = conv_block(features, (3, 3, 3), dropout, norm)
@@ -239,34 +244,34 @@ class Down(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        stride: Sequence[int],
-        kernel: Sequence[int],
-        norm: functools.partial[nn.Module],
+        stride: _Triple,
+        kernel: _Triple,
+        norm: _Norm,
     ):
         super().__init__()
-        self.pool = nn.MaxPool3d(tuple(stride))
+        self.pool = nn.MaxPool3d(stride)
         self.conv = norm_act_conv(in_features, out_features, kernel, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(self.pool(x))
 
 
-class UpAndConcatenate(nn.Module):
+class Up(nn.Module):
     """Transposed convolution of the level below, concatenated behind the skip, then norm, PReLU and convolution."""
 
     def __init__(
         self,
         in_features: int,
         skip_features: int,
-        stride: Sequence[int],
-        kernel: Sequence[int],
-        norm: functools.partial[nn.Module],
+        stride: _Triple,
+        kernel: _Triple,
+        norm: _Norm,
     ):
         super().__init__()
         self.up = nn.Sequential(
             norm(in_features),
             nn.PReLU(),
-            nn.ConvTranspose3d(in_features, skip_features, kernel_size=tuple(stride), stride=tuple(stride)),
+            nn.ConvTranspose3d(in_features, skip_features, kernel_size=stride, stride=stride),
         )
         self.conv = norm_act_conv(2 * skip_features, skip_features, kernel, norm)
 
@@ -274,42 +279,35 @@ class UpAndConcatenate(nn.Module):
         return self.conv(torch.cat([skip, self.up(x)], dim=1))
 
 
-def norm_act_conv(
-    in_features: int, out_features: int, kernel: Sequence[int], norm: functools.partial[nn.Module]
-) -> nn.Sequential:
+def norm_act_conv(in_features: int, out_features: int, kernel: _Triple, norm: _Norm) -> nn.Sequential:
     """Norm, PReLU, convolution: the paper's order."""
-    return nn.Sequential(
-        norm(in_features), nn.PReLU(), nn.Conv3d(in_features, out_features, tuple(kernel), padding="same")
-    )
+    return nn.Sequential(norm(in_features), nn.PReLU(), nn.Conv3d(in_features, out_features, kernel, padding="same"))
 
 
-def conv_block(
-    features: int, kernel: Sequence[int], dropout: float, norm: functools.partial[nn.Module]
-) -> nn.Sequential:
+def conv_block(features: int, kernel: _Triple, dropout: float, norm: _Norm) -> nn.Sequential:
     """Twice norm, PReLU, convolution, with dropout before the second convolution; no residual."""
     norm2, act2, conv2 = norm_act_conv(features, features, kernel, norm)
     return nn.Sequential(*norm_act_conv(features, features, kernel, norm), norm2, act2, nn.Dropout(dropout), conv2)
 
 
-def total_stride(strides: Sequence[Sequence[int]]) -> tuple[int, ...]:
+def total_stride(strides: Sequence[_Triple]) -> _Triple:
     """Voxels of the input per voxel of the deepest level, along each axis."""
-    total = (1, 1, 1)
-    for stride in strides:
-        total = tuple(t * s for t, s in zip(total, stride, strict=True))  # type: ignore[assignment]
-    return total
+    depth, height, width = (math.prod(axis) for axis in zip(*strides, strict=True))
+    return depth, height, width
 
 
-def _kernel(next_stride: Sequence[int]) -> tuple[int, int, int]:
+def _kernel(next_stride: Sequence[int]) -> _Triple:
     """A level whose slices are not halved on the way down has the kernel 1x3x3."""
     return (3, 3, 3) if next_stride[0] == 2 else (1, 3, 3)
 
 
-def _mode_strides(strides: Sequence[int | Sequence[int]]) -> tuple[tuple[int, int, int], ...]:
+def _mode_strides(strides: Sequence[int | Sequence[int]]) -> tuple[_Triple, ...]:
     triples = tuple((s,) * 3 if isinstance(s, int) else tuple(s) for s in strides)
-    if triples not in MODES:
-        legal = "; ".join(f"{[list(s) for s in mode]} (mode {i})" for i, mode in enumerate(MODES))
-        raise ValueError(f"PCTNet has no resolution mode with strides = {[list(s) for s in triples]}; legal: {legal}")
-    return triples
+    for mode in MODES:
+        if triples == mode:
+            return mode
+    legal = "; ".join(f"{[list(s) for s in mode]} (mode {i})" for i, mode in enumerate(MODES))
+    raise ValueError(f"PCTNet has no resolution mode with strides = {[list(s) for s in triples]}; legal: {legal}")
 
 
 def _check_lengths(length: int, **arguments: Sequence[Any]) -> None:
@@ -342,13 +340,14 @@ def _recomputation(module: nn.Module) -> tuple[AbstractContextManager, AbstractC
 
 @contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm3d | nn.SyncBatchNorm) and m.track_running_stats]
-    before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm3d | nn.SyncBatchNorm)]
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum = 0.0
+        norm.momentum = 0.0  # the running statistics stay
+        norm.num_batches_tracked = None  # and so does their count
     try:
         yield
     finally:
         for norm, momentum, batches in before:
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(batches)
+            norm.num_batches_tracked = batches

@@ -86,7 +86,8 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, D, H, W, C) -> the same
         size = x.shape[1:4]
         window, shift = self._windows(size)
-        padded = tuple(math.ceil(side / w) * w for side, w in zip(size, window, strict=True))
+        depth, height, width = (math.ceil(side / w) * w for side, w in zip(size, window, strict=True))
+        padded = (depth, height, width)
 
         x = _pad(x, padded)
         if any(shift):
@@ -154,7 +155,6 @@ def _pad(x: Tensor, size: _Size) -> Tensor:
     """Append zeros to a map (B, D, H, W, C) up to ``size``."""
     depth, height, width = (new - old for new, old in zip(size, x.shape[1:4], strict=True))
     return F.pad(x, (0, 0, 0, width, 0, height, 0, depth)) if depth or height or width else x
-
 
 
 def relative_position_index(window_size: int) -> Tensor:

@@ -59,6 +59,24 @@ def shrink_network(plans_file: Path) -> None:
     plans_file.write_text(json.dumps(plans))
 
 
+@pytest.fixture(scope="session")
+def pct_plans(nnunet: Path) -> str:
+    """The name of plans for DATASET with a small PCT-Net, preprocessed."""
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
+
+    from nnunetv2_vf.cli import main
+
+    main(["plan", "-d", str(DATASET_ID)])
+    preprocess([DATASET_ID], "PCTNetPlans", configurations=["3d_fullres"], num_processes=[1])
+    plans_file = nnunet / "preprocessed" / DATASET / "PCTNetPlans.json"
+    plans = json.loads(plans_file.read_text())
+    configuration = plans["configurations"]["3d_fullres"]
+    configuration["batch_size"] = 2
+    configuration["architecture"]["arch_kwargs"]["features_per_stage"] = [4, 8, 8, 16, 32]
+    plans_file.write_text(json.dumps(plans))
+    return "PCTNetPlans"
+
+
 @pytest.fixture
 def tiny(nnunet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A results folder of this test's own and a schedule of 2 epochs x 2 steps; returns nnU-Net's folder."""

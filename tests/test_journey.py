@@ -119,3 +119,48 @@ def test_pretraining_on_real_mr_volumes_rises_well_above_an_untrained_network(tm
     common = {"val_iterations_per_epoch": 8, "num_epochs": 4}
     untrained = pretext_dice(iterations_per_epoch=1, initial_lr=1e-12, **common)
     assert pretext_dice(iterations_per_epoch=75, **common) > untrained + 0.1
+
+
+@pytest.mark.slow
+def test_pct_net_predicts_real_ct_at_three_resolutions(tmp_path):
+    """The torso CT volumes below NNUNETV2_VF_TEST_DATA, at 3 mm in plane; one plan for each resolution mode."""
+    data = os.environ.get("NNUNETV2_VF_TEST_DATA")
+    if data is None:
+        pytest.skip("NNUNETV2_VF_TEST_DATA is not set to a folder with ct")
+    host = Host(tmp_path, processes=1)
+    dataset = host.raw / "Dataset009_Torso"
+    volumes = sorted((Path(data) / "ct").glob("*.nii.gz"))
+    for folder in ("imagesTr", "labelsTr"):
+        (dataset / folder).mkdir(parents=True)
+    for path in volumes:
+        image = sitk.ReadImage(path)
+        name = path.name.removesuffix(".nii.gz")
+        sitk.WriteImage(image, dataset / "imagesTr" / f"{name}_0000.nii.gz")
+        sitk.WriteImage(sitk.Cast(image > -500, sitk.sitkUInt8), dataset / "labelsTr" / f"{name}.nii.gz")  # HU
+    description = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "body": 1}, "file_ending": ".nii.gz"}
+    (dataset / "dataset.json").write_text(json.dumps({**description, "numTraining": len(volumes)}))
+    host.run("nnUNetv2_extract_fingerprint", "-d", 9, "-np", 1)
+    schedule = {"num_epochs": 2, "iterations_per_epoch": 10, "val_iterations_per_epoch": 1}
+    variables = {f"nnUNet_vf_finetune_{name}": value for name, value in schedule.items()}
+
+    for mode, slice_mm in enumerate((3, 8, 13)):
+        plans = f"PCTNetPlans{slice_mm}mm"
+        host.run(
+            "nnUNetv2_vf", "plan", "-d", 9, "-gpu_memory_target", 1.5, "-overwrite_plans_name", plans,
+            "-overwrite_target_spacing", slice_mm, 3, 3,
+        )  # fmt: skip
+        assert f"resolution mode {mode}" in host.log.read_text().rpartition("$ ")[2]
+        host.run("nnUNetv2_preprocess", "-d", 9, "-plans_name", plans, "-c", "3d_fullres", "-np", 1)
+        common = ("-p", plans, "-tr", "VFFinetuneTrainer", "-device", "cpu")
+        host.run("nnUNetv2_train", 9, "3d_fullres", "all", *common, **variables)
+        host.run(
+            "nnUNetv2_predict", "-d", 9, "-c", "3d_fullres", *common, "-f", "all", "-i", dataset / "imagesTr",
+            "-o", tmp_path / plans, "-npp", 1, "-nps", 1, "--disable_tta",
+        )  # fmt: skip
+        for path in volumes:
+            predicted, image = sitk.ReadImage(tmp_path / plans / path.name), sitk.ReadImage(path)
+            assert predicted.GetSize() == image.GetSize()
+            assert predicted.GetSpacing() == pytest.approx(image.GetSpacing())
+        dice = host.evaluate(dataset / "labelsTr", tmp_path / plans)["mean"]
+        print(f"mode {mode}: Dice of the body {dice:.3f}")
+        assert dice > 0.9

@@ -17,9 +17,9 @@ from nnunetv2_vf.settings import FINETUNE_RECIPES, FinetuneSettings
 class VFFinetuneTrainer(nnUNetTrainer):
     """nnU-Net's supervised training with the recipe that the plan's network needs.
 
-    A U-Net is trained as by nnU-Net. PCT-Net gets AdamW with warm-up, decay and a tight gradient clipping. Every part
-    is a setting, ``nnUNet_vf_finetune_<field>``. Without ``-pretrained_weights`` it is the matched baseline from scratch. Settings:
-    :class:`nnunetv2_vf.settings.FinetuneSettings`, recorded wherever nnU-Net stores the plans.
+    A U-Net is trained as by nnU-Net; PCT-Net gets AdamW with warm-up, decay and a tight gradient clipping. Every part
+    is a setting, ``nnUNet_vf_finetune_<field>``: :class:`nnunetv2_vf.settings.FinetuneSettings`, recorded wherever
+    nnU-Net stores the plans. Without ``-pretrained_weights`` it is the matched baseline from scratch.
     """
 
     @one_line_errors()

@@ -1,0 +1,151 @@
+"""What PCTNetPlanner makes of very different datasets, and whether a training step of each plan runs in the memory.
+
+    python benchmarks/plans.py [--gpu-memory-target 8] [--device cpu|cuda] [--fingerprints NAME ...]
+
+Plans made-up fingerprints with ``nnUNetv2_vf plan``, builds each network with nnU-Net's own function and takes training
+steps with nnU-Net's loss on random data. On CUDA it compares the peak of the allocated memory with the planner's
+estimate. Prints a Markdown table; writes ``docs/plans_DEVICE.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+from nnunetv2_vf.errors import one_line_errors
+from nnunetv2_vf.host import Host
+
+FINGERPRINTS = {  # spacing in mm, median shape in voxels, slices first; cases
+    "anisotropic": ((5.0, 0.7, 0.7), (24, 320, 320), 40),
+    "in between": ((2.5, 1.0, 1.0), (60, 256, 256), 40),
+    "isotropic": ((1.0, 1.0, 1.0), (160, 200, 180), 100),
+    "tiny": ((1.0, 1.0, 1.0), (35, 50, 35), 130),
+    "large": ((1.5, 0.8, 0.8), (300, 512, 512), 100),
+}
+CLASSES = 3
+STEPS = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu-memory-target", type=float, default=8)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--fingerprints", nargs="+", default=list(FINGERPRINTS), choices=list(FINGERPRINTS))
+    parser.add_argument("--docs", type=Path, default=Path(__file__).parent.parent / "docs")
+    args = parser.parse_args()
+    with one_line_errors(), tempfile.TemporaryDirectory() as folder:
+        host = Host(Path(folder), processes=1)
+        rows = [row(host, name, args.gpu_memory_target, args.device) for name in args.fingerprints]
+    (args.docs / f"plans_{args.device}.json").write_text(json.dumps(rows, indent=2) + "\n")
+    print("\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
+    for each in rows:
+        print("| " + " | ".join(map(str, each.values())) + " |")
+
+
+def row(host: Host, name: str, target: float, device: str) -> dict[str, object]:
+    """Plan one fingerprint and take training steps with the plan."""
+    spacing, shape, cases = FINGERPRINTS[name]
+    dataset_id = 100 + list(FINGERPRINTS).index(name)
+    dataset = f"Dataset{dataset_id}_{name.title().replace(' ', '')}"
+    write_fingerprint(host, dataset, spacing, shape, cases)
+    start = time.monotonic()
+    host.run("nnUNetv2_vf", "plan", "-d", dataset_id, "-gpu_memory_target", target)
+    seconds = time.monotonic() - start
+    plan = json.loads((host.preprocessed / dataset / "PCTNetPlans.json").read_text())["configurations"]["3d_fullres"]
+    mode = re.findall(r"3d_fullres: .*resolution mode (\d)", host.log.read_text())[-1]
+    return {
+        "fingerprint": name,
+        "spacing, mm": " x ".join(f"{mm:g}" for mm in plan["spacing"]),
+        "median shape": " x ".join(map(str, shape)),
+        "target, GB": target,
+        "mode": mode,
+        "patch": " x ".join(map(str, plan["patch_size"])),
+        "batch": plan["batch_size"],
+        "estimate, GB": plan["estimated_training_memory_gb"],
+        "planned in": f"{seconds:.0f} s",
+        **training_steps(plan, device),
+    }
+
+
+def write_fingerprint(host: Host, dataset: str, spacing: tuple, shape: tuple, cases: int) -> None:
+    """A dataset without images: all that planning reads."""
+    raw, preprocessed = host.raw / dataset, host.preprocessed / dataset
+    for folder in (raw / "imagesTr", raw / "labelsTr", preprocessed):
+        folder.mkdir(parents=True)
+    (raw / "imagesTr" / "a_0000.nii.gz").touch()
+    (raw / "labelsTr" / "a.nii.gz").touch()
+    description = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, **{f"label {i}": i for i in range(1, CLASSES)}},
+        "numTraining": cases,
+        "file_ending": ".nii.gz",
+        "overwrite_image_reader_writer": "SimpleITKIO",
+    }
+    (raw / "dataset.json").write_text(json.dumps(description))
+    fingerprint = {
+        "spacings": [spacing],
+        "shapes_after_crop": [shape],
+        "foreground_intensity_properties_per_channel": {"0": {}},
+        "median_relative_size_after_cropping": 1.0,
+    }
+    (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
+
+
+def training_steps(plan: dict, device: str) -> dict[str, object]:
+    """Time, and on CUDA peak memory, of the last of a few steps as nnU-Net takes them, uncompiled."""
+    architecture = plan["architecture"]
+    network = get_network_from_plans(
+        architecture["network_class_name"],
+        architecture["arch_kwargs"],
+        architecture["_kw_requires_import"],
+        1,
+        CLASSES,
+        deep_supervision=True,
+    ).to(device)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+    scaler = torch.amp.GradScaler("cuda") if device == "cuda" else None
+    loss = DC_and_CE_loss(
+        {"batch_dice": True, "do_bg": False, "smooth": 1e-5, "ddp": False}, {}, dice_class=MemoryEfficientSoftDiceLoss
+    )
+    data = torch.randn(plan["batch_size"], 1, *plan["patch_size"], device=device)
+    steps = STEPS if device == "cuda" else 1
+    for _ in range(steps):
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.monotonic()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda") if device == "cuda" else nullcontext():
+            outputs = network(data)
+            value = sum(
+                loss(output, torch.randint(CLASSES, (len(data), 1, *output.shape[2:]), device=device))
+                for output in outputs
+            )
+        if scaler is None:
+            value.backward()
+            optimizer.step()
+        else:
+            scaler.scale(value).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            torch.cuda.synchronize()
+    result: dict[str, object] = {"loss": f"{float(value):.2f}", "step": f"{time.monotonic() - start:.3g} s"}
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        estimate = plan["estimated_training_memory_gb"]
+        result |= {"peak, GB": f"{peak:.2f}", "estimate / peak": f"{estimate / peak:.2f}"}
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+from nnunetv2_vf.cli import main
+from nnunetv2_vf.convert import convert_state_dict
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.pct_net import MODES, PCTNet
+from nnunetv2_vf.weights import read_artifact
+
+FEATURES = (4, 8, 8, 16, 32)
+WINDOWS = (3, 3, 2)
+RELEASED_NAMES = [  # PCTNet's names -> the release's; {m} is the resolution mode
+    (r"^encoder\.stem", "embeddings.{m}.proj"),
+    (r"^encoder\.stages\.([01])", r"embeddings.{m}.conv\1.conv_conv"),
+    (r"^encoder\.downs\.0", "embeddings.{m}.down1"),
+    (r"^encoder\.downs\.1", "embeddings.{m}.down2"),
+    (r"^encoder\.downs\.2", "pyramid_ct.down3"),
+    (r"^encoder\.downs\.3", "pyramid_ct.down4"),
+    (r"^encoder\.stages\.([234])", r"pyramid_ct.convtrans_e\1"),
+    (r"^decoder\.stages\.0", "pyramid_ct.convtrans_d3"),
+    (r"^decoder\.stages\.1", "pyramid_ct.convtrans_d2"),
+    (r"^decoder\.stages\.2", "pred_heads.{m}.conv1.conv_conv"),
+    (r"^decoder\.stages\.3", "pred_heads.{m}.conv0.conv_conv"),
+    (r"^decoder\.ups\.0", "pyramid_ct.up4"),
+    (r"^decoder\.ups\.1", "pyramid_ct.up3"),
+    (r"^decoder\.ups\.2", "pred_heads.{m}.up2"),
+    (r"^decoder\.ups\.3", "pred_heads.{m}.up1"),
+    (r"^decoder\.seg_layers\.0", "pyramid_ct.out_conv3.conv"),
+    (r"^decoder\.seg_layers\.1", "pyramid_ct.out_conv2.conv"),
+    (r"^decoder\.seg_layers\.2", "pred_heads.{m}.out_conv1.conv"),
+    (r"^decoder\.seg_layers\.3", "pred_heads.{m}.out_conv0.conv"),
+    (r"\.attention\.(\d)\.", r".trans.blocks.\1."),
+    (r"\.attention\.position_bias", ".attn.relative_position_bias_table"),
+    (r"\.attention\.qkv", ".attn.qkv"),
+    (r"\.attention\.projection", ".attn.proj"),
+    (r"\.mlp\.0", ".mlp.fc1"),
+    (r"\.mlp\.3", ".mlp.fc2"),
+    (r"\.convolution", ".conv.conv_conv"),
+]
+
+
+def network(mode: int, **kwargs) -> PCTNet:
+    return PCTNet(2, FEATURES, MODES[mode], 3, window_sizes=WINDOWS, **kwargs)
+
+
+def released_index(w: int) -> torch.Tensor:
+    """The release's table row of each pair of tokens, as its code computes it."""
+    tokens = torch.cartesian_prod(*[torch.arange(w)] * 3)
+    offset = tokens[:, None] - tokens[None] + w - 1
+    return offset[..., 0] * (3 * w - 1) + offset[..., 1] * (2 * w - 1) + offset[..., 2]
+
+
+def release(trained_mode: int) -> dict[str, torch.Tensor]:
+    """A made-up release: embeddings and heads of three modes, position tables, and what is never used."""
+    torch.manual_seed(0)
+    released = {}
+    for mode in (0, 1, 2):
+        for name, value in network(mode).state_dict().items():
+            for ours, theirs in RELEASED_NAMES:
+                name = re.sub(ours, theirs.replace("{m}", str(mode)), name)
+            if value.is_floating_point():
+                value = torch.randn(value.shape).half()
+            elif mode == trained_mode:
+                value = torch.tensor(7)
+            released[name] = value
+            if name.endswith("relative_position_bias_table"):
+                w = (round(len(value) ** (1 / 3)) + 1) // 2
+                released[name.replace("bias_table", "index")] = released_index(w)
+    for level in ("e2", "e3", "e4", "d2", "d3"):
+        released[f"pyramid_ct.convtrans_{level}.norm_layer.weight"] = torch.ones(8)
+    return released
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_everything_is_told_by_the_tensors(mode):
+    released = release(mode)
+    converted = convert_state_dict(released)
+    assert converted.mode == mode
+    assert (converted.input_channels, converted.num_classes) == (2, 3)
+    assert converted.arch_kwargs == {
+        "features_per_stage": list(FEATURES),
+        "strides": [list(stride) for stride in MODES[mode]],
+        "depths": [2, 2, 2],
+        "num_heads": [4, 8, 16],
+        "window_sizes": list(WINDOWS),
+        "norm_op": "torch.nn.modules.batchnorm.BatchNorm3d",
+        "norm_op_kwargs": {"affine": True},
+    }
+    target = network(mode)
+    target.load_state_dict(converted.state_dict)
+    assert torch.equal(target.encoder.stem.bias, released[f"embeddings.{mode}.proj.bias"].float())
+
+
+def test_the_position_bias_of_every_pair_of_tokens_stays():
+    released = release(0)
+    target = network(0)
+    target.load_state_dict(convert_state_dict(released).state_dict)
+    for level, stage in ((2, target.encoder.stages[2]), (4, target.encoder.stages[4])):
+        attention = stage.attention[1].attention
+        w = attention.window_size
+        table = released[f"pyramid_ct.convtrans_e{level}.trans.blocks.1.attn.relative_position_bias_table"].float()
+        assert len(released_index(w).unique()) < (2 * w - 1) ** 3  # offsets do share rows
+        ours = attention.position_bias[attention.index.reshape(w**3, w**3)]
+        assert torch.equal(ours, table[released_index(w)])
+
+
+@pytest.mark.parametrize(
+    ("change", "mode", "message"),
+    [
+        (lambda r: r.update({"pyramid_ct.extra.weight": torch.ones(1)}), 1, "unexpected pyramid_ct.extra.weight"),
+        (lambda r: r.update({"embeddings.1.proj.bias": "text"}), 1, "unexpected embeddings.1.proj.bias"),
+        (lambda r: r.pop("pyramid_ct.up4.up.0.bias"), 1, r"decoder.ups.0.up.0.bias missing \(expected \(32,\)\)"),
+        (lambda r: r.pop("embeddings.1.proj.weight"), 1, "lacks what PCTNet calls .*encoder.stem.weight"),
+        (lambda r: r.clear(), 1, "lacks what PCTNet calls"),
+        (
+            lambda r: r.update({"pyramid_ct.convtrans_e2.trans.blocks.0.attn.relative_position_index": torch.eye(27)}),
+            None,
+            "unexpected .*relative_position_index",
+        ),
+        (lambda r: r.update({"embeddings.1.proj.bias": torch.ones(5)}), 1, r"encoder.stem.bias \(5,\) \(expected"),
+        (lambda r: None, 0, "--mode 0, but .* trained with resolution mode 1"),
+        (lambda r: [v.zero_() for k, v in r.items() if "tracked" in k], None, r"say it: --mode 0\|1\|2"),
+    ],
+)
+def test_what_is_unexpected_is_listed_and_refused(change, mode, message):
+    released = release(1)
+    change(released)
+    with pytest.raises(UserError, match=message):
+        convert_state_dict(released, mode)
+
+
+def test_the_command_writes_an_artifact_that_nnunet_can_build(tmp_path, capsys):
+    torch.save({"model_state_dict": release(1), "optimizer_state_dict": {}}, tmp_path / "release.pt")
+    main(["convert", str(tmp_path / "release.pt"), "-o", str(tmp_path / "out.pth")])
+    assert "resolution mode 1, 2 input channels, 3 classes" in capsys.readouterr().out
+    artifact = read_artifact(tmp_path / "out.pth")
+    assert artifact["vf"]["converted_from"]["project"] == "MIS-FM"
+    build(artifact).load_state_dict(artifact["network_weights"])
+
+
+def build(artifact: dict, **kwargs) -> torch.nn.Module:
+    vf = artifact["vf"]
+    architecture = vf["architecture"]
+    return get_network_from_plans(
+        architecture["network_class_name"],
+        architecture["arch_kwargs"],
+        architecture["_kw_requires_import"],
+        vf["num_input_channels"],
+        vf["num_classes"],
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no file"),
+        (b"not a checkpoint", "damaged or needs more than tensors"),
+        ({"state": {}}, "no 'model_state_dict'"),
+        ({"model_state_dict": {}, "written_by": Path("x")}, "needs more than tensors"),  # would run code to load
+    ],
+)
+def test_other_files_are_refused_and_nothing_is_written(tmp_path, content, message):
+    path = tmp_path / "release.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(SystemExit, match=message):
+        main(["convert", str(path), "-o", str(tmp_path / "out.pth")])
+    assert not (tmp_path / "out.pth").exists()
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_published_outputs_are_reproduced(mode, tmp_path):
+    """Against outputs of MIS-FM's own code (``fixtures`` beside the folder of real test data)."""
+    data = os.environ.get("NNUNETV2_VF_TEST_DATA")
+    path = Path(data or "").resolve().parent / "fixtures" / f"misfm_pctnet_mode{mode}.pt"
+    if not data or not path.is_file():
+        pytest.skip("NNUNETV2_VF_TEST_DATA does not name the folder of test data with fixtures beside it")
+    fixture = torch.load(path, weights_only=True)
+    main(["convert", str(path), "-o", str(tmp_path / "out.pth"), "--mode", str(mode)])
+    artifact = read_artifact(tmp_path / "out.pth")
+    converted = build(artifact, deep_supervision=True).eval()
+    converted.load_state_dict(artifact["network_weights"])
+    with torch.no_grad():
+        outputs = converted(fixture["input_int8"].float() * fixture["input_scale"])
+    published = list(zip(fixture["outputs_strided"], fixture["strides"], strict=True))
+    for output, (expected, step) in zip(outputs, published, strict=False):  # mode 0 has the first only
+        torch.testing.assert_close(output[..., ::step, ::step, ::step], expected, atol=1e-4, rtol=0)
