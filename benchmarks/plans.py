@@ -1,10 +1,11 @@
 """What PCTNetPlanner makes of very different datasets, and whether a training step of each plan runs in the memory.
 
-    python benchmarks/plans.py [--gpu-memory-target 8] [--device cpu|cuda] [--fingerprints NAME ...]
+    python benchmarks/plans.py [--targets 3 8 24] [--device cpu|cuda] [--largest-step 3]
 
-Plans made-up fingerprints with ``nnUNetv2_vf plan``, builds each network with nnU-Net's own function and takes training
-steps with nnU-Net's loss on random data. On CUDA it compares the peak of the allocated memory with the planner's
-estimate. Prints a Markdown table; writes ``docs/plans_DEVICE.json``.
+Plans made-up fingerprints with ``nnUNetv2_vf plan``. Builds the network of each plan that is estimated to take at most
+``--largest-step`` GB with nnU-Net's own function, and takes training steps with nnU-Net's loss on random data. On CUDA
+it compares the peak of the allocated memory with the planner's estimate. Prints a Markdown table; writes
+``plans_DEVICE.json``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import re
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -38,48 +40,56 @@ STEPS = 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu-memory-target", type=float, default=8)
+    parser.add_argument("--targets", type=float, nargs="+", default=[3, 8, 24], help="GB")
+    parser.add_argument("--largest-step", type=float, default=3, help="GB")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--fingerprints", nargs="+", default=list(FINGERPRINTS), choices=list(FINGERPRINTS))
     parser.add_argument("--docs", type=Path, default=Path(__file__).parent.parent / "docs")
     args = parser.parse_args()
     with one_line_errors(), tempfile.TemporaryDirectory() as folder:
         host = Host(Path(folder), processes=1)
-        rows = [row(host, name, args.gpu_memory_target, args.device) for name in args.fingerprints]
+        for name in FINGERPRINTS:
+            write_fingerprint(host, name)
+        rows = [row(host, name, target, args) for name in FINGERPRINTS for target in args.targets]
     (args.docs / f"plans_{args.device}.json").write_text(json.dumps(rows, indent=2) + "\n")
     print("\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
     for each in rows:
         print("| " + " | ".join(map(str, each.values())) + " |")
 
 
-def row(host: Host, name: str, target: float, device: str) -> dict[str, object]:
+def row(host: Host, name: str, target: float, args: argparse.Namespace) -> dict[str, object]:
     """Plan one fingerprint and take training steps with the plan."""
-    spacing, shape, cases = FINGERPRINTS[name]
-    dataset_id = 100 + list(FINGERPRINTS).index(name)
-    dataset = f"Dataset{dataset_id}_{name.title().replace(' ', '')}"
-    write_fingerprint(host, dataset, spacing, shape, cases)
     start = time.monotonic()
-    host.run("nnUNetv2_vf", "plan", "-d", dataset_id, "-gpu_memory_target", target)
+    host.run("nnUNetv2_vf", "plan", "-d", dataset(name), "-gpu_memory_target", target)
     seconds = time.monotonic() - start
-    plan = json.loads((host.preprocessed / dataset / "PCTNetPlans.json").read_text())["configurations"]["3d_fullres"]
-    mode = re.findall(r"3d_fullres: .*resolution mode (\d)", host.log.read_text())[-1]
+    plans = json.loads((host.preprocessed / dataset(name) / "PCTNetPlans.json").read_text())
+    plan = plans["configurations"]["3d_fullres"]
+    estimate = plan["estimated_training_memory_gb"]
     return {
         "fingerprint": name,
-        "spacing, mm": " x ".join(f"{mm:g}" for mm in plan["spacing"]),
-        "median shape": " x ".join(map(str, shape)),
-        "target, GB": target,
-        "mode": mode,
-        "patch": " x ".join(map(str, plan["patch_size"])),
+        "spacing, mm": by(f"{mm:g}" for mm in plan["spacing"]),
+        "median shape": by(map(str, FINGERPRINTS[name][1])),
+        "target, GB": f"{target:g}",
+        "mode": re.findall(r"3d_fullres: .*resolution mode (\d)", host.log.read_text())[-1],
+        "patch": by(map(str, plan["patch_size"])),
         "batch": plan["batch_size"],
-        "estimate, GB": plan["estimated_training_memory_gb"],
+        "estimate, GB": estimate,
         "planned in": f"{seconds:.0f} s",
-        **training_steps(plan, device),
+        **training_steps(plan, args.device, run=estimate <= args.largest_step),
     }
 
 
-def write_fingerprint(host: Host, dataset: str, spacing: tuple, shape: tuple, cases: int) -> None:
+def by(sides: Iterable[str]) -> str:
+    return " x ".join(sides)
+
+
+def dataset(name: str) -> str:
+    return f"Dataset{100 + list(FINGERPRINTS).index(name)}_{name.title().replace(' ', '')}"
+
+
+def write_fingerprint(host: Host, name: str) -> None:
     """A dataset without images: all that planning reads."""
-    raw, preprocessed = host.raw / dataset, host.preprocessed / dataset
+    spacing, shape, cases = FINGERPRINTS[name]
+    raw, preprocessed = host.raw / dataset(name), host.preprocessed / dataset(name)
     for folder in (raw / "imagesTr", raw / "labelsTr", preprocessed):
         folder.mkdir(parents=True)
     (raw / "imagesTr" / "a_0000.nii.gz").touch()
@@ -101,8 +111,10 @@ def write_fingerprint(host: Host, dataset: str, spacing: tuple, shape: tuple, ca
     (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
 
 
-def training_steps(plan: dict, device: str) -> dict[str, object]:
+def training_steps(plan: dict, device: str, run: bool) -> dict[str, object]:
     """Time, and on CUDA peak memory, of the last of a few steps as nnU-Net takes them, uncompiled."""
+    if not run:
+        return {"loss": "", "step": ""} | ({"peak, GB": "", "estimate / peak": ""} if device == "cuda" else {})
     architecture = plan["architecture"]
     network = get_network_from_plans(
         architecture["network_class_name"],

@@ -12,6 +12,14 @@ The pipeline, and the module of each step::
         v
     nnUNetv2_train ... -pretrained_weights vf_pretrained.pth
 
+PCT-Net, the network of the paper::
+
+    planners.PCTNetPlanner   nnU-Net's planning; patch and batch fit what memory counts for a training step
+        | plans name pct_net (and its window_attention) as the architecture
+        v
+    any nnU-Net trainer; trainers.VFFinetuneTrainer has the recipe (optimizer) it needs
+    convert   released MIS-FM weights -> vf_pretrained.pth
+
 Importing the package imports neither torch nor nnU-Net.
 """
 
