@@ -95,3 +95,25 @@ def own_dataset(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     shutil.copytree(tiny / "preprocessed" / DATASET, copy)
     monkeypatch.setenv("nnUNet_preprocessed", str(copy.parent))
     return copy
+
+
+def pretrain(fold: int | str = 0, configuration: str = "3d_fullres", **kwargs) -> None:
+    """What ``nnUNetv2_train 7 3d_fullres 0 -tr VFPretrainTrainer -device cpu`` runs."""
+    from nnunetv2.run.run_training import run_training
+
+    run_training(str(DATASET_ID), configuration, fold, "VFPretrainTrainer", device=torch.device("cpu"), **kwargs)
+
+
+def fold_folder(results: Path, fold: int | str = 0) -> Path:
+    return results / DATASET / "VFPretrainTrainer__nnUNetPlans__3d_fullres" / f"fold_{fold}"
+
+
+@pytest.fixture
+def folder(tiny, tmp_path) -> Path:
+    return fold_folder(tmp_path / "results")
+
+
+def edit_json(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DATASET, DATASET_ID, NUM_CASES, shrink_network
+from conftest import DATASET_ID, NUM_CASES, edit_json, fold_folder, pretrain, shrink_network
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint, run_training
@@ -20,30 +20,10 @@ from nnunetv2_vf.weights import FILE_NAME, read_artifact
 CPU = torch.device("cpu")
 
 
-def pretrain(fold: int | str = 0, configuration: str = "3d_fullres", **kwargs) -> None:
-    """What ``nnUNetv2_train 7 3d_fullres 0 -tr VFPretrainTrainer -device cpu`` runs."""
-    run_training(str(DATASET_ID), configuration, fold, "VFPretrainTrainer", device=CPU, **kwargs)
-
-
 def new_trainer(fold: int | str = 0, continue_training: bool = False):
     return get_trainer_from_args(
         str(DATASET_ID), "3d_fullres", fold, "VFPretrainTrainer", continue_training=continue_training, device=CPU
     )
-
-
-def fold_folder(results: Path, fold: int | str = 0) -> Path:
-    return results / DATASET / "VFPretrainTrainer__nnUNetPlans__3d_fullres" / f"fold_{fold}"
-
-
-@pytest.fixture
-def folder(tiny, tmp_path) -> Path:
-    return fold_folder(tmp_path / "results")
-
-
-def edit_json(path: Path, change) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 # ---------------------------------------------------------------- a whole run
@@ -321,84 +301,7 @@ def test_settings_in_the_plans(own_dataset):
     assert new_trainer().settings.seed == 11
 
 
-# ---------------------------------------------------------------- bad input: one line, exit status 1, nothing left
-
-
-def refused(folder: Path, *parts: str, **kwargs) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        pretrain(**kwargs)
-    message = exit_info.value.code
-    assert message.startswith("nnUNetv2_vf: error: ")
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
-    assert not folder.exists(), "something half-written was left"
-
-
-def test_2d_is_refused(tiny, folder):
-    refused(folder, "'2d'", "3d_fullres", configuration="2d")
-
-
-def test_an_unknown_configuration_is_refused(tiny, folder):
-    refused(folder, "'3d_fulres'", "3d_fullres", configuration="3d_fulres")
-
-
-def test_a_wrong_setting_is_refused(tiny, folder, monkeypatch):
-    monkeypatch.setenv("nnUNet_vf_pairing", "triple")
-    refused(folder, "nnUNet_vf_pairing", "'triple'", "same or different")
-
-
-@pytest.mark.parametrize("how", ["unset", "empty"])
-def test_missing_variables_are_named(tiny, folder, monkeypatch, how):
-    monkeypatch.delenv("nnUNet_results") if how == "unset" else monkeypatch.setenv("nnUNet_results", "")
-    refused(folder, "nnUNet_results is not set", "export nnUNet_results=")
-
-
-def test_a_tiny_patch_is_refused(own_dataset, folder):
-    def shrink(plans):
-        plans["configurations"]["3d_fullres"]["patch_size"] = [7, 16, 24]
-
-    edit_json(own_dataset / "nnUNetPlans.json", shrink)
-    refused(folder, "(7, 16, 24)", "at least 8 voxels")
-
-
-def test_a_cascade_is_refused(own_dataset, folder):
-    def add_cascade(plans):
-        plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
-
-    edit_json(own_dataset / "nnUNetPlans.json", add_cascade)
-    refused(folder, "'3d_cascade_fullres'", "3d_fullres", configuration="3d_cascade_fullres")
-
-
-def test_too_few_cases_are_refused(own_dataset, folder):
-    for path in (own_dataset / "nnUNetPlans_3d_fullres").iterdir():
-        if int(path.name.split("_")[1][:4]) >= 3:
-            path.unlink()
-    (own_dataset / "splits_final.json").unlink(missing_ok=True)
-    refused(folder, "3 preprocessed cases", "fold 'all'")
-
-
-def test_pairing_different_needs_two_cases_on_either_side(own_dataset, folder, monkeypatch):
-    cases = [f"torso_{i:04d}" for i in range(3)]
-    (own_dataset / "splits_final.json").write_text(json.dumps([{"train": cases[:2], "val": cases[2:]}]))
-    monkeypatch.setenv("nnUNet_vf_pairing", "different")
-    refused(folder, "2 training and 1 validation", "'different'")
-
-
-def test_a_split_with_cases_that_are_not_there_is_refused(own_dataset, folder):
-    (own_dataset / "splits_final.json").write_text(json.dumps([{"train": ["torso_0001"], "val": ["gone"]}]))
-    refused(folder, "1 cases", "gone", "not preprocessed")
-
-
-def test_unpreprocessed_data_are_refused(own_dataset, folder):
-    for path in (own_dataset / "nnUNetPlans_3d_fullres").iterdir():
-        path.unlink()
-    refused(folder, "no preprocessed cases", "nnUNetv2_preprocess")
-
-
-def test_strange_files_among_the_preprocessed_are_named(own_dataset, folder):
-    (own_dataset / "nnUNetPlans_3d_fullres" / "notes.txt").touch()
-    refused(folder, "no preprocessed cases", "nnUNetv2_preprocess -d 7 -plans_name nnUNetPlans -c 3d_fullres")
+# ---------------------------------------------------------------- volumes that cannot be used
 
 
 def spoil(dataset: Path, case: str, value: float) -> None:
