@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 from hippocampus import DATASET, copy_raw, split_validation_cases
@@ -32,16 +31,18 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--arms", nargs="+", default=["pretrained", "scratch"], choices=("pretrained", "scratch"))
     parser.add_argument("--docs", type=Path, default=Path(__file__).parent.parent / "docs")
     args = parser.parse_args()
     with one_line_errors():
         host = Host(args.out, processes=2)
         prepare(host, args.data)
         pretrained = pretrain(host, args.device)
-        dice = {
-            "pretrained": finetune(host, args.device, host.results, pretrained / "vf_pretrained.pth"),
-            "scratch": finetune(host, args.device, host.folder / "results_scratch", None),
+        arms = {
+            "pretrained": (host.results, pretrained / "vf_pretrained.pth"),
+            "scratch": (host.folder / "results_scratch", None),
         }
+        dice = {arm: finetune(host, args.device, *arms[arm]) for arm in args.arms}
         losses = stock_losses(host, args.device)
     report = json.loads((pretrained / "pretext_report.json").read_text())
     results = {
@@ -96,18 +97,16 @@ def finetune(host: Host, device: str, results: Path, weights: Path | None) -> di
 
 
 def stock_losses(host: Host, device: str) -> list[float]:
-    """Losses of the first iterations of stock nnUNetTrainer on the same plan; it has no setting for a short run."""
-    host.run(
-        "python", "-c",
-        "import torch; from nnunetv2.run.run_training import get_trainer_from_args as get; "
-        f"trainer = get('4', '3d_fullres', 0, 'nnUNetTrainer', '{PLANS}', device=torch.device('{device}')); "
-        "trainer.on_train_start(); "
-        f"[print('stock loss', float(trainer.train_step(next(trainer.dataloader_train))['loss'])) "
-        f"for _ in range({STOCK_ITERATIONS})]; trainer.on_train_end()",
-        nnUNet_results=host.folder / "results_stock",
-    )  # fmt: skip
-    log = host.log.read_text().rpartition("$ ")[2]
-    return [round(float(loss), 3) for loss in re.findall(r"stock loss (\S+)", log)]
+    """Losses of the first iterations of stock nnUNetTrainer on the same plan."""
+    out = host.folder / "stock_losses.json"
+    if not out.is_file():
+        script = Path(__file__).with_name("stock_iterations.py")
+        host.run(
+            "python", script, 4, PLANS, STOCK_ITERATIONS, out, "--device", device,
+            nnUNet_results=host.folder / "results_stock",
+        )  # fmt: skip
+    losses: list[float] = json.loads(out.read_text())
+    return losses
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 Plans made-up fingerprints with ``nnUNetv2_vf plan``. Builds the network of each plan that is estimated to take at most
 ``--largest-step`` GB with nnU-Net's own function, and takes training steps with nnU-Net's loss on random data. On CUDA
-it compares the peak of the allocated memory with the planner's estimate. Prints a Markdown table; writes
-``plans_DEVICE.json``.
+it compares the peak of the allocated memory with the planner's estimate; ``--compile`` compiles, as nnU-Net does there.
+Prints a Markdown table; writes ``plans_DEVICE.json``.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--targets", type=float, nargs="+", default=[3, 8, 24], help="GB")
     parser.add_argument("--largest-step", type=float, default=3, help="GB")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--docs", type=Path, default=Path(__file__).parent.parent / "docs")
     args = parser.parse_args()
     with one_line_errors(), tempfile.TemporaryDirectory() as folder:
@@ -74,7 +75,7 @@ def row(host: Host, name: str, target: float, args: argparse.Namespace) -> dict[
         "batch": plan["batch_size"],
         "estimate, GB": estimate,
         "planned in": f"{seconds:.0f} s",
-        **training_steps(plan, args.device, run=estimate <= args.largest_step),
+        **training_steps(plan, args.device, args.compile, run=estimate <= args.largest_step),
     }
 
 
@@ -111,8 +112,8 @@ def write_fingerprint(host: Host, name: str) -> None:
     (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
 
 
-def training_steps(plan: dict, device: str, run: bool) -> dict[str, object]:
-    """Time, and on CUDA peak memory, of the last of a few steps as nnU-Net takes them, uncompiled."""
+def training_steps(plan: dict, device: str, compiled: bool, run: bool) -> dict[str, object]:
+    """Time, and on CUDA peak memory, of the last of a few steps as nnU-Net takes them."""
     if not run:
         return {"loss": "", "step": ""} | ({"peak, GB": "", "estimate / peak": ""} if device == "cuda" else {})
     architecture = plan["architecture"]
@@ -124,6 +125,9 @@ def training_steps(plan: dict, device: str, run: bool) -> dict[str, object]:
         CLASSES,
         deep_supervision=True,
     ).to(device)
+    torch.backends.cudnn.benchmark = True  # as nnU-Net
+    if compiled:
+        network = torch.compile(network)
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
     scaler = torch.amp.GradScaler("cuda") if device == "cuda" else None
     loss = DC_and_CE_loss(
@@ -145,9 +149,12 @@ def training_steps(plan: dict, device: str, run: bool) -> dict[str, object]:
             )
         if scaler is None:
             value.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
             optimizer.step()
         else:
             scaler.scale(value).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
             scaler.step(optimizer)
             scaler.update()
             torch.cuda.synchronize()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -34,7 +35,12 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = _add(commands, "plan", _plan, "nnU-Net's experiment planning, with PCT-Net in the 3D configurations")
     plan.add_argument("-d", required=True, nargs="+", metavar="DATASET", help="dataset ids or names")
-    plan.add_argument("-gpu_memory_target", type=float, metavar="GB", help="memory a training may take; default: 8")
+    plan.add_argument(
+        "-gpu_memory_target",
+        type=float,
+        metavar="GB",
+        help="memory of the GPU, a tenth of which is left free; default: 8",
+    )
     plan.add_argument(
         "-preprocessor_name", default="DefaultPreprocessor", metavar="CLASS", help="nnU-Net's; default: %(default)s"
     )
@@ -103,6 +109,8 @@ def _convert(args: argparse.Namespace) -> None:
 
     converted = convert_file(args.release, args.o, args.mode)
     print(f"wrote {args.o}: {converted}")
+    if converted.unplanned:
+        print(f"to fine-tune it, set in the arch_kwargs of the plan: {json.dumps(converted.unplanned)[1:-1]}")
 
 
 def _preview(args: argparse.Namespace) -> None:

@@ -5,22 +5,37 @@ A release holds an embedding and a prediction head for each of the three resolut
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.pct_net import MODES, PCTNet
+from nnunetv2_vf.pct_net import MODES, PUBLISHED_FEATURES, PCTNet
 from nnunetv2_vf.weights import package_versions, write_artifact
 
 _TABLE = "attn.relative_position_bias_table"
 _INDEX = "attn.relative_position_index"
 _BATCHES = "conv0.conv_conv.0.num_batches_tracked"
+_UNUSED_NORM = r"pyramid_ct\.convtrans_[ed][234]\.norm_layer\.(weight|bias)"
+
+# What a plan of PCTNetPlanner says of the network; the rest follows from the mode.
+_PLANNED = {"features_per_stage": list(PUBLISHED_FEATURES)} | {
+    name: list(inspect.signature(PCTNet).parameters[name].default) for name in ("depths", "num_heads", "window_sizes")
+}
+# MIS-FM's training code stores its best score beside the weights, as a numpy number.
+_NUMPY_SCALARS: list[Any] = [
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    np.dtypes.Float32DType,
+    np.dtypes.Float64DType,
+]
 
 # Prefix in the release -> prefix in PCTNet; {mode} is the resolution mode.
 _MODULES = {
@@ -70,25 +85,34 @@ class Conversion:
     state_dict: dict[str, Tensor]
 
     def __str__(self) -> str:
-        kwargs = self.arch_kwargs
-        parameters = sum(tensor.numel() for name, tensor in self.state_dict.items() if "running" not in name)
+        shape = {name: self.arch_kwargs[name] for name in _PLANNED}
+        parameters = sum(tensor.numel() for tensor in self.state_dict.values()) / 1e6
         return (
             f"PCT-Net of resolution mode {self.mode}, {self.input_channels} input channels, "
-            f"{self.num_classes} classes, features {kwargs['features_per_stage']}, heads {kwargs['num_heads']}, "
-            f"depths {kwargs['depths']}, windows {kwargs['window_sizes']}; {parameters / 1e6:.1f} M parameters"
+            f"{self.num_classes} classes, {', '.join(f'{name} {value}' for name, value in shape.items())}; "
+            f"{parameters:.1f} M parameters"
         )
+
+    @property
+    def unplanned(self) -> dict[str, list[int]]:
+        """What a plan's ``arch_kwargs`` must be changed to, for the weights to fit."""
+        return {name: self.arch_kwargs[name] for name in _PLANNED if self.arch_kwargs[name] != _PLANNED[name]}
 
 
 def convert_file(release: Path, output: Path, mode: int | None = None) -> Conversion:
     """Write the artifact of a released checkpoint; executes nothing the file may hold.
 
     Raises:
-        UserError: the file is no MIS-FM checkpoint, holds something unexpected, or does not tell its mode.
+        UserError: the file is no MIS-FM checkpoint, holds something unexpected, or does not tell its mode; or the
+            output cannot be written.
     """
     if not release.is_file():
         raise UserError(f"no file {release}; MIS-FM's README links the released weights")
+    if not output.parent.is_dir() or output.is_dir() or output.resolve() == release.resolve():
+        raise UserError(f"cannot write {output}; legal: a new file name in a folder that exists")
     try:
-        checkpoint = torch.load(release, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            checkpoint = torch.load(release, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{release} is damaged or needs more than tensors to load: {type(error).__name__}") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
@@ -118,35 +142,37 @@ def convert_state_dict(released: Mapping[str, Any], mode: int | None = None) -> 
     Raises:
         UserError: something is missing or unexpected (all of it is listed), or the mode cannot be told.
     """
+    _refuse([str(name) for name, value in released.items() if not isinstance(name, str) or not _is_sound(value)])
     mode = _trained_mode(released, mode)
-    renamed = _rename(released, mode)
+    state = _rename(released, mode)
     try:
-        features, pyramid, windows = _describe(renamed)
-        converted = Conversion(
-            mode=mode,
-            input_channels=renamed["encoder.stem.weight"].shape[1],
-            num_classes=renamed["decoder.seg_layers.3.2.weight"].shape[0],
-            arch_kwargs={
-                "features_per_stage": features,
-                "strides": [list(stride) for stride in MODES[mode]],
-                **pyramid,
-                "window_sizes": windows,  # less than the 6 of the paper where the trained map was smaller
-                "norm_op": "torch.nn.modules.batchnorm.BatchNorm3d",
-                "norm_op_kwargs": {"affine": True},
-            },
-            state_dict=renamed,
-        )
-    except (KeyError, AttributeError, IndexError) as error:
+        arch_kwargs = {
+            "features_per_stage": _features(state),
+            "strides": [list(stride) for stride in MODES[mode]],
+            **_attention(state),
+            "norm_op": "torch.nn.modules.batchnorm.BatchNorm3d",
+            "norm_op_kwargs": {"affine": True},
+        }
+        channels, classes = state["encoder.stem.weight"].shape[1], state["decoder.seg_layers.3.2.weight"].shape[0]
+    except (KeyError, IndexError) as error:
         raise UserError(f"the checkpoint is not MIS-FM's PCT-Net: it lacks what PCTNet calls {error}") from None
+    converted = Conversion(mode, channels, classes, arch_kwargs, state)
     _check_complete(converted)
-    for name in [name for name in renamed if name.endswith(".position_bias")]:
-        renamed[name] = _without_collisions(renamed[name])
     return converted
 
 
-def _trained_mode(released: Mapping[str, Any], asked: int | None) -> int:
-    batches = [int(released.get(f"embeddings.{mode}.{_BATCHES}", 0)) for mode in range(len(MODES))]
-    trained = [mode for mode, count in enumerate(batches) if count]
+def _is_sound(value: Any) -> bool:
+    return isinstance(value, Tensor) and bool(value.isfinite().all())
+
+
+def _refuse(unexpected: list[str]) -> None:
+    if unexpected:
+        raise UserError(f"the checkpoint is not MIS-FM's PCT-Net: unexpected {', '.join(sorted(unexpected))}")
+
+
+def _trained_mode(released: Mapping[str, Tensor], asked: int | None) -> int:
+    batches = [released.get(f"embeddings.{mode}.{_BATCHES}") for mode in range(len(MODES))]
+    trained = [mode for mode, count in enumerate(batches) if count is not None and count.any()]
     if asked is None and len(trained) == 1:
         return trained[0]
     if asked is None:
@@ -159,59 +185,71 @@ def _trained_mode(released: Mapping[str, Any], asked: int | None) -> int:
     return asked
 
 
-def _rename(released: Mapping[str, Any], mode: int) -> dict[str, Tensor]:
+def _rename(released: Mapping[str, Tensor], mode: int) -> dict[str, Tensor]:
     prefixes = {old.format(mode=mode): new for old, new in _MODULES.items()}
-    renamed: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     unexpected = []
     for name, value in released.items():
         if _is_unused(name, mode):
             continue
         old = next((prefix for prefix in prefixes if name.startswith(prefix + ".")), None)
-        if old is None or not isinstance(value, Tensor):
+        if old is None:
             unexpected.append(name)
-        elif name.endswith(_INDEX):
-            if not torch.equal(value.long(), _released_index(round(len(value) ** (1 / 3)))):
+        elif name.endswith(_TABLE):
+            table = _without_collisions(value, released.get(name.replace(_TABLE, _INDEX)))
+            if table is None:
                 unexpected.append(name)
-        else:
-            inner = name.removeprefix(old)
-            for theirs, ours in _WITHIN_A_BLOCK.items():
-                inner = inner.replace(f".{theirs}", f".{ours}") if "convtrans" in old else inner
-            renamed[prefixes[old] + inner] = value.float() if value.is_floating_point() else value
-    if unexpected:
-        raise UserError(f"the checkpoint is not MIS-FM's PCT-Net: unexpected {', '.join(sorted(unexpected))}")
-    return renamed
+            else:
+                state[_new_name(name, old, prefixes[old])] = table.float()
+        elif not name.endswith(_INDEX):
+            state[_new_name(name, old, prefixes[old])] = value.float() if value.is_floating_point() else value
+    _refuse(unexpected)
+    return state
+
+
+def _new_name(name: str, old: str, new: str) -> str:
+    inner = name.removeprefix(old)
+    if "convtrans" in old:
+        for theirs, ours in _WITHIN_A_BLOCK.items():
+            inner = inner.replace(f".{theirs}", f".{ours}")
+    return new + inner
 
 
 def _is_unused(name: str, mode: int) -> bool:
     """Embeddings and heads of other modes, and a norm at each PCT block's end that the original never applies."""
-    other_mode = re.match(r"(embeddings|pred_heads)\.([0-2])\.", name)
-    return (other_mode is not None and int(other_mode[2]) != mode) or ".norm_layer." in name
+    other_mode = re.match(r"(?:embeddings|pred_heads)\.([0-2])\.", name)
+    return (other_mode is not None and int(other_mode[1]) != mode) or bool(re.fullmatch(_UNUSED_NORM, name))
 
 
-def _describe(state: Mapping[str, Tensor]) -> tuple[list[int], dict[str, list[int]], list[int]]:
-    """Features of the levels; depths and heads of the pyramid's; and their window sizes."""
-    features = [state["encoder.stem.weight"].shape[0]]
-    features += [state[f"encoder.downs.{i}.conv.2.weight"].shape[0] for i in range(4)]
+def _features(state: Mapping[str, Tensor]) -> list[int]:
+    downs = [state[f"encoder.downs.{i}.conv.2.weight"].shape[0] for i in range(4)]
+    return [state["encoder.stem.weight"].shape[0], *downs]
+
+
+def _attention(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Depths, heads and windows of the levels 2, 3 and 4."""
     depths, heads, windows = [], [], []
     for level in (2, 3, 4):
         tables = [n for n in state if re.fullmatch(rf"encoder\.stages\.{level}\..*\.position_bias", n)]
+        if not tables:
+            raise KeyError(f"encoder.stages.{level}.attention")
         rows, num_heads = state[tables[0]].shape
         depths.append(len(tables))
         heads.append(num_heads)
-        windows.append((round(rows ** (1 / 3)) + 1) // 2)
-    return features, {"depths": depths, "num_heads": heads}, windows
+        windows.append(_window(rows))  # less than the 6 of the paper where the trained map was smaller
+    return {"depths": depths, "num_heads": heads, "window_sizes": windows}
 
 
 def _check_complete(converted: Conversion) -> None:
-    """Compare names and shapes with the network that the weights are for."""
+    """Compare names, shapes and types with the network that the weights are for."""
     kwargs = {key: value for key, value in converted.arch_kwargs.items() if key != "norm_op"}
     try:
         with torch.device("meta"):
             network = PCTNet(converted.input_channels, num_classes=converted.num_classes, **kwargs)
     except ValueError as error:
         raise UserError(f"the checkpoint is not MIS-FM's PCT-Net: {error}") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in converted.state_dict.items()}
+    expected = {name: _kind(tensor) for name, tensor in network.state_dict().items()}
+    found = {name: _kind(tensor) for name, tensor in converted.state_dict.items()}
     wrong = [
         f"{name} {found.get(name, 'missing')} (expected {expected.get(name, 'nothing')})"
         for name in sorted({*expected, *found})
@@ -221,31 +259,44 @@ def _check_complete(converted: Conversion) -> None:
         raise UserError(f"the checkpoint does not fit the PCT-Net its tensors describe: {'; '.join(wrong)}")
 
 
-def _released_index(window: int) -> Tensor:
-    """MIS-FM's row of the bias table for each pair of tokens: (N, N).
-
-    With the shifted offsets z, y, x from 0 to 2w - 2 it is z * (3w - 1) + y * (2w - 1) + x, where (2w - 1)^2 was
-    meant: different offsets share a row, and most rows are never used.
-    """
-    return _released_row(*_offsets(window), window).reshape(window**3, -1)
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _offsets(window: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Offsets z, y, x between two tokens of a window, from 0, broadcastable to (z, y, x, z', y', x')."""
-    token = torch.arange(window)
-    offset = token[:, None] - token + window - 1
-    return offset[:, None, None, :, None, None], offset[:, None, None, :, None], offset[:, None, None, :]
+def _window(rows: int) -> int:
+    """The side of a window whose bias table has that many rows, (2w - 1)^3."""
+    return (round(rows ** (1 / 3)) + 1) // 2
 
 
 def _released_row(z: Tensor, y: Tensor, x: Tensor, window: int) -> Tensor:
+    """MIS-FM's row of the bias table for an offset between two tokens, each of z, y, x from 0 to 2w - 2.
+
+    It counts (3w - 1) rows per z where (2w - 1)^2 are meant: offsets share rows, and most rows are never used.
+    """
     return z * (3 * window - 1) + y * (2 * window - 1) + x
 
 
-def _without_collisions(table: Tensor) -> Tensor:
-    """A released bias table, ((2w - 1)^3, heads), with a row of its own for each offset.
+def _released_index(window: int) -> Tensor:
+    """MIS-FM's table of rows for all pairs of tokens of a window, (N, N)."""
+    tokens = torch.cartesian_prod(*[torch.arange(window)] * 3).view(-1, 3)
+    z, y, x = (tokens[:, None] - tokens + window - 1).unbind(-1)
+    return _released_row(z, y, x, window)
+
+
+def _without_collisions(table: Tensor, index: Tensor | None) -> Tensor | None:
+    """A released bias table, ((2w - 1)^3, heads), with a row of its own for each offset; None if it is none.
 
     The bias of a pair of tokens stays the same: which row it is read from is a function of the offset alone.
+
+    Args:
+        index: the release's own table of rows, which must be the one this conversion undoes.
     """
-    window = (round(table.shape[0] ** (1 / 3)) + 1) // 2
+    if table.ndim != 2 or 0 in table.shape or index is None:
+        return None
+    window = _window(table.shape[0])
+    if table.shape[0] != (2 * window - 1) ** 3 or index.shape != (window**3, window**3):
+        return None
+    if not torch.equal(index.long(), _released_index(window)):
+        return None
     offset = torch.arange(2 * window - 1)
     return table[_released_row(offset[:, None, None], offset[:, None], offset, window).flatten()]

@@ -24,7 +24,7 @@ _ADAM_STATES = 2  # per parameter
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of a training step of nnU-Net on CUDA (autocast to half precision, Adam), at its peak."""
+    """Bytes of an uncompiled training step of nnU-Net on CUDA (autocast to half precision, Adam), at its peak."""
 
     parameters: int  # weights, gradients and the optimiser's state
     activations: int  # what autograd keeps for the backward pass, half-precision copies of the weights included
@@ -39,7 +39,7 @@ def measure_step(build: Callable[[], nn.Module], batch_size: int, channels: int,
     """Count what one training step with nnU-Net's Dice and cross-entropy loss keeps in memory.
 
     Args:
-        build: makes the network; with deep supervision if that is how it is trained.
+        build: makes the network (a PCT-Net or a convolutional one); with deep supervision if that is how it is trained.
         channels: of the input.
         patch: D, H, W in voxels.
     """

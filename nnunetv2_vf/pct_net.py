@@ -63,8 +63,7 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
         drop_path: stochastic depth of the window attention.
         norm_op: ``nn.BatchNorm3d`` (published) or ``nn.InstanceNorm3d``.
         norm_op_kwargs: for ``norm_op``.
-        activation_checkpointing: recompute every block in the backward pass instead of keeping its activations:
-            less memory for about a third more time. torch.compile, which decides that itself, ignores it.
+        activation_checkpointing: recompute every block in the backward pass instead of keeping its activations.
 
     Raises:
         ValueError: an argument is not legal; with the legal ones.
@@ -91,6 +90,10 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
         self.strides = _mode_strides(strides)
         _check_lengths(LEVELS, features_per_stage=features_per_stage, dropout_per_stage=dropout_per_stage)
         _check_lengths(LEVELS - EMBEDDING_LEVELS, depths=depths, num_heads=num_heads, window_sizes=window_sizes)
+        _check_ranges(
+            [*features_per_stage, *depths, *num_heads, *window_sizes, input_channels, num_classes],
+            [*dropout_per_stage, drop_path],
+        )
         _check_heads(features_per_stage, num_heads)
         if norm_op not in (nn.BatchNorm3d, nn.InstanceNorm3d):
             raise ValueError(f"norm_op = {norm_op}; legal: torch.nn.BatchNorm3d, torch.nn.InstanceNorm3d")
@@ -147,11 +150,12 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
             nonlocal elements
             elements += output.numel()
 
-        network = copy.deepcopy(self).to("meta")
+        network = copy.deepcopy(self).to("meta").eval()
         for module in network.modules():
             if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
                 module.register_forward_hook(count)
-        network(torch.empty((1, self.input_channels, *input_size), device="meta"))
+        with torch.no_grad():
+            network(torch.empty((1, self.input_channels, *input_size), device="meta"))
         return elements
 
 
@@ -316,6 +320,15 @@ def _check_lengths(length: int, **arguments: Sequence[Any]) -> None:
             raise ValueError(f"{name} = {list(values)}; PCTNet needs {length} values")
 
 
+def _check_ranges(counts: Sequence[int], probabilities: Sequence[float]) -> None:
+    if min(counts) < 1:
+        raise ValueError(
+            f"PCTNet got {min(counts)} as a number of features, heads, blocks or voxels; legal: 1 and more"
+        )
+    if min(probabilities) < 0 or max(probabilities) >= 1:
+        raise ValueError(f"PCTNet got the dropout probabilities {list(probabilities)}; legal: from 0 to below 1")
+
+
 def _check_heads(features_per_stage: Sequence[int], num_heads: Sequence[int]) -> None:
     features = features_per_stage[EMBEDDING_LEVELS:]
     if any(f % h for f, h in zip(features, num_heads, strict=True)):
@@ -328,8 +341,10 @@ def _check_heads(features_per_stage: Sequence[int], num_heads: Sequence[int]) ->
 
 
 def _run(checkpointing: bool, module: nn.Module, *inputs: Tensor) -> Tensor:
-    if not checkpointing or not module.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not checkpointing or not module.training or not torch.is_grad_enabled():
         return module(*inputs)
+    if torch.compiler.is_compiling():  # takes no contexts, and counts statistics once
+        return checkpoint(module, *inputs, use_reentrant=False)
     return checkpoint(module, *inputs, use_reentrant=False, context_fn=lambda: _recomputation(module))
 
 

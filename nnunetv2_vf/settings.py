@@ -15,6 +15,12 @@ from typing import Any, ClassVar, TypeVar
 
 from nnunetv2_vf.errors import UserError
 
+# Learning rate and weight decay that an optimiser gets where it replaces the default one.
+_OWN_DEFAULTS = {
+    "adam": {"initial_lr": 1e-3, "weight_decay": 1e-5},
+    "adamw": {"initial_lr": 1e-3, "weight_decay": 1e-2},
+    "sgd": {"initial_lr": 1e-2, "weight_decay": 3e-5},
+}
 _S = TypeVar("_S", bound="ScheduleSettings")
 _FINETUNE_PREFIX = "nnUNet_vf_finetune_"
 _OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -66,7 +72,7 @@ class ScheduleSettings:
             UserError: a name or a value is not legal.
         """
         known = {f.name: f for f in fields(cls)}
-        values: dict[str, Any] = dict(recipe or {})
+        values: dict[str, Any] = {}
         section = plans.get(cls.section, {})
         if not isinstance(section, Mapping):
             raise UserError(f'{cls.section!r} in the plans is {section!r}; legal: settings as {{"name": value}}')
@@ -76,7 +82,10 @@ class ScheduleSettings:
             name = cls._field_name(variable)
             if name is not None:
                 values[name] = _legal_value(_known_field(known, name, "from " + variable), text, variable)
-        return cls(**values)
+        defaults = {f.name: f.default for f in fields(cls)} | dict(recipe or {})
+        if values.get("optimizer", defaults["optimizer"]) != defaults["optimizer"]:
+            defaults |= _OWN_DEFAULTS[values["optimizer"]]
+        return cls(**{**defaults, **values})
 
     @classmethod
     def _field_name(cls, variable: str) -> str | None:
@@ -158,7 +167,7 @@ class FinetuneSettings(ScheduleSettings):
     gradient_clip: float = _setting(12.0, "largest norm of the gradient; nnU-Net's own limit is 12", low=1e-6, high=12)
 
 
-# By network class. Nesterov SGD at 1e-2 is a U-Net's; attention wants an adaptive optimiser, a warm-up and short steps.
+# By network class, where nnU-Net's Nesterov SGD at 1e-2 is not what the network is trained with.
 FINETUNE_RECIPES: Mapping[str, Mapping[str, Any]] = {
     "nnunetv2_vf.pct_net.PCTNet": {
         "optimizer": "adamw",

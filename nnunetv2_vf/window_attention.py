@@ -57,7 +57,8 @@ class WindowAttention(nn.Module):
     B, the relative position bias, has one learnt value for each head and each offset between two tokens of a window.
     A map is zero-padded at the end of each axis to whole windows (padding tokens take part, as published). Along an
     axis no longer than a window there is one window of the map's length; it uses the inner part of the same bias
-    table, so that one set of parameters serves all map sizes. Such a map is not shifted along any axis, as published.
+    table, so that one set of parameters serves all map sizes. (MIS-FM is built for one map size, with windows as long
+    as its shortest axis along all three, and a table of their size.) As published, such a map is not shifted.
 
     Args:
         dim: C.
@@ -92,7 +93,7 @@ class WindowAttention(nn.Module):
         x = _pad(x, padded)
         if any(shift):
             x = x.roll([-s for s in shift], dims=(1, 2, 3))
-        x = self._attend(partition(x, window), self._bias(padded, window, shift, x.device))
+        x = self._attend(partition(x, window), padded, window, shift)
         x = merge(x, padded, window)
         if any(shift):
             x = x.roll(shift, dims=(1, 2, 3))
@@ -105,10 +106,11 @@ class WindowAttention(nn.Module):
         shift = self.window_size // 2 if self.shifted and min(size) > self.window_size else 0
         return (depth, height, width), (shift, shift, shift)
 
-    def _attend(self, tokens: Tensor, bias: Tensor) -> Tensor:
-        """Attention within windows (B, windows, N, C), with a bias of shape (windows or 1, heads, N, N)."""
+    def _attend(self, tokens: Tensor, padded: _Size, window: _Size, shift: _Size) -> Tensor:
+        """Attention within the windows of a padded map, (B, windows, N, C)."""
         qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1))
         qkv = qkv.permute(3, 0, 1, 4, 2, 5)  # 3, B, windows, heads, N, C / heads
+        bias = self._bias(padded, window, shift, qkv)
         # The fused kernels take 4 axes. A bias common to all windows lets windows join the batch, which copies
         # nothing; a bias of each window's own makes them join the heads, so that it need not be repeated B times.
         joined = 0 if bias.shape[0] == 1 else 1
@@ -117,20 +119,21 @@ class WindowAttention(nn.Module):
             query,
             key,
             value,
-            attn_mask=bias.to(query.dtype).reshape(1, -1, *bias.shape[2:]),
+            attn_mask=bias.reshape(1, -1, *bias.shape[2:]),
             dropout_p=self.dropout if self.training else 0.0,
         )
         out = out.unflatten(joined, tokens.shape[:2] if joined == 0 else (-1, self.num_heads))
         return out.transpose(2, 3).flatten(3)  # B, windows, N, C
 
-    def _bias(self, padded: _Size, window: _Size, shift: _Size, device: torch.device) -> Tensor:
+    def _bias(self, padded: _Size, window: _Size, shift: _Size, like: Tensor) -> Tensor:
+        """The bias, (windows or 1, heads, N, N), in the precision and on the device of ``like``."""
         d, h, w = window
         index = self.index[:d, :h, :w, :d, :h, :w].reshape(d * h * w, -1)
-        bias = self.position_bias[index].permute(2, 0, 1)[None]  # 1, heads, N, N
+        bias = self.position_bias[index].permute(2, 0, 1)[None].to(like.dtype)  # 1, heads, N, N
         if not any(shift):
             return bias
-        # Not worth a cache: the few operations on one number per token vanish beside the bias they select.
-        region = shifted_regions(padded, window, shift, device)  # windows, N
+        # Made anew each time: one number per token, next to windows x heads x N x N for the bias they select.
+        region = shifted_regions(padded, window, shift, like.device)  # windows, N
         together = region[:, None, :, None] == region[:, None, None, :]
         return torch.where(together, bias, bias + _OTHER_REGION)  # windows, heads, N, N
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.experiment_planners.network_topology import pad_shape
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
 
 from nnunetv2_vf.errors import UserError
@@ -20,7 +21,8 @@ from nnunetv2_vf.pct_net import MODES, PUBLISHED_FEATURES, PCTNet, total_stride
 from nnunetv2_vf.preflight import require_variables
 
 _INITIAL_VOXELS = 256**3  # of the largest patch that is considered, as in nnU-Net
-_MIN_BOTTLENECK = 2  # voxels along each axis of the deepest level: a norm over a single voxel fails
+_PRETEXT_CLASSES = 5  # of Volume Fusion, unless set otherwise: pretraining must fit as well
+_USABLE = 0.9  # of the memory target; CUDA's context, cuDNN's workspaces and fragmentation take the rest
 _MIN_BATCH = 2  # as in nnU-Net
 
 
@@ -40,13 +42,13 @@ def plan(
         plans_name: default ``PCTNetPlans``.
 
     Raises:
-        UserError: a dataset or its fingerprint is missing, or an argument is not legal. Before the first file is
-            written.
+        UserError: a dataset or its fingerprint is missing, or an argument is not legal (before the first file is
+            written); or a dataset's smallest patch does not fit the memory (then it gets no plans).
     """
     require_variables(nnUNet_raw, nnUNet_preprocessed)
-    if target_spacing is not None and min(target_spacing) <= 0:
+    if target_spacing is not None and not all(0 < mm < math.inf for mm in target_spacing):
         raise UserError(f"-overwrite_target_spacing {list(target_spacing)}; legal: three positive numbers, mm")
-    if gpu_memory_target is not None and gpu_memory_target <= 0:
+    if gpu_memory_target is not None and not 0 < gpu_memory_target < math.inf:
         raise UserError(f"-gpu_memory_target {gpu_memory_target:g}; legal: a positive number of GB")
     for dataset in [_dataset_with_fingerprint(dataset) for dataset in datasets]:
         plans, name = plan_experiment_dataset(
@@ -58,7 +60,7 @@ def plan(
 def _dataset_with_fingerprint(dataset: str) -> str:
     try:
         name: str = maybe_convert_to_dataset_name(int(dataset) if dataset.isdecimal() else dataset)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(f"no dataset {dataset}: {error}") from error
     if not (Path(nnUNet_raw) / name / "dataset.json").is_file():
         raise UserError(f"no dataset {dataset}: {nnUNet_raw}/{name}/dataset.json does not exist")
@@ -83,13 +85,16 @@ def _summary(plans: dict[str, Any], name: str, dataset_id: int) -> str:
     if len(lines) == 1:
         return f"{lines[0]} only the configuration 2d, with nnU-Net's U-Net: the images are two-dimensional"
     train = f"nnUNetv2_train {dataset_id} 3d_fullres"
+    weights = (
+        f"{nnUNet_results}/{plans['dataset_name']}/VFPretrainTrainer__{name}__3d_fullres/fold_all/vf_pretrained.pth"
+    )
     return "\n".join(
         [
             *lines,
             "Next:",
             f"  nnUNetv2_preprocess -d {dataset_id} -plans_name {name} -c 3d_fullres",
-            f"  {train} all -p {name} -tr VFPretrainTrainer      # to pretrain on it, or",
-            f"  {train} 0 -p {name} -tr VFFinetuneTrainer -pretrained_weights vf_pretrained.pth      # to fine-tune",
+            f"  {train} all -p {name} -tr VFPretrainTrainer      # if it is to pretrain on",
+            f"  {train} 0 -p {name} -tr VFFinetuneTrainer -pretrained_weights {weights}      # or another dataset's",
         ]
     )
 
@@ -155,7 +160,7 @@ class PCTNetPlanner(ExperimentPlanner):
         key = ("PCTNet", mode, patch, batch_size)
         if key not in cache:
             channels = len(self.dataset_json.get("channel_names", self.dataset_json.get("modality")))
-            classes = len(self.dataset_json["labels"])
+            classes = max(len(self.dataset_json["labels"]), _PRETEXT_CLASSES)
             build = functools.partial(PCTNet, channels, PUBLISHED_FEATURES, MODES[mode], classes, deep_supervision=True)
             cache[key] = measure_step(build, batch_size, channels, patch).total
         return cache[key]
@@ -166,7 +171,7 @@ class PCTNetPlanner(ExperimentPlanner):
         if step_bytes(patches[high]) > self._target_bytes:
             raise UserError(
                 f"-gpu_memory_target {self.UNet_vram_target_GB:g} is too small for PCT-Net: a step with the smallest "
-                f"patch, {patches[high]}, takes {step_bytes(patches[high]) / GIB:.1f} GB"
+                f"patch, {patches[high]}, takes {step_bytes(patches[high]) / GIB:.1f} GB, and a tenth is left free"
             )
         while low < high:
             middle = (low + high) // 2
@@ -187,13 +192,14 @@ class PCTNetPlanner(ExperimentPlanner):
 
     @property
     def _target_bytes(self) -> float:
-        return self.UNet_vram_target_GB * GIB
+        return _USABLE * self.UNet_vram_target_GB * GIB
 
 
 def resolution_mode(spacing: Sequence[float]) -> int:
     """The paper's resolution mode for a spacing (mm), slices first: 0, 1 or 2 levels that leave the slices alone.
 
-    nnU-Net's rule: an axis is halved once its spacing is less than twice the others'.
+    The slices are halved once they are less than twice as far apart as the voxels along the coarser of the other
+    axes, which is nnU-Net's factor. (nnU-Net compares with the finest axis, but can also leave other axes alone.)
     """
     anisotropy = spacing[0] / max(spacing[1:])
     return min(int(np.floor(np.log2(max(anisotropy, 1)))), len(MODES) - 1)
@@ -212,7 +218,9 @@ def candidate_patches(
         median_shape: of the resampled cases, in voxels.
         divisor: each side of a patch is a multiple of it.
     """
-    shortest = _MIN_BOTTLENECK * np.array(divisor)
+    shortest = np.minimum(2, np.ceil(median_shape / np.array(divisor))).astype(int) * divisor
+    if (shortest == divisor).all():  # a norm over the single voxel of the deepest level fails
+        shortest *= 2
     per_mm = 1 / np.asarray(spacing, dtype=float)
     cube = np.round(per_mm * (_INITIAL_VOXELS / np.prod(per_mm)) ** (1 / 3))
     patch = np.maximum(pad_shape(np.minimum(cube, np.ceil(median_shape)).astype(int), divisor), shortest)

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -111,35 +112,55 @@ def test_the_position_bias_of_every_pair_of_tokens_stays():
         assert torch.equal(ours, table[released_index(w)])
 
 
+TABLE = "pyramid_ct.convtrans_e2.trans.blocks.0.attn.relative_position_bias_table"
+INDEX = TABLE.replace("bias_table", "index")
+
+
 @pytest.mark.parametrize(
     ("change", "mode", "message"),
     [
-        (lambda r: r.update({"pyramid_ct.extra.weight": torch.ones(1)}), 1, "unexpected pyramid_ct.extra.weight"),
-        (lambda r: r.update({"embeddings.1.proj.bias": "text"}), 1, "unexpected embeddings.1.proj.bias"),
-        (lambda r: r.pop("pyramid_ct.up4.up.0.bias"), 1, r"decoder.ups.0.up.0.bias missing \(expected \(32,\)\)"),
-        (lambda r: r.pop("embeddings.1.proj.weight"), 1, "lacks what PCTNet calls .*encoder.stem.weight"),
-        (lambda r: r.clear(), 1, "lacks what PCTNet calls"),
-        (
-            lambda r: r.update({"pyramid_ct.convtrans_e2.trans.blocks.0.attn.relative_position_index": torch.eye(27)}),
-            None,
-            "unexpected .*relative_position_index",
-        ),
-        (lambda r: r.update({"embeddings.1.proj.bias": torch.ones(5)}), 1, r"encoder.stem.bias \(5,\) \(expected"),
-        (lambda r: None, 0, "--mode 0, but .* trained with resolution mode 1"),
-        (lambda r: [v.zero_() for k, v in r.items() if "tracked" in k], None, r"say it: --mode 0\|1\|2"),
+        ({"pyramid_ct.extra.weight": torch.ones(1)}, 1, "unexpected pyramid_ct.extra.weight"),
+        ({"pyramid_ct.extra.norm_layer.weight": torch.ones(1)}, 1, "unexpected pyramid_ct.extra.norm_layer.weight"),
+        ({"embeddings.1.proj.bias": "text"}, 1, "unexpected embeddings.1.proj.bias"),
+        ({"embeddings.2.note": "text"}, 1, "unexpected embeddings.2.note"),
+        ({3: torch.ones(1)}, 1, "unexpected 3"),
+        ({"embeddings.1.proj.bias": torch.full((4,), torch.nan)}, 1, "unexpected embeddings.1.proj.bias"),
+        ({"embeddings.1.proj.bias": torch.ones(5)}, 1, r"encoder.stem.bias \(5,\) float32 \(expected \(4,\)"),
+        ({"embeddings.1.proj.bias": torch.ones(4).long()}, 1, r"encoder.stem.bias \(4,\) int64 \(expected \(4,\)"),
+        ({"pyramid_ct.up4.up.0.bias": None}, 1, r"decoder.ups.0.up.0.bias missing \(expected \(32,\)"),
+        ({"embeddings.1.proj.weight": None}, 1, "lacks what PCTNet calls .*encoder.stem.weight"),
+        ({TABLE: torch.ones(125)}, 1, f"unexpected {TABLE}"),
+        ({TABLE: torch.ones(125, 0)}, 1, f"unexpected {TABLE}"),
+        ({TABLE: torch.ones(124, 4)}, 1, f"unexpected {TABLE}"),
+        ({INDEX: torch.eye(27)}, 1, f"unexpected {TABLE}"),
+        ({INDEX: torch.ones(10**6).long()}, 1, f"unexpected {TABLE}"),
+        ({INDEX: released_index(2)}, 1, f"unexpected {TABLE}"),
+        ({INDEX: None}, 1, f"unexpected {TABLE}"),
+        ({}, 0, "--mode 0, but .* trained with resolution mode 1"),
+        ({"embeddings.1.conv0.conv_conv.0.num_batches_tracked": torch.tensor(0)}, None, r"say it: --mode 0\|1\|2"),
     ],
 )
 def test_what_is_unexpected_is_listed_and_refused(change, mode, message):
-    released = release(1)
-    change(released)
+    released = {name: value for name, value in {**release(1), **change}.items() if value is not None}
     with pytest.raises(UserError, match=message):
         convert_state_dict(released, mode)
 
 
+def test_an_empty_checkpoint_is_refused():
+    with pytest.raises(UserError, match="lacks what PCTNet calls"):
+        convert_state_dict({}, 1)
+
+
 def test_the_command_writes_an_artifact_that_nnunet_can_build(tmp_path, capsys):
-    torch.save({"model_state_dict": release(1), "optimizer_state_dict": {}}, tmp_path / "release.pt")
+    # MIS-FM's training code, PyMIC's, stores its score as a numpy number
+    score = {"iteration": 100, "valid_pred": np.float32(0.9), "best": np.float64(0.9), "optimizer_state_dict": {}}
+    torch.save({"model_state_dict": release(1), **score}, tmp_path / "release.pt")
     main(["convert", str(tmp_path / "release.pt"), "-o", str(tmp_path / "out.pth")])
-    assert "resolution mode 1, 2 input channels, 3 classes" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "resolution mode 1, 2 input channels, 3 classes" in out
+    assert f'set in the arch_kwargs of the plan: "features_per_stage": {list(FEATURES)}' in out
+    assert f'"window_sizes": {list(WINDOWS)}' in out
+    assert "heads" not in out.rpartition("arch_kwargs")[2], "as planned"
     artifact = read_artifact(tmp_path / "out.pth")
     assert artifact["vf"]["converted_from"]["project"] == "MIS-FM"
     build(artifact).load_state_dict(artifact["network_weights"])
@@ -178,6 +199,16 @@ def test_other_files_are_refused_and_nothing_is_written(tmp_path, content, messa
     assert not (tmp_path / "out.pth").exists()
 
 
+@pytest.mark.parametrize("output", ["no/such/folder/out.pth", ".", "release.pt"])
+def test_an_output_that_cannot_be_written_is_refused(tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model_state_dict": release(1)}, "release.pt")
+    before = Path("release.pt").read_bytes()
+    with pytest.raises(SystemExit, match=f"cannot write {output}"):
+        main(["convert", "release.pt", "-o", output])
+    assert Path("release.pt").read_bytes() == before
+
+
 @pytest.mark.parametrize("mode", [0, 1])
 def test_published_outputs_are_reproduced(mode, tmp_path):
     """Against outputs of MIS-FM's own code (``fixtures`` beside the folder of real test data)."""
@@ -193,5 +224,6 @@ def test_published_outputs_are_reproduced(mode, tmp_path):
     with torch.no_grad():
         outputs = converted(fixture["input_int8"].float() * fixture["input_scale"])
     published = list(zip(fixture["outputs_strided"], fixture["strides"], strict=True))
-    for output, (expected, step) in zip(outputs, published, strict=False):  # mode 0 has the first only
+    assert len(published) == (1 if mode == 0 else 4)
+    for output, (expected, step) in zip(outputs[: len(published)], published, strict=True):
         torch.testing.assert_close(output[..., ::step, ::step, ::step], expected, atol=1e-4, rtol=0)

@@ -94,6 +94,13 @@ def test_the_demo_ends_within_six_minutes_with_one_table(tmp_path):
         assert Path(picture).is_file()
 
 
+def narrow_network(plans_file: Path, features: list[int]) -> None:
+    """Fewer features than planned, for a CPU."""
+    plans = json.loads(plans_file.read_text())
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] = features
+    plans_file.write_text(json.dumps(plans))
+
+
 @pytest.mark.slow
 def test_pretraining_on_real_mr_volumes_rises_well_above_an_untrained_network(tmp_path):
     """The Hippocampus task of the Medical Segmentation Decathlon, below the folder NNUNETV2_VF_TEST_DATA."""
@@ -103,10 +110,7 @@ def test_pretraining_on_real_mr_volumes_rises_well_above_an_untrained_network(tm
     host = Host(tmp_path, processes=2)
     (host.raw / "Dataset004_Hippocampus").symlink_to(Path(data) / "Dataset004_Hippocampus")
     host.run("nnUNetv2_plan_and_preprocess", "-d", 4, "-c", "3d_fullres", "-np", 2)
-    plans_file = host.preprocessed / "Dataset004_Hippocampus" / "nnUNetPlans.json"
-    plans = json.loads(plans_file.read_text())
-    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] = [8, 16, 32, 64]
-    plans_file.write_text(json.dumps(plans))
+    narrow_network(host.preprocessed / "Dataset004_Hippocampus" / "nnUNetPlans.json", [8, 16, 32, 64])
 
     def pretext_dice(**settings: float) -> float:
         host.run(
@@ -146,10 +150,11 @@ def test_pct_net_predicts_real_ct_at_three_resolutions(tmp_path):
     for mode, slice_mm in enumerate((3, 8, 13)):
         plans = f"PCTNetPlans{slice_mm}mm"
         host.run(
-            "nnUNetv2_vf", "plan", "-d", 9, "-gpu_memory_target", 1.5, "-overwrite_plans_name", plans,
+            "nnUNetv2_vf", "plan", "-d", 9, "-gpu_memory_target", 4, "-overwrite_plans_name", plans,
             "-overwrite_target_spacing", slice_mm, 3, 3,
         )  # fmt: skip
         assert f"resolution mode {mode}" in host.log.read_text().rpartition("$ ")[2]
+        narrow_network(host.preprocessed / dataset.name / f"{plans}.json", [8, 16, 32, 64, 128])
         host.run("nnUNetv2_preprocess", "-d", 9, "-plans_name", plans, "-c", "3d_fullres", "-np", 1)
         common = ("-p", plans, "-tr", "VFFinetuneTrainer", "-device", "cpu")
         host.run("nnUNetv2_train", 9, "3d_fullres", "all", *common, **variables)

@@ -81,6 +81,9 @@ def test_other_sizes_are_refused_with_both_sizes():
         ({"features_per_stage": (4, 8, 8, 16, 30)}, "num_heads = .* must divide"),
         ({"depths": (2, 2)}, "depths = .*needs 3 values"),
         ({"norm_op": nn.GroupNorm}, "norm_op = .*BatchNorm3d"),
+        ({"window_sizes": (0, 6, 6)}, "got 0 as a number of .*legal: 1 and more"),
+        ({"num_heads": (0, 8, 16)}, "got 0 as a number of .*legal: 1 and more"),
+        ({"drop_path": 1.0}, "dropout probabilities .*legal: from 0 to below 1"),
     ],
 )
 def test_illegal_arguments_are_named(arguments, message):
@@ -135,16 +138,28 @@ def test_only_the_output_layers_are_not_transferred(tmp_path, capsys):
 
 
 # aot_eager fails in the backward pass of a dropout whose gradient is a transposed view; eager and inductor do not
-@pytest.mark.parametrize(("mode", "backend", "dropout"), [(0, "aot_eager", 0.0), (2, "eager", 0.2)])
-def test_it_compiles_into_one_graph(mode, backend, dropout):
-    network = new_network(mode, dropout_per_stage=(dropout,) * 5, drop_path=dropout)
+@pytest.mark.parametrize(
+    ("mode", "backend", "dropout", "checkpointing"),
+    [
+        (0, "aot_eager", 0.0, False),
+        (1, "aot_eager", 0.0, True),
+        (2, "eager", 0.2, False),
+        pytest.param(0, "inductor", 0.2, False, marks=pytest.mark.slow),
+    ],
+)
+def test_it_compiles_into_one_graph(mode, backend, dropout, checkpointing):
+    chances = {"dropout_per_stage": (dropout,) * 5, "drop_path": dropout}
+    network = new_network(mode, activation_checkpointing=checkpointing, **chances)
     compiled = torch.compile(network, fullgraph=True, backend=backend)
     x = volume(SIZES[mode])
     backward(compiled, x)
     assert all(p.grad is not None for p in network.parameters())
     if dropout == 0:
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(x), network(x))
+        reference = new_network(mode, **chances)
+        backward(reference, x)
+        torch.testing.assert_close(network.state_dict(), reference.state_dict())  # batch statistics counted once
+        expected = [p.grad for p in reference.parameters()]
+        torch.testing.assert_close([p.grad for p in network.parameters()], expected, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -183,7 +198,10 @@ def test_checkpointing_changes_memory_only(norm_op):
 
 def test_the_feature_maps_are_counted():
     network = new_network(deep_supervision=False)
+    assert network.training
+    network.compute_conv_feature_map_size((16, 16, 16))  # a single voxel at the deepest level
     small, large = (network.compute_conv_feature_map_size(size) for size in ((32, 32, 32), (64, 32, 32)))
+    assert network.training
     assert large == 2 * small
     stem, output = 4 * 32**3, 3 * 32**3
     assert small > stem + output

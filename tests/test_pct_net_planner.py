@@ -20,6 +20,7 @@ CASES = {  # spacing in mm, median shape in voxels, cases, resolution mode
     "tiny": ((1.0, 1.0, 1.0), (35, 50, 35), 130, 0),
     "large": ((1.5, 0.8, 0.8), (300, 512, 512), 100, 0),
     "thin": ((8.0, 1.25, 1.25), (10, 200, 220), 100, 2),
+    "thin, isotropic": ((1.0, 1.0, 1.0), (12, 100, 100), 100, 0),
 }
 
 
@@ -67,9 +68,9 @@ def test_plans_are_legal_and_fit_the_memory_target(dataset, name):
     assert all(side % d == 0 for side, d in zip(plan["patch_size"], divisor, strict=True))
     assert all(side < s + d for side, s, d in zip(plan["patch_size"], shape, divisor, strict=True))
     assert plan["batch_size"] >= 2
-    assert plan["estimated_training_memory_gb"] <= 6
+    assert plan["estimated_training_memory_gb"] <= 0.9 * 6  # a tenth stays free
     covers_all = all(side >= s for side, s in zip(plan["patch_size"], shape, strict=True))
-    assert covers_all or plan["estimated_training_memory_gb"] > 5  # as large as the target allows
+    assert covers_all or plan["estimated_training_memory_gb"] > 4.5  # as large as the target allows
 
 
 def test_everything_else_is_nnunets(dataset):
@@ -113,7 +114,8 @@ def test_the_target_spacing_can_be_set_and_the_next_commands_are_printed(dataset
     assert "resolution mode 2" in out
     assert "  nnUNetv2_preprocess -d 42 -plans_name PCTNetPlans -c 3d_fullres\n" in out
     assert "  nnUNetv2_train 42 3d_fullres all -p PCTNetPlans -tr VFPretrainTrainer" in out
-    assert "  nnUNetv2_train 42 3d_fullres 0 -p PCTNetPlans -tr VFFinetuneTrainer" in out
+    assert "  nnUNetv2_train 42 3d_fullres 0 -p PCTNetPlans -tr VFFinetuneTrainer -pretrained_weights /" in out
+    assert "VFPretrainTrainer__PCTNetPlans__3d_fullres/fold_all/vf_pretrained.pth" in out
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,10 @@ def test_the_target_spacing_can_be_set_and_the_next_commands_are_printed(dataset
     [
         (["-d", "43"], "no dataset 43"),
         (["-d", "Dataset043_Other"], "no dataset Dataset043_Other"),
+        (["-d", "other"], "no dataset other"),
+        (["-d", "42", "-gpu_memory_target", "nan"], "-gpu_memory_target nan; legal: a positive number"),
+        (["-d", "42", "-gpu_memory_target", "inf"], "-gpu_memory_target inf; legal: a positive number"),
+        (["-d", "42", "-overwrite_target_spacing", "nan", "1", "1"], "three positive numbers"),
         (["-d", "42", "-gpu_memory_target", "0"], "-gpu_memory_target 0; legal: a positive number"),
         (["-d", "42", "-gpu_memory_target", "0.5"], "-gpu_memory_target 0.5 is too small.*takes 0.. GB"),
         (["-d", "42", "-overwrite_target_spacing", "1", "0", "1"], "three positive numbers"),
@@ -153,7 +159,8 @@ def test_two_dimensional_images_get_nnunets_plan(dataset, capsys):
         ((2, 1, 1), 1),
         ((3.9, 1, 1), 1),
         ((4, 1, 1), 2),
-        ((99, 1, 1), 2),
+        ((9, 1, 2), 2),
+        ((2.5, 1.5, 1), 0),
         ((1, 3, 1), 0),
     ],
 )

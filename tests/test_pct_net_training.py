@@ -75,5 +75,5 @@ def test_every_part_of_the_recipe_is_a_setting(tiny, pct_plans, monkeypatch):
     trainer = get_trainer_from_args(*TRAINING, "VFFinetuneTrainer", pct_plans, device=CPU)
     trainer.initialize()
     assert type(trainer.optimizer) is torch.optim.SGD
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2), "nnU-Net's own for SGD"
     assert trainer.settings.gradient_clip == 1.0

@@ -17,6 +17,31 @@ def test_environment_beats_plans_beats_defaults():
     assert settings.pairing == VFSettings().pairing
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"optimizer": "sgd"}, (1e-2, 3e-5)),
+        ({"optimizer": "adamw"}, (1e-3, 1e-2)),
+        ({"optimizer": "sgd", "initial_lr": "0.1"}, (0.1, 3e-5)),
+        ({"optimizer": "adam"}, (1e-3, 1e-5)),
+        ({}, (1e-3, 1e-5)),
+    ],
+)
+def test_another_optimizer_comes_with_its_own_rate_and_decay(values, expected):
+    settings = VFSettings.resolve({}, {f"nnUNet_vf_{name}": value for name, value in values.items()})
+    assert (settings.initial_lr, settings.weight_decay) == expected
+
+
+def test_a_recipe_is_less_than_plans_and_environment():
+    recipe = {"optimizer": "adamw", "initial_lr": 0.5, "gradient_clip": 2.0}
+    plans = {"volume_fusion_finetune": {"gradient_clip": 3.0}}
+    settings = FinetuneSettings.resolve(plans, {"nnUNet_vf_finetune_warmup_fraction": "0.1"}, recipe)
+    assert (settings.optimizer, settings.initial_lr) == ("adamw", 0.5)
+    assert (settings.gradient_clip, settings.warmup_fraction) == (3.0, 0.1)
+    other = FinetuneSettings.resolve({}, {"nnUNet_vf_finetune_optimizer": "adam"}, recipe)
+    assert (other.initial_lr, other.weight_decay, other.gradient_clip) == (1e-3, 1e-5, 2.0)
+
+
 def test_round_trip_through_plans():
     settings = VFSettings(num_epochs=3, crop_scale=(1, 1), fusion_map="blocks")
     assert VFSettings.resolve({"volume_fusion": settings.as_dict()}, {}) == settings
