@@ -12,7 +12,7 @@ import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.experiment_planners.network_topology import pad_shape
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
 
 from nnunetv2_vf.errors import UserError
@@ -85,16 +85,15 @@ def _summary(plans: dict[str, Any], name: str, dataset_id: int) -> str:
     if len(lines) == 1:
         return f"{lines[0]} only the configuration 2d, with nnU-Net's U-Net: the images are two-dimensional"
     train = f"nnUNetv2_train {dataset_id} 3d_fullres"
-    weights = (
-        f"{nnUNet_results}/{plans['dataset_name']}/VFPretrainTrainer__{name}__3d_fullres/fold_all/vf_pretrained.pth"
-    )
+    fold = f"$nnUNet_results/{plans['dataset_name']}/VFPretrainTrainer__{name}__3d_fullres/fold_all"
+    finetune = f"-tr VFFinetuneTrainer -pretrained_weights {fold}/vf_pretrained.pth"
     return "\n".join(
         [
             *lines,
             "Next:",
             f"  nnUNetv2_preprocess -d {dataset_id} -plans_name {name} -c 3d_fullres",
             f"  {train} all -p {name} -tr VFPretrainTrainer      # if it is to pretrain on",
-            f"  {train} 0 -p {name} -tr VFFinetuneTrainer -pretrained_weights {weights}      # or another dataset's",
+            f"  {train} 0 -p {name} {finetune}      # or another dataset's",
         ]
     )
 

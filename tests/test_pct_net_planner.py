@@ -114,8 +114,9 @@ def test_the_target_spacing_can_be_set_and_the_next_commands_are_printed(dataset
     assert "resolution mode 2" in out
     assert "  nnUNetv2_preprocess -d 42 -plans_name PCTNetPlans -c 3d_fullres\n" in out
     assert "  nnUNetv2_train 42 3d_fullres all -p PCTNetPlans -tr VFPretrainTrainer" in out
-    assert "  nnUNetv2_train 42 3d_fullres 0 -p PCTNetPlans -tr VFFinetuneTrainer -pretrained_weights /" in out
-    assert "VFPretrainTrainer__PCTNetPlans__3d_fullres/fold_all/vf_pretrained.pth" in out
+    assert "  nnUNetv2_train 42 3d_fullres 0 -p PCTNetPlans" in out
+    pretrained = "$nnUNet_results/Dataset042_Made/VFPretrainTrainer__PCTNetPlans__3d_fullres/fold_all/vf_pretrained.pth"
+    assert f" -tr VFFinetuneTrainer -pretrained_weights {pretrained} " in out
 
 
 @pytest.mark.parametrize(
