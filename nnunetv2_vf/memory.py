@@ -5,8 +5,7 @@ nnU-Net's own planner compares feature map sizes with a reference U-Net; attenti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +50,9 @@ def measure_step(build: Callable[[], nn.Module], batch_size: int, channels: int,
             kept[storage._cdata] = storage
         return tensor
 
-    with FakeTensorMode(), torch.device("cuda"), _cuda_autocast(), _FusedAttention():
+    # Fake tensors of the CPU, which every build of torch has. CUDA's kernels keep 3 to 5 % less: one byte of a
+    # dropout's mask, where the CPU's keep two.
+    with FakeTensorMode(), torch.autocast("cpu", torch.float16), _FusedAttention():
         network = build().train()
         dice = {"batch_dice": True, "do_bg": False, "smooth": 1e-5, "ddp": False}
         loss = DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
@@ -65,21 +66,8 @@ def measure_step(build: Callable[[], nn.Module], batch_size: int, channels: int,
     return StepMemory((2 + _ADAM_STATES) * weights, sum(sizes), max(sizes))
 
 
-@contextmanager
-def _cuda_autocast() -> Iterator[None]:
-    """torch.autocast("cuda"), which refuses to start where there is no GPU; fake tensors need none."""
-    torch.set_autocast_enabled("cuda", True)
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        torch.autocast_decrement_nesting()
-        torch.clear_autocast_cache()
-        torch.set_autocast_enabled("cuda", False)
-
-
 class _FusedAttention(TorchFunctionMode):
-    """Take the kernel that CUDA takes for attention with a bias; without a GPU torch would plan for the plain one."""
+    """Take the kernel that CUDA takes for attention with a bias; a CPU takes the plain one, which keeps all weights."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

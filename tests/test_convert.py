@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_vf.cli import main
@@ -163,6 +164,9 @@ def test_the_command_writes_an_artifact_that_nnunet_can_build(tmp_path, capsys):
     assert "heads" not in out.rpartition("arch_kwargs")[2], "as planned"
     artifact = read_artifact(tmp_path / "out.pth")
     assert artifact["vf"]["converted_from"]["project"] == "MIS-FM"
+    target = network(1)  # as from a plan with what was printed
+    load_pretrained_weights(target, tmp_path / "out.pth")
+    assert torch.equal(target.encoder.stem.weight, artifact["network_weights"]["encoder.stem.weight"])
     build(artifact).load_state_dict(artifact["network_weights"])
 
 

