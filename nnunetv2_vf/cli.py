@@ -34,6 +34,12 @@ def _parser() -> argparse.ArgumentParser:
     env.add_argument("--shell", choices=sorted(_EXPORT), default="sh", help="default: sh (bash, zsh, dash)")
 
     plan = _add(commands, "plan", _plan, "nnU-Net's experiment planning, with PCT-Net in the 3D configurations")
+    plan.description = (
+        "nnU-Net's experiment planning with PCT-Net in the 3D configurations; needs nnUNetv2_extract_fingerprint. "
+        "Writes PCTNetPlans.json where nnU-Net keeps its plans, and prints the commands that come next. The spacing "
+        "decides the resolution mode: 0 if the slices are less than twice as far apart as the voxels within them, 1 up to four "
+        "times, 2 beyond; pretrained weights fit plans of their own mode."
+    )
     plan.add_argument("-d", required=True, nargs="+", metavar="DATASET", help="dataset ids or names")
     plan.add_argument(
         "-gpu_memory_target",
@@ -45,7 +51,11 @@ def _parser() -> argparse.ArgumentParser:
         "-preprocessor_name", default="DefaultPreprocessor", metavar="CLASS", help="nnU-Net's; default: %(default)s"
     )
     plan.add_argument(
-        "-overwrite_target_spacing", type=float, nargs=3, metavar="MM", help="of 3d_fullres; default: nnU-Net's choice"
+        "-overwrite_target_spacing",
+        type=float,
+        nargs=3,
+        metavar="MM",
+        help="of 3d_fullres, slices first; default: nnU-Net's choice",
     )
     plan.add_argument("-overwrite_plans_name", metavar="PLANS", help="default: PCTNetPlans")
 
@@ -109,8 +119,11 @@ def _convert(args: argparse.Namespace) -> None:
 
     converted = convert_file(args.release, args.o, args.mode)
     print(f"wrote {args.o}: {converted}")
-    if converted.unplanned:
-        print(f"to fine-tune it, set in the arch_kwargs of the plan: {json.dumps(converted.unplanned)[1:-1]}")
+    print(
+        "It fits plans of nnUNetv2_vf plan that have, in configurations / 3d_fullres / architecture / arch_kwargs:\n"
+        f"  {json.dumps(converted.decisive)[1:-1]}\n"
+        f"  nnUNetv2_train ID 3d_fullres 0 -p PLANS -tr VFFinetuneTrainer -pretrained_weights {args.o}"
+    )
 
 
 def _preview(args: argparse.Namespace) -> None:

@@ -94,9 +94,10 @@ class Conversion:
         )
 
     @property
-    def unplanned(self) -> dict[str, list[int]]:
-        """What a plan's ``arch_kwargs`` must be changed to, for the weights to fit."""
-        return {name: self.arch_kwargs[name] for name in _PLANNED if self.arch_kwargs[name] != _PLANNED[name]}
+    def decisive(self) -> dict[str, Any]:
+        """What a plan's ``arch_kwargs`` must hold for the weights to fit: the mode, and what is not as planned."""
+        unplanned = {name: self.arch_kwargs[name] for name in _PLANNED if self.arch_kwargs[name] != _PLANNED[name]}
+        return {"strides": self.arch_kwargs["strides"], **unplanned}
 
 
 def convert_file(release: Path, output: Path, mode: int | None = None) -> Conversion:
@@ -107,14 +108,16 @@ def convert_file(release: Path, output: Path, mode: int | None = None) -> Conver
             output cannot be written.
     """
     if not release.is_file():
-        raise UserError(f"no file {release}; MIS-FM's README links the released weights")
+        raise UserError(f"no file {release}; https://github.com/openmedlab/MIS-FM links the released weights")
     if not output.parent.is_dir() or output.is_dir() or output.resolve() == release.resolve():
-        raise UserError(f"cannot write {output}; legal: a new file name in a folder that exists")
+        raise UserError(f"cannot write {output}; legal: a file in a folder that exists, other than the release itself")
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             checkpoint = torch.load(release, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{release} is damaged or needs more than tensors to load: {type(error).__name__}") from error
+        raise UserError(
+            f"{release} is no PyTorch checkpoint, is damaged, or needs code of its own to load: {type(error).__name__}"
+        ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
         raise UserError(f"{release} is not a released MIS-FM checkpoint: it has no 'model_state_dict'")
     converted = convert_state_dict(checkpoint["model_state_dict"], mode)
@@ -176,7 +179,10 @@ def _trained_mode(released: Mapping[str, Tensor], asked: int | None) -> int:
     if asked is None and len(trained) == 1:
         return trained[0]
     if asked is None:
-        raise UserError("the checkpoint does not tell the resolution mode it was trained with; say it: --mode 0|1|2")
+        raise UserError(
+            "the checkpoint does not tell the resolution mode it was trained with (no batch statistics are in use); "
+            "take resolution_mode of the configuration it was trained with: --mode 0|1|2"
+        )
     if trained and asked not in trained:
         raise UserError(
             f"--mode {asked}, but the checkpoint was trained with resolution mode {', '.join(map(str, trained))} "

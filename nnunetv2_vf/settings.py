@@ -81,11 +81,18 @@ class ScheduleSettings:
         for variable, text in environment.items():
             name = cls._field_name(variable)
             if name is not None:
+                cls._refuse_other_prefix(name, variable)
                 values[name] = _legal_value(_known_field(known, name, "from " + variable), text, variable)
         defaults = {f.name: f.default for f in fields(cls)} | dict(recipe or {})
         if values.get("optimizer", defaults["optimizer"]) != defaults["optimizer"]:
             defaults |= _OWN_DEFAULTS[values["optimizer"]]
         return cls(**{**defaults, **values})
+
+    @classmethod
+    def _refuse_other_prefix(cls, name: str, variable: str) -> None:
+        other = FinetuneSettings if cls is VFSettings else VFSettings
+        if name in {f.name for f in fields(other)} - {f.name for f in fields(cls)}:
+            raise UserError(f"{variable} is not a setting of this training; legal there: {other.prefix}{name}")
 
     @classmethod
     def _field_name(cls, variable: str) -> str | None:

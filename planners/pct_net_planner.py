@@ -168,9 +168,10 @@ class PCTNetPlanner(ExperimentPlanner):
         """The first of the shrinking patches that fits the memory target, by bisection."""
         low, high = 0, len(patches) - 1
         if step_bytes(patches[high]) > self._target_bytes:
+            needed = math.ceil(step_bytes(patches[high]) / GIB / _USABLE * 10) / 10
             raise UserError(
-                f"-gpu_memory_target {self.UNet_vram_target_GB:g} is too small for PCT-Net: a step with the smallest "
-                f"patch, {patches[high]}, takes {step_bytes(patches[high]) / GIB:.1f} GB, and a tenth is left free"
+                f"-gpu_memory_target {self.UNet_vram_target_GB:g} is too small for PCT-Net, whose smallest patch is "
+                f"{patches[high]}; use at least {needed:g} GB"
             )
         while low < high:
             middle = (low + high) // 2

@@ -138,7 +138,11 @@ INDEX = TABLE.replace("bias_table", "index")
         ({INDEX: released_index(2)}, 1, f"unexpected {TABLE}"),
         ({INDEX: None}, 1, f"unexpected {TABLE}"),
         ({}, 0, "--mode 0, but .* trained with resolution mode 1"),
-        ({"embeddings.1.conv0.conv_conv.0.num_batches_tracked": torch.tensor(0)}, None, r"say it: --mode 0\|1\|2"),
+        (
+            {"embeddings.1.conv0.conv_conv.0.num_batches_tracked": torch.tensor(0)},
+            None,
+            r"take resolution_mode .*--mode 0\|1\|2",
+        ),
     ],
 )
 def test_what_is_unexpected_is_listed_and_refused(change, mode, message):
@@ -159,9 +163,11 @@ def test_the_command_writes_an_artifact_that_nnunet_can_build(tmp_path, capsys):
     main(["convert", str(tmp_path / "release.pt"), "-o", str(tmp_path / "out.pth")])
     out = capsys.readouterr().out
     assert "resolution mode 1, 2 input channels, 3 classes" in out
-    assert f'set in the arch_kwargs of the plan: "features_per_stage": {list(FEATURES)}' in out
-    assert f'"window_sizes": {list(WINDOWS)}' in out
-    assert "heads" not in out.rpartition("arch_kwargs")[2], "as planned"
+    hint = out.rpartition("arch_kwargs")[2]
+    assert f'"strides": {[list(stride) for stride in MODES[1]]}, "features_per_stage": {list(FEATURES)}' in hint
+    assert f'"window_sizes": {list(WINDOWS)}' in hint
+    assert "heads" not in hint, "as planned"
+    assert f"-pretrained_weights {tmp_path / 'out.pth'}" in hint
     artifact = read_artifact(tmp_path / "out.pth")
     assert artifact["vf"]["converted_from"]["project"] == "MIS-FM"
     target = network(1)  # as from a plan with what was printed
@@ -187,9 +193,9 @@ def build(artifact: dict, **kwargs) -> torch.nn.Module:
     ("content", "message"),
     [
         (None, "no file"),
-        (b"not a checkpoint", "damaged or needs more than tensors"),
+        (b"not a checkpoint", "is no PyTorch checkpoint"),
         ({"state": {}}, "no 'model_state_dict'"),
-        ({"model_state_dict": {}, "written_by": Path("x")}, "needs more than tensors"),  # would run code to load
+        ({"model_state_dict": {}, "written_by": Path("x")}, "needs code of its own"),  # would run code to load
     ],
 )
 def test_other_files_are_refused_and_nothing_is_written(tmp_path, content, message):

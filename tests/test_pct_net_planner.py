@@ -129,7 +129,7 @@ def test_the_target_spacing_can_be_set_and_the_next_commands_are_printed(dataset
         (["-d", "42", "-gpu_memory_target", "inf"], "-gpu_memory_target inf; legal: a positive number"),
         (["-d", "42", "-overwrite_target_spacing", "nan", "1", "1"], "three positive numbers"),
         (["-d", "42", "-gpu_memory_target", "0"], "-gpu_memory_target 0; legal: a positive number"),
-        (["-d", "42", "-gpu_memory_target", "0.5"], "-gpu_memory_target 0.5 is too small.*takes 0.. GB"),
+        (["-d", "42", "-gpu_memory_target", "0.5"], "-gpu_memory_target 0.5 is too small.*use at least 1.. GB"),
         (["-d", "42", "-overwrite_target_spacing", "1", "0", "1"], "three positive numbers"),
     ],
 )

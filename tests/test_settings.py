@@ -32,6 +32,18 @@ def test_another_optimizer_comes_with_its_own_rate_and_decay(values, expected):
     assert (settings.initial_lr, settings.weight_decay) == expected
 
 
+@pytest.mark.parametrize(
+    ("kind", "variable", "mended"),
+    [
+        (VFSettings, "nnUNet_vf_warmup_fraction", "nnUNet_vf_finetune_warmup_fraction"),
+        (FinetuneSettings, "nnUNet_vf_finetune_seed", "nnUNet_vf_seed"),
+    ],
+)
+def test_a_setting_of_the_other_training_is_named(kind, variable, mended):
+    with pytest.raises(UserError, match=f"^{variable} is not a setting of this training; .* {mended}$"):
+        kind.resolve({}, {variable: "0"})
+
+
 def test_a_recipe_is_less_than_plans_and_environment():
     recipe = {"optimizer": "adamw", "initial_lr": 0.5, "gradient_clip": 2.0}
     plans = {"volume_fusion_finetune": {"gradient_clip": 3.0}}
