@@ -37,8 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.description = (
         "nnU-Net's experiment planning with PCT-Net in the 3D configurations; needs nnUNetv2_extract_fingerprint. "
         "Writes PCTNetPlans.json where nnU-Net keeps its plans, and prints the commands that come next. The spacing "
-        "decides the resolution mode: 0 if the slices are less than twice as far apart as the voxels within them, 1 up to four "
-        "times, 2 beyond; pretrained weights fit plans of their own mode."
+        "decides the resolution mode: 0 if the slices are less than twice as far apart as the voxels within them, "
+        "1 up to four times, 2 beyond; pretrained weights fit plans of their own mode."
     )
     plan.add_argument("-d", required=True, nargs="+", metavar="DATASET", help="dataset ids or names")
     plan.add_argument(
