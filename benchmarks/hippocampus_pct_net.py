@@ -20,7 +20,7 @@ from nnunetv2_vf.errors import one_line_errors
 from nnunetv2_vf.host import Host
 
 PLANS = "PCTNetPlans"
-GPU_MEMORY_GB = 2  # batch 2: a step takes seconds on 2 CPU cores
+GPU_MEMORY_GB = 2  # a small batch: a step takes seconds on 2 CPU cores
 PRETRAINING = {"num_epochs": 10, "iterations_per_epoch": 12, "val_iterations_per_epoch": 4}
 FINETUNING = {"num_epochs": 12, "iterations_per_epoch": 12, "val_iterations_per_epoch": 4}
 STOCK_ITERATIONS = 10
