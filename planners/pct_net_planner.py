@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.memory import GIB, measure_step
+from nnunetv2_vf.memory import GIB, StepMemory, measure_step
 from nnunetv2_vf.pct_net import MODES, PUBLISHED_FEATURES, PCTNet, total_stride
 from nnunetv2_vf.preflight import require_variables
 
@@ -24,6 +24,7 @@ _INITIAL_VOXELS = 256**3  # of the largest patch that is considered, as in nnU-N
 _PRETEXT_CLASSES = 5  # of Volume Fusion, unless set otherwise: pretraining must fit as well
 _USABLE = 0.9  # of the memory target; CUDA's context, cuDNN's workspaces and fragmentation take the rest
 _MIN_BATCH = 2  # as in nnU-Net
+_Step = Callable[..., StepMemory]  # of a patch and a batch size
 
 
 def plan(
@@ -141,54 +142,63 @@ class PCTNetPlanner(ExperimentPlanner):
         if len(spacing) == 2:
             return plan
         mode = resolution_mode(spacing)
-        step_bytes = functools.partial(self._step_bytes, _cache, mode)
-        patches = candidate_patches(spacing, median_shape, total_stride(MODES[mode]))
-        patch = self._largest_that_fits(patches, step_bytes)
-        batch_size = self._batch_size(patch, approximate_n_voxels_dataset, step_bytes)
+        step = functools.partial(self._step, _cache, mode)
+        divisor = total_stride(MODES[mode])
+        patches = candidate_patches(spacing, median_shape, divisor)
+        patch = self._largest_that_fits(patches, step, self._guess(step, divisor))
+        batch_size = self._batch_size(patch, approximate_n_voxels_dataset, step)
         return {
             **plan,
             "patch_size": patch,
             "batch_size": batch_size,
             "architecture": architecture(mode),
-            "estimated_training_memory_gb": round(step_bytes(patch, batch_size) / GIB, 1),
+            "estimated_training_memory_gb": round(step(patch, batch_size).total / GIB, 1),
         }
 
-    def _step_bytes(
+    def _step(
         self, cache: dict[Any, Any], mode: int, patch: tuple[int, ...], batch_size: int = _MIN_BATCH
-    ) -> int:
+    ) -> StepMemory:
+        """What a training step takes; each is measured once."""
         key = ("PCTNet", mode, patch, batch_size)
         if key not in cache:
             channels = len(self.dataset_json.get("channel_names", self.dataset_json.get("modality")))
             classes = max(len(self.dataset_json["labels"]), _PRETEXT_CLASSES)
             build = functools.partial(PCTNet, channels, PUBLISHED_FEATURES, MODES[mode], classes, deep_supervision=True)
-            cache[key] = measure_step(build, batch_size, channels, patch).total
-        return cache[key]
+            cache[key] = measure_step(build, batch_size, channels, patch)
+        step: StepMemory = cache[key]
+        return step
 
-    def _largest_that_fits(self, patches: list[tuple[int, ...]], step_bytes: Any) -> tuple[int, ...]:
-        """The first of the shrinking patches that fits the memory target, by bisection."""
-        low, high = 0, len(patches) - 1
-        if step_bytes(patches[high]) > self._target_bytes:
-            needed = math.ceil(step_bytes(patches[high]) / GIB / _USABLE * 10) / 10
+    def _guess(self, step: _Step, divisor: Sequence[int]) -> float:
+        """Voxels of a patch that takes about all of the memory: activations grow almost linearly with them."""
+        patch = tuple(4 * d for d in divisor)
+        small = step(patch)
+        return math.prod(patch) * (self._target_bytes - small.parameters) / (small.total - small.parameters)
+
+    def _largest_that_fits(self, patches: list[tuple[int, ...]], step: _Step, guess: float) -> tuple[int, ...]:
+        """The first of the shrinking patches that fits the memory target, looked for around ``guess`` voxels."""
+        smallest = step(patches[-1]).total
+        if smallest > self._target_bytes:
+            needed = math.ceil(smallest / GIB / _USABLE * 10) / 10
             raise UserError(
                 f"-gpu_memory_target {self.UNet_vram_target_GB:g} is too small for PCT-Net, whose smallest patch is "
-                f"{patches[high]}; use at least {needed:g} GB"
+                f"{patches[-1]}; use at least {needed:g} GB"
             )
-        while low < high:
-            middle = (low + high) // 2
-            if step_bytes(patches[middle]) > self._target_bytes:
-                low = middle + 1
-            else:
-                high = middle
-        return patches[low]
+        index = next((i for i, patch in enumerate(patches) if math.prod(patch) <= guess), len(patches) - 1)
+        while step(patches[index]).total > self._target_bytes:
+            index += 1
+        while index > 0 and step(patches[index - 1]).total <= self._target_bytes:
+            index -= 1
+        return patches[index]
 
-    def _batch_size(self, patch: tuple[int, ...], voxels_in_dataset: float, step_bytes: Any) -> int:
+    def _batch_size(self, patch: tuple[int, ...], voxels_in_dataset: float, step: _Step) -> int:
         """As many samples as fit, but at most nnU-Net's 5 % of the dataset's voxels, and at least 2."""
-        two, three = step_bytes(patch, _MIN_BATCH), step_bytes(patch, _MIN_BATCH + 1)
-        fitting = _MIN_BATCH + int((self._target_bytes - two) // max(1, three - two))
-        while fitting > _MIN_BATCH and step_bytes(patch, fitting) > self._target_bytes:
-            fitting -= 1
         of_dataset = round(voxels_in_dataset * self.max_dataset_covered / np.prod(patch, dtype=np.float64))
-        return max(_MIN_BATCH, min(fitting, of_dataset))
+        two = step(patch)
+        room = (self._target_bytes - two.parameters) / (two.total - two.parameters)
+        batch_size = max(_MIN_BATCH, min(int(_MIN_BATCH * room), of_dataset))
+        while batch_size > _MIN_BATCH and step(patch, batch_size).total > self._target_bytes:
+            batch_size -= 1
+        return batch_size
 
     @property
     def _target_bytes(self) -> float:
