@@ -164,9 +164,10 @@ def test_it_compiles_into_one_graph(mode, backend, dropout, checkpointing):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_finite(dtype):
-    network = new_network()
+    network = new_network(mode=2)
+    # 4x4x4 at the deepest level: on 2x2x3, torch 2.14's own bf16 Conv3d reads uninitialised memory in its backward pass
     with torch.autocast("cpu", dtype=dtype):
-        outputs = network(100 * volume())
+        outputs = network(100 * volume((16, 64, 64)))
         assert outputs[0].dtype == dtype
         sum(output.float().square().mean() for output in outputs).backward()
     assert all(torch.isfinite(output).all() for output in outputs)
