@@ -60,6 +60,15 @@ def shrink_network(plans_file: Path) -> None:
 
 
 @pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real test data, which is no part of the repository; without it the test is skipped."""
+    folder = os.environ.get("NNUNETV2_VF_TEST_DATA")
+    if folder is None:
+        pytest.skip("NNUNETV2_VF_TEST_DATA is not set to a folder with Dataset004_Hippocampus and ct")
+    return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
 def pct_plans(nnunet: Path) -> str:
     """The name of plans for DATASET with a small PCT-Net, preprocessed."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -220,12 +219,11 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path, monkeypatch, outp
 
 
 @pytest.mark.parametrize("mode", [0, 1])
-def test_published_outputs_are_reproduced(mode, tmp_path):
+def test_published_outputs_are_reproduced(mode, tmp_path, real_data):
     """Against outputs of MIS-FM's own code (``fixtures`` beside the folder of real test data)."""
-    data = os.environ.get("NNUNETV2_VF_TEST_DATA")
-    path = Path(data or "").resolve().parent / "fixtures" / f"misfm_pctnet_mode{mode}.pt"
-    if not data or not path.is_file():
-        pytest.skip("NNUNETV2_VF_TEST_DATA does not name the folder of test data with fixtures beside it")
+    path = real_data.parent / "fixtures" / f"misfm_pctnet_mode{mode}.pt"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
     fixture = torch.load(path, weights_only=True)
     main(["convert", str(path), "-o", str(tmp_path / "out.pth"), "--mode", str(mode)])
     artifact = read_artifact(tmp_path / "out.pth")

@@ -102,13 +102,10 @@ def narrow_network(plans_file: Path, features: list[int]) -> None:
 
 
 @pytest.mark.slow
-def test_pretraining_on_real_mr_volumes_rises_well_above_an_untrained_network(tmp_path):
+def test_pretraining_on_real_mr_volumes_rises_well_above_an_untrained_network(tmp_path, real_data):
     """The Hippocampus task of the Medical Segmentation Decathlon, below the folder NNUNETV2_VF_TEST_DATA."""
-    data = os.environ.get("NNUNETV2_VF_TEST_DATA")
-    if data is None:
-        pytest.skip("NNUNETV2_VF_TEST_DATA is not set to a folder with Dataset004_Hippocampus")
     host = Host(tmp_path, processes=2)
-    (host.raw / "Dataset004_Hippocampus").symlink_to(Path(data) / "Dataset004_Hippocampus")
+    (host.raw / "Dataset004_Hippocampus").symlink_to(real_data / "Dataset004_Hippocampus")
     host.run("nnUNetv2_plan_and_preprocess", "-d", 4, "-c", "3d_fullres", "-np", 2)
     narrow_network(host.preprocessed / "Dataset004_Hippocampus" / "nnUNetPlans.json", [8, 16, 32, 64])
 
@@ -126,14 +123,11 @@ def test_pretraining_on_real_mr_volumes_rises_well_above_an_untrained_network(tm
 
 
 @pytest.mark.slow
-def test_pct_net_predicts_real_ct_at_three_resolutions(tmp_path):
+def test_pct_net_predicts_real_ct_at_three_resolutions(tmp_path, real_data):
     """The torso CT volumes below NNUNETV2_VF_TEST_DATA, at 3 mm in plane; one plan for each resolution mode."""
-    data = os.environ.get("NNUNETV2_VF_TEST_DATA")
-    if data is None:
-        pytest.skip("NNUNETV2_VF_TEST_DATA is not set to a folder with ct")
     host = Host(tmp_path, processes=1)
     dataset = host.raw / "Dataset009_Torso"
-    volumes = sorted((Path(data) / "ct").glob("*.nii.gz"))
+    volumes = sorted((real_data / "ct").glob("*.nii.gz"))
     for folder in ("imagesTr", "labelsTr"):
         (dataset / folder).mkdir(parents=True)
     for path in volumes:
