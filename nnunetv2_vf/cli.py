@@ -33,6 +33,8 @@ def _parser() -> argparse.ArgumentParser:
     env = _add(commands, "env", _env, f"print the line that sets {TRAINER_VARIABLE}, for nnU-Net to find the trainers")
     env.add_argument("--shell", choices=sorted(_EXPORT), default="sh", help="default: sh (bash, zsh, dash)")
 
+    _add_import(commands)
+
     plan = _add(commands, "plan", _plan, "nnU-Net's experiment planning, with PCT-Net in the 3D configurations")
     plan.description = (
         "nnU-Net's experiment planning with PCT-Net in the 3D configurations; needs nnUNetv2_extract_fingerprint. "
@@ -83,6 +85,57 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_import(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "import", _import, "make an nnU-Net dataset of unlabelled volumes, in any format")
+    parser.description = (
+        "Make nnUNet_raw/DatasetXXX_NAME of unlabelled volumes: NIfTI, NRRD, MetaImage and DICOM series, in folders "
+        "searched recursively. Label 1 is the body, which nnU-Net needs for its statistics. Nothing is dropped in "
+        "silence: import_report.csv tells what became of every file. The same command goes on where it was "
+        "interrupted, and adds what is new. A case of several channels is CASE_0000, CASE_0001, ... in one folder."
+    )
+    parser.add_argument("-d", type=int, required=True, metavar="ID", help="the dataset's id, 1 to 999")
+    parser.add_argument("-n", required=True, metavar="NAME", help="the dataset's name")
+    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="folders and files")
+    parser.add_argument(
+        "--channel",
+        default="auto",
+        metavar="CT|MR|...",
+        help="what the volumes are, commas between channels; default: auto, CT if intensities look like HU, else MR",
+    )
+    parser.add_argument("--no-mask", action="store_true", help="label 1 is all of a volume, not the body")
+    parser.add_argument(
+        "--link", action="store_true", help="link to files that nnU-Net reads as they are, instead of copying them"
+    )
+    parser.add_argument(
+        "--file-ending", metavar="ENDING", default=".nii.gz", help=".nii.gz, .nii, .nrrd or .mha; default: %(default)s"
+    )
+    select = parser.add_argument_group("which volumes are rejected, besides unreadable, truncated and constant ones")
+    select.add_argument("--no-split-4d", action="store_true", help="4D files; default: each of its volumes is a case")
+    select.add_argument(
+        "--min-size", type=int, default=16, metavar="VOXELS", help="fewer on a side; default: %(default)s"
+    )
+    select.add_argument("--max-spacing", type=float, default=20.0, metavar="MM", help="more; default: %(default)s")
+    select.add_argument(
+        "--min-range", type=float, default=0.0, metavar="X", help="intensities within X; default: %(default)s"
+    )
+    select.add_argument(
+        "--keep",
+        default="",
+        metavar="CHECK,...",
+        help="do not reject, but mend: duplicates, nonfinite (NaN becomes the minimum), direction (made orthonormal), "
+        "slices (missing or unevenly spaced ones of a DICOM series)",
+    )
+    parser.add_argument(
+        "-np", type=int, metavar="N", help="processes, each with one file in memory; default: nnUNet_def_n_proc, else 8"
+    )
+    parser.add_argument(
+        "--num_parts", "-num_parts", type=int, default=1, metavar="N", help="as in nnUNetv2_predict: ..."
+    )
+    parser.add_argument(
+        "--part_id", "-part_id", type=int, default=0, metavar="I", help="... import part I, from 0, of N"
+    )
+
+
 def _add(
     commands: argparse._SubParsersAction, name: str, run: Callable[[argparse.Namespace], None], about: str
 ) -> argparse.ArgumentParser:
@@ -100,6 +153,19 @@ _EXPORT: dict[str, Callable[[str, str], str]] = {
     "fish": lambda name, value: f"set -gx {name} '" + value.replace("\\", "\\\\").replace("'", "\\'") + "'",
     "powershell": lambda name, value: f"$env:{name} = '" + value.replace("'", "''") + "'",
 }
+
+
+def _import(args: argparse.Namespace) -> None:
+    from nnunetv2.configuration import default_num_processes
+
+    from nnunetv2_vf.unlabelled import ImportSettings, import_volumes
+    from nnunetv2_vf.volumes import Selection
+
+    keep = tuple(sorted(filter(None, args.keep.split(","))))
+    selection = Selection(args.min_size, args.max_spacing, args.min_range, keep, not args.no_split_4d)
+    settings = ImportSettings(selection, not args.no_mask, args.link, args.file_ending)
+    processes = args.np or default_num_processes
+    import_volumes(args.d, args.n, args.paths, settings, args.channel, processes, args.num_parts, args.part_id)
 
 
 def _plan(args: argparse.Namespace) -> None:

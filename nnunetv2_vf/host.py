@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from nnunetv2_vf.errors import UserError
 
@@ -101,6 +102,14 @@ def trainer_path(present: str) -> str:
     ours = str(next(iter(spec.submodule_search_locations or ())) if spec else source_tree)
     others = [path for path in present.split(os.pathsep) if path and path != ours]
     return os.pathsep.join([ours, *others])
+
+
+def require_variables(*variables: Any) -> None:
+    """Raise UserError if one of nnU-Net's environment variables is not set."""
+    for variable in variables:
+        if not variable.get():  # unset or empty
+            name = variable.env_var_name
+            raise UserError(f"the environment variable {name} is not set; set it: export {name}=/path/to/{name}")
 
 
 def _script(command: str) -> str:

@@ -13,18 +13,11 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_t
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.host import require_variables
 from nnunetv2_vf.settings import VFSettings
 
 _SMALLEST_PATCH = 8  # voxels: the shortest side of a fusion box
 _FOLDS = 5
-
-
-def require_variables(*variables: Any) -> None:
-    """Raise UserError if one of nnU-Net's environment variables is not set."""
-    for variable in variables:
-        if not variable.get():  # unset or empty
-            name = variable.env_var_name
-            raise UserError(f"the environment variable {name} is not set; set it: export {name}=/path/to/{name}")
 
 
 def pretraining_configuration(plans_manager: PlansManager, name: str) -> ConfigurationManager:

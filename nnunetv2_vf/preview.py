@@ -21,7 +21,8 @@ from torch import Tensor
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.fusion import fuse_batch
-from nnunetv2_vf.preflight import preprocessed_cases, pretraining_configuration, require_variables
+from nnunetv2_vf.host import require_variables
+from nnunetv2_vf.preflight import preprocessed_cases, pretraining_configuration
 from nnunetv2_vf.sampling import VALIDATION, FusionDataset, collate
 from nnunetv2_vf.settings import VFSettings
 

@@ -16,9 +16,9 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
 
 from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.host import require_variables
 from nnunetv2_vf.memory import GIB, StepMemory, measure_step
 from nnunetv2_vf.pct_net import MODES, PUBLISHED_FEATURES, PCTNet, total_stride
-from nnunetv2_vf.preflight import require_variables
 
 _INITIAL_VOXELS = 256**3  # of the largest patch that is considered, as in nnU-Net
 _PRETEXT_CLASSES = 5  # of Volume Fusion, unless set otherwise: pretraining must fit as well

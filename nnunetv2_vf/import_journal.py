@@ -1,0 +1,170 @@
+"""What ``nnUNetv2_vf import`` has done so far: a line of JSON per source, appended when its files are in place.
+
+Every part of an import (one, or several on several machines) appends to a journal of its own; all are read together,
+the newest line about a source counts. A line that was cut off by a kill is as if it had not been written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from nnunetv2_vf.errors import UserError
+
+
+@dataclass(slots=True)
+class Row:
+    """A row of the report: one volume, accepted as ``case`` or rejected for a ``reason``.
+
+    Attributes:
+        source: the path of the file (of the first channel), or of the folder of DICOM files.
+        item: which of the source's volumes; empty if it has but one.
+        reason: ``KIND: what is wrong``; empty if accepted.
+        note: what was mended.
+        shape, spacing_mm: (slices, rows, columns), with ``x`` between.
+        hu_like: ``yes`` or ``no``, for each channel.
+        hash: of the content.
+        linked: whether the images are links.
+    """
+
+    source: str
+    item: str = ""
+    case: str = ""
+    reason: str = ""
+    note: str = ""
+    shape: str = ""
+    spacing_mm: str = ""
+    minimum: float | None = None
+    maximum: float | None = None
+    hu_like: str = ""
+    hash: str = ""
+    linked: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Of the reason: its first word."""
+        return self.reason.partition(":")[0]
+
+
+@dataclass(slots=True)
+class Record:
+    """What became of a source.
+
+    Attributes:
+        stamp: the source's, when it was imported.
+        settings: a digest of the settings it was imported with.
+        keep_duplicates: whether those settings keep volumes that are there already.
+        time: in seconds since the epoch.
+    """
+
+    source: str
+    stamp: str
+    settings: str
+    rows: list[Row]
+    keep_duplicates: bool = False
+    time: float = field(default_factory=time.time)
+
+
+class Journal:
+    """The journals of a dataset, and the one that this part appends to.
+
+    Args:
+        folder: of the journals; made if it does not exist.
+        part: this part's name.
+    """
+
+    def __init__(self, folder: Path, part: str):
+        self.folder = folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"{part}.jsonl"
+        self._lock = folder / f"{part}.lock"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold this part; the lock ends with the process, however it ends.
+
+        Raises:
+            UserError: another process is at it.
+        """
+        lock = FileLock(self._lock)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{self._path.stem} of this import is already running ({self._lock} is locked)") from None
+        except NotImplementedError:  # a file system without locks: whoever starts a part twice does its work twice
+            pass
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def read(self) -> dict[str, Record]:
+        """The newest record of every source, from all journals."""
+        records: dict[str, Record] = {}
+        for path in sorted(self.folder.glob("*.jsonl")):
+            with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+                for line in lines:
+                    record = _parse(line)
+                    if record and (record.source not in records or records[record.source].time <= record.time):
+                        records[record.source] = record
+        return records
+
+    def append(self, record: Record) -> None:
+        content = {**asdict(record), "rows": [_compact(row) for row in record.rows]}
+        line = json.dumps(content).encode()
+        with self._path.open("ab+") as file:
+            if file.tell() and not _ends_with_newline(file):
+                line = b"\n" + line  # the line before was cut off
+            file.write(line + b"\n")
+
+
+def final_rows(records: Mapping[str, Record], settled: Collection[str]) -> dict[str, list[Row]]:
+    """The rows of every source once duplicates are rejected.
+
+    Of several volumes with the same content one stays: a case that the dataset has already, else the first in the order
+    of sources. So the result does not depend on who was faster, nor change when it is computed again.
+
+    Args:
+        settled: the cases of the dataset as it was last written.
+    """
+    stays: dict[str, str] = {}
+    ordered = [(source, records[source]) for source in sorted(records)]
+    accepted = [(row, record) for _, record in ordered for row in record.rows if row.case]
+    for row, _ in sorted(accepted, key=lambda pair: pair[0].case not in settled):  # stable: sources stay sorted
+        stays.setdefault(row.hash, row.case)
+
+    def final(row: Row, record: Record) -> Row:
+        if not row.case or record.keep_duplicates or stays[row.hash] == row.case:
+            return replace(row)
+        return replace(row, case="", reason=f"duplicate: of {stays[row.hash]}", linked=False)
+
+    return {source: [final(row, record) for row in record.rows] for source, record in ordered}
+
+
+_EMPTY = Row("")
+
+
+def _compact(row: Row) -> dict[str, object]:
+    """Without the source, which its record names, and what is not known."""
+    return {key: value for key, value in asdict(row).items() if value != getattr(_EMPTY, key) and key != "source"}
+
+
+def _parse(line: str) -> Record | None:
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    rows = [Row(content["source"], **row) for row in content.pop("rows")]
+    return Record(**content, rows=rows)
+
+
+def _ends_with_newline(file) -> bool:  # type: ignore[no-untyped-def]
+    file.seek(-1, os.SEEK_END)
+    return bool(file.read(1) == b"\n")

@@ -1,0 +1,439 @@
+"""``nnUNetv2_vf import``: unlabelled volumes in, an nnU-Net raw dataset out.
+
+The data's path: :mod:`sources` finds what there is; workers read and judge each source with :mod:`volumes` and put its
+cases in place; a line in the :mod:`import_journal` records each source that is done; the merge of all journals decides
+about duplicates and the channel, and writes the report and ``dataset.json``. Every file is written elsewhere and
+renamed, so that none is ever half-written.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk  # noqa: N813  its own convention
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+from tqdm import tqdm
+
+from nnunetv2_vf import __version__
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.host import require_variables
+from nnunetv2_vf.import_journal import Journal, Record, Row, final_rows
+from nnunetv2_vf.parallel import run_in_processes
+from nnunetv2_vf.sources import Source, ending, find_sources, in_part
+from nnunetv2_vf.volumes import Rejected, Selection, Volume, body_mask, examine, label_image, one_line, read_volumes
+
+FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")  # that nnU-Net reads
+REPORT = "import_report.csv"
+_JOURNALS = "import_journals"
+_TRY_AGAIN = ("unreadable", "memory", "error")  # reasons that may be gone next time, though the file is the same
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    """What decides about a case and its files; a source that was imported with other settings is imported again.
+
+    Attributes:
+        selection: which volumes are fit.
+        mask: label 1 is the body; else all of the volume.
+        link: link to files that nnU-Net reads as they are, instead of copying them.
+        file_ending: of the dataset's files.
+
+    Raises:
+        UserError: nnU-Net does not read such files.
+    """
+
+    selection: Selection = field(default_factory=Selection)
+    mask: bool = True
+    link: bool = False
+    file_ending: str = ".nii.gz"
+
+    def __post_init__(self) -> None:
+        if self.file_ending not in FILE_ENDINGS:
+            raise UserError(f"--file-ending is {self.file_ending!r}; nnU-Net reads {', '.join(FILE_ENDINGS)}")
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def import_volumes(
+    dataset_id: int,
+    name: str,
+    paths: Sequence[Path],
+    settings: ImportSettings,
+    channel: str = "auto",
+    processes: int = 8,
+    num_parts: int = 1,
+    part_id: int = 0,
+) -> None:
+    """Make ``nnUNet_raw/DatasetXXX_NAME`` of unlabelled volumes, add to it, or go on where it was interrupted.
+
+    Args:
+        paths: folders, searched recursively, and files.
+        channel: the channel's name, or several with commas between; ``auto``: CT if the volumes look like HU, else MR.
+        processes: workers, each of which holds one source in memory.
+        num_parts, part_id: import only that share of the sources, for several machines on one file system. The part
+            that ends last merges.
+
+    Raises:
+        UserError: for a value that is not legal; no usable volume; HU-like and other volumes under ``auto``.
+    """
+    if not 0 <= part_id < num_parts:
+        raise UserError(f"--part_id is {part_id} and --num_parts {num_parts}; parts are 0 to num_parts - 1")
+    if processes < 1:
+        raise UserError(f"-np is {processes}; it must be at least 1")
+    folder = _dataset_folder(dataset_id, name)
+    found = find_sources(paths, leave_out=folder)
+    dataset = _Dataset(folder, settings, channel, found.sources, f"part_{part_id}_of_{num_parts}")
+    _announce(dataset, +found.ignored)
+    with dataset.journal.locked():
+        dataset.run([source for source in found.sources if in_part(source, part_id, num_parts)], processes)
+    records = dataset.journal.read()
+    left = dataset.to_do(found.sources, records)
+    if left:
+        print(
+            f"part {part_id} of {num_parts} is done; {len(left)} sources of other parts are not. The part that ends "
+            "last writes dataset.json; the same command without --num_parts does so too, and first does what is left"
+        )
+    else:
+        dataset.merge(records)
+
+
+def _dataset_folder(dataset_id: int, name: str) -> Path:
+    require_variables(nnUNet_raw)
+    if not 1 <= dataset_id <= 999:
+        raise UserError(f"-d is {dataset_id}; dataset ids are 1 to 999")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise UserError(f"-n is {name!r}; use letters, digits, _ and - only")
+    folder = Path(nnUNet_raw).absolute() / f"Dataset{dataset_id:03d}_{name}"
+    for place in filter(None, (nnUNet_raw, nnUNet_preprocessed, nnUNet_results)):
+        others = [p.name for p in Path(place).glob(f"Dataset{dataset_id:03d}*") if p.name != folder.name]
+        if others:
+            raise UserError(f"{place} has {others[0]} with the id {dataset_id}; give another -d, or its name as -n")
+    if folder.exists() and any(folder.iterdir()) and not (folder / _JOURNALS).is_dir():
+        raise UserError(f"{folder} exists and was not made by import; give another -d and -n")
+    return folder
+
+
+def _announce(dataset: _Dataset, ignored: Counter[str]) -> None:
+    kinds = ", ".join(f"{kind} {count}" for kind, count in ignored.most_common(5))
+    others = f"; ignored: {sum(ignored.values())} others ({kinds})" if ignored else ""
+    print(f"{dataset.folder.name}: {len(dataset.sources)} sources{others}")
+    settings = asdict(dataset.settings)
+    stated = {"channel": dataset.channel, **settings.pop("selection"), **settings}
+    print("settings: " + ", ".join(f"{key} {value}" for key, value in stated.items()), flush=True)
+
+
+class _Dataset:
+    """The dataset that is being made, and how far it is.
+
+    Args:
+        sources: all that this command was given, in whatever part.
+        part: this part's name.
+
+    Raises:
+        UserError: the settings do not fit the dataset as it is.
+    """
+
+    def __init__(self, folder: Path, settings: ImportSettings, channel: str, sources: list[Source], part: str):
+        self.folder, self.settings, self.sources = folder, settings, sources
+        self._description = folder / "dataset.json"
+        before = json.loads(self._description.read_text()) if self._description.is_file() else {}
+        self._settled = {*before.get("dataset", ())}
+        self.channel = before["import"]["channel"] if before and channel == "auto" else channel
+        self._channels = self._number_of_channels(before)
+        if before and before["file_ending"] != settings.file_ending:
+            raise UserError(
+                f"--file-ending is {settings.file_ending}, but {folder.name} has {before['file_ending']} files; "
+                f"use --file-ending {before['file_ending']}"
+            )
+        self._images, self._labels = folder / "imagesTr", folder / "labelsTr"
+        self.journal = Journal(folder / _JOURNALS, part)
+        self._scratch = folder / _JOURNALS / f"{part}.scratch"
+        for each in (self._images, self._labels):
+            each.mkdir(exist_ok=True)
+
+    def _number_of_channels(self, before: Mapping) -> int:
+        """Of the dataset as it is, else of most sources."""
+        counted = Counter(len(source.paths) for source in self.sources).most_common(1)[0][0]
+        channels = len(before["channel_names"]) if before else counted
+        if self.channel != "auto" and len(self.channel.split(",")) != channels:
+            raise UserError(
+                f"--channel {self.channel} names {len(self.channel.split(','))} channels, the cases have {channels}; "
+                "name each, with commas between (a case of several is CASE_0000, CASE_0001, ... in one folder)"
+            )
+        return channels
+
+    def to_do(
+        self, sources: Iterable[Source], records: Mapping[str, Record], again: tuple[str, ...] = ()
+    ) -> list[Source]:
+        """The sources that are new, changed, imported with other settings, or whose files are gone.
+
+        Args:
+            again: kinds of reasons for which a rejected source is to be tried again.
+        """
+        rows = final_rows(records, self._settled)
+        present = self._present()
+
+        def is_done(source: Source) -> bool:
+            record = records.get(source.key)
+            if record is None or (record.stamp, record.settings) != (source.stamp, self.settings.digest):
+                return False
+            return all(row.case in present if row.case else row.kind not in again for row in rows[source.key])
+
+        return [source for source in sources if not is_done(source)]
+
+    def run(self, share: Sequence[Source], processes: int) -> None:
+        """Import what is not done of a share of the sources.
+
+        Raises:
+            UserError: the files cannot be written; or interrupted.
+        """
+        before = self.journal.read()
+        todo = self.to_do(share, before, _TRY_AGAIN)
+        shutil.rmtree(self._scratch, ignore_errors=True)  # of a run that was killed
+        self._scratch.mkdir()
+        job = partial(_import_source, self.folder, self._scratch, self.settings, self._channels)
+        counts: Counter[str] = Counter()
+        progress = tqdm(total=len(share), initial=len(share) - len(todo), unit="vol", smoothing=0.05)
+        try:
+            for source, result in run_in_processes(job, todo, processes, _start_worker):
+                killed = Row(source.key, reason="memory: reading it killed its process; too large, or damaged")
+                rows = [killed] if result is None else result
+                self._record(source, rows, before.get(source.key))
+                counts.update(row.kind or "accepted" for row in rows)
+                progress.total += len(rows) - 1
+                progress.set_postfix(counts, refresh=False)
+                progress.update(len(rows))
+        except CannotWriteError as error:
+            raise UserError(f"cannot write to {self.folder}: {error}; mend it, and the same command goes on") from error
+        except KeyboardInterrupt:
+            raise UserError(f"interrupted at {progress.n} of {progress.total}; the same command goes on") from None
+        finally:
+            progress.close()
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def merge(self, records: Mapping[str, Record]) -> None:
+        """Write the report and ``dataset.json`` of all journals, and remove duplicates. Harmless to repeat.
+
+        Raises:
+            UserError: no volume was accepted, or the channel cannot be decided.
+        """
+        rows = [row for rows in final_rows(records, self._settled).values() for row in rows]
+        present = self._present()
+        for row in rows:
+            if row.case and row.case not in present:
+                row.case, row.reason = "", "missing: its files were removed from the dataset"
+        mixed = self._mixed([row for row in rows if row.case])
+        if mixed and self._settled:
+            self._withdraw(rows, mixed)
+        accepted = [row for row in rows if row.case]
+        kept = {row.case for row in accepted}
+        self._write_report(rows)
+        if not accepted:
+            raise UserError(
+                f"none of {len(rows)} volumes could be used: {_rejections(rows)}; see {self.folder / REPORT}"
+            )
+        if mixed:
+            raise UserError(mixed)
+        names = self._channel_names(accepted)
+        self._write_description(accepted, names)
+        self._remove(row.case for record in records.values() for row in record.rows if row.case not in kept)
+        self._print_summary(rows, names)
+
+    # -------------------------------------------------------------- files
+
+    def _record(self, source: Source, rows: list[Row], before: Record | None) -> None:
+        """Note that a source is done; its cases of an earlier time that are none any more are removed."""
+        cases = {row.case for row in rows}
+        self._remove(row.case for row in (before.rows if before else ()) if row.case not in cases)
+        keep = "duplicates" in self.settings.selection.keep
+        self.journal.append(Record(source.key, source.stamp, self.settings.digest, rows, keep))
+
+    def _present(self) -> set[str]:
+        """The cases of which all files are there."""
+        images, labels = ({path.name for path in folder.iterdir()} for folder in (self._images, self._labels))
+        cases = (label[: -len(self.settings.file_ending)] for label in labels)
+        return {case for case in cases if images.issuperset(self._image_names(case))}
+
+    def _image_names(self, case: str) -> list[str]:
+        return [f"{case}_{channel:04d}{self.settings.file_ending}" for channel in range(self._channels)]
+
+    def _remove(self, cases: Iterable[str]) -> None:
+        for case in filter(None, cases):
+            for name in self._image_names(case):
+                (self._images / name).unlink(missing_ok=True)
+            (self._labels / f"{case}{self.settings.file_ending}").unlink(missing_ok=True)
+
+    def _write_report(self, rows: Sequence[Row]) -> None:
+        columns = ["status", *(column.name for column in fields(Row))]
+        temporary = self.folder / _JOURNALS / f"{REPORT}.{os.getpid()}"
+        with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows({"status": "accepted" if row.case else "rejected", **asdict(row)} for row in rows)
+        temporary.replace(self.folder / REPORT)
+
+    def _write_description(self, accepted: Sequence[Row], channel_names: Sequence[str]) -> None:
+        description = {
+            "channel_names": {str(number): name for number, name in enumerate(channel_names)},
+            "labels": {"background": 0, "body": 1},
+            "numTraining": len(accepted),
+            "file_ending": self.settings.file_ending,
+            "description": "Unlabelled volumes; label 1 is no annotation, but the body as a threshold finds it.",
+            "import": {"nnunetv2_vf": __version__, "channel": self.channel, **asdict(self.settings)},
+            # with a list of its cases nnU-Net need not match every name with every file, which takes hours for 110,000
+            "dataset": {
+                row.case: {
+                    "images": [f"imagesTr/{name}" for name in self._image_names(row.case)],
+                    "label": f"labelsTr/{row.case}{self.settings.file_ending}",
+                }
+                for row in accepted
+            },
+        }
+        temporary = self.folder / _JOURNALS / f"dataset.json.{os.getpid()}"
+        temporary.write_text(json.dumps(description, indent=1))
+        temporary.replace(self._description)
+
+    # -------------------------------------------------------------- the channel
+
+    def _hu_like(self, accepted: Sequence[Row]) -> list[Counter[str]]:
+        """How many volumes look like HU ('yes') and how many do not ('no'), for each channel."""
+        return [Counter(row.hu_like.split()[channel] for row in accepted) for channel in range(self._channels)]
+
+    def _mixed(self, accepted: Sequence[Row]) -> str:
+        """What is wrong if ``auto`` cannot tell; else empty."""
+        if self.channel != "auto":
+            return ""
+        for channel, answers in enumerate(self._hu_like(accepted)):
+            if len(answers) > 1:
+                return (
+                    f"channel {channel} of {answers['yes']} volumes looks like HU (CT), of {answers['no']} not: "
+                    f"see the column hu_like of {self.folder / REPORT}; import them into two datasets, or if they "
+                    "are of one kind, say so: the same command with --channel CT, or --channel MR"
+                )
+        return ""
+
+    def _channel_names(self, accepted: Sequence[Row]) -> list[str]:
+        if self.channel != "auto":
+            return self.channel.split(",")
+        return ["CT" if answers["yes"] else "MR" for answers in self._hu_like(accepted)]
+
+    def _withdraw(self, rows: Sequence[Row], reason: str) -> None:
+        """Take back what would be added to a dataset that it does not fit: the dataset stays as it was."""
+        new = [row for row in rows if row.case and row.case not in self._settled]
+        self._remove(row.case for row in new)
+        for row in new:
+            row.case, row.reason = "", f"withdrawn: {reason.partition(':')[0]}"
+        for source in sorted({row.source for row in new}):
+            self.journal.append(Record(source, "withdrawn", "", []))
+
+    # -------------------------------------------------------------- what it says
+
+    def _print_summary(self, rows: Sequence[Row], channel_names: Sequence[str]) -> None:
+        accepted = [row for row in rows if row.case]
+        linked = sum(row.linked for row in accepted)
+        print(f"{self.folder.name}: {len(accepted)} cases" + (f", {linked} of them links" if linked else ""))
+        if len(accepted) < len(rows):
+            print(f"  {len(rows) - len(accepted)} volumes rejected: {_rejections(rows)}")
+        notes = Counter(note.partition(":")[0] for row in accepted for note in row.note.split("; ") if note)
+        if notes:
+            print(f"  notes: {', '.join(f'{count} {kind}' for kind, count in notes.most_common())}")
+        for number, (name, answers) in enumerate(zip(channel_names, self._hu_like(accepted), strict=True)):
+            normalised = "clips and scales it as CT" if name.casefold() == "ct" else "normalises each volume by itself"
+            print(
+                f"  channel {number} is {name} ({answers['yes']} of {len(accepted)} volumes look like HU"
+                f"{'' if self.channel == 'auto' else '; as --channel says'}): nnU-Net {normalised}"
+            )
+        print(f"  every source and what became of it: {self.folder / REPORT}")
+        fingerprint = Path(nnUNet_preprocessed or "") / self.folder.name / "dataset_fingerprint.json"
+        again = " --clean  # the one that is there is of the dataset as it was before" if fingerprint.exists() else ""
+        print(f"next: nnUNetv2_extract_fingerprint -d {int(self.folder.name[7:10])}{again}")
+
+
+def _rejections(rows: Sequence[Row]) -> str:
+    counts = Counter(row.kind for row in rows if not row.case)
+    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+
+
+# ---------------------------------------------------------------- in a worker
+
+
+class CannotWriteError(Exception):
+    """A file of the dataset could not be written."""
+
+
+def _start_worker() -> None:
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # as many workers as cores
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    # the readers' own complaints, some with a file's contents; what matters of them is in the report
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def _import_source(folder: Path, scratch: Path, settings: ImportSettings, channels: int, source: Source) -> list[Row]:
+    rows = []
+    try:
+        for volume in read_volumes(source, settings.selection):
+            row = Row(source.key, volume.item)
+            try:
+                if not volume.problem and len(volume.images) != channels:
+                    raise Rejected(f"channels: {len(volume.images)} of {channels}")
+                _import_volume(volume, row, folder, scratch, settings)
+            except Rejected as reason:
+                row.reason = str(reason)
+            row.note = "; ".join(volume.notes)
+            rows.append(row)
+    except CannotWriteError:
+        raise
+    except Exception as error:  # whatever a reader makes of a damaged file: the next one is to be imported all the same
+        rows.append(Row(source.key, reason=f"error: {type(error).__name__}: {one_line(error)}"))
+    return rows
+
+
+def _import_volume(volume: Volume, row: Row, folder: Path, scratch: Path, settings: ImportSettings) -> None:
+    """Judge a volume and put its files in place, the label first: a case whose image is there is complete."""
+    if volume.problem:
+        raise Rejected(volume.problem)
+    row.shape = "x".join(map(str, volume.images[0].GetSize()[::-1]))
+    row.spacing_mm = "x".join(f"{mm:.4g}" for mm in volume.images[0].GetSpacing()[::-1])
+    facts = examine(volume, settings.selection)
+    row.minimum, row.maximum, row.hash = facts.minimum, facts.maximum, facts.digest
+    row.hu_like = " ".join("yes" if yes else "no" for yes in facts.hu_like)
+    array = sitk.GetArrayViewFromImage(volume.images[0])
+    row.linked = (
+        settings.link and not volume.notes and all(ending(f) == settings.file_ending for f in volume.files or "-")
+    )
+    if settings.mask:
+        mask, note = body_mask(array, facts.hu_like[0])
+        volume.notes += [note] if note else []
+    else:
+        mask = np.ones(array.shape, dtype=np.uint8)
+    label = f"{volume.case}{settings.file_ending}"
+    _write(label_image(mask, volume.images[0]), scratch / label, folder / "labelsTr" / label)
+    for channel, image in reversed([*enumerate(volume.images)]):
+        name = f"{volume.case}_{channel:04d}{settings.file_ending}"
+        if row.linked:
+            (scratch / name).symlink_to(volume.files[channel])
+            (scratch / name).replace(folder / "imagesTr" / name)
+        else:
+            _write(image, scratch / name, folder / "imagesTr" / name)
+    row.case = volume.case
+
+
+def _write(image: sitk.Image, temporary: Path, path: Path) -> None:
+    try:
+        sitk.WriteImage(image, str(temporary), useCompression=True)
+    except RuntimeError as error:
+        raise CannotWriteError(one_line(error)) from error
+    temporary.replace(path)

@@ -1,0 +1,454 @@
+"""One source of unlabelled data, volume by volume: read it, decide whether it is fit for training, find the body.
+
+Reading is SimpleITK's, with what it lets pass checked beside it: it fills a truncated NIfTI with zeros and takes a
+missing spacing for 1 mm. Axes are (slices, rows, columns), spacings in mm in the same order.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nibabel
+import nibabel.openers
+import numpy as np
+import SimpleITK as sitk  # noqa: N813  its own convention
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+from scipy import ndimage
+
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.sources import Source, case_name, ending, is_dicom, may_be_dicom
+
+CHECKS = ("duplicates", "nonfinite", "direction", "slices")  # what --keep can let pass
+_ROUNDING = 5e-3  # of a direction cosine: headers written with two digits; a scanner tilted by 1 degree is 0.017 off
+_SAMPLE = 128  # voxels a side of the coarse copy on which the body is looked for
+_AIR_HU, _LEAST_BODY = -500, 0.01
+_NO_IMAGES = {"SEG", "RTDOSE", "RTSTRUCT", "RTPLAN", "SR", "PR", "KO", "REG", "DOC"}  # DICOM modalities
+_MODALITY, _POSITION, _PIXEL_SPACING = "0008|0060", "0020|0032", "0028|0030"
+_UNEVEN = 0.1  # of the distance between slices: more is a missing slice, less is rounding
+_PERMISSIVE = "ITK_NIFTI_SFORM_PERMISSIVE"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which volumes are fit for training.
+
+    Attributes:
+        min_size: least number of slices, rows and columns.
+        max_spacing: in mm; larger ones are taken for mistakes.
+        min_range: volumes whose intensities do not differ by more than this are constant.
+        keep: checks of :data:`CHECKS` that let pass what they find: duplicates as they are, voxels that are not
+            finite set to the lowest that is, directions made orthonormal, unevenly spaced slices as if they were even.
+        split_4d: a 4D file is so many volumes; else it is rejected.
+
+    Raises:
+        UserError: for a value that is not legal.
+    """
+
+    min_size: int = 16
+    max_spacing: float = 20.0
+    min_range: float = 0.0
+    keep: tuple[str, ...] = ()
+    split_4d: bool = True
+
+    def __post_init__(self) -> None:
+        unknown = sorted({*self.keep} - {*CHECKS})
+        if unknown:
+            raise UserError(f"--keep: there is no check {unknown[0]!r}; use {', '.join(CHECKS)}, separated by commas")
+        if self.min_size < 1:
+            raise UserError(f"--min-size is {self.min_size}; it must be at least 1 voxel")
+        if not self.max_spacing > 0:
+            raise UserError(f"--max-spacing is {self.max_spacing}; it must be more than 0 mm")
+        if not self.min_range >= 0:
+            raise UserError(f"--min-range is {self.min_range}; it must be at least 0")
+
+
+class Rejected(Exception):  # noqa: N818  a verdict, not an error
+    """A volume is not fit; the message is ``KIND: what is wrong``."""
+
+
+@dataclass
+class Volume:
+    """One volume (of one or more channels) that a source gave, or why it did not.
+
+    Attributes:
+        case: its name in the dataset.
+        item: which of the source's volumes; empty if there is but one.
+        images: one a channel, all on one grid.
+        problem: why there are none.
+        notes: what was mended.
+        files: one a channel that hold just this volume, for links; empty if there are none.
+    """
+
+    case: str
+    item: str = ""
+    images: list[sitk.Image] = field(default_factory=list)
+    problem: str = ""
+    notes: list[str] = field(default_factory=list)
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the report says of a volume; ``hu_like`` has an entry per channel."""
+
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    minimum: float
+    maximum: float
+    hu_like: tuple[bool, ...]
+    digest: str
+
+
+def read_volumes(source: Source, selection: Selection) -> Iterator[Volume]:
+    """Read a source's volumes one after the other; what cannot be read comes as a problem, never as an exception."""
+    if source.problem:
+        yield Volume(case_name(source.stem, source.key), problem=source.problem)
+    elif Path(source.key).is_dir():
+        yield from _dicom_series(source, selection)
+    else:
+        yield from _volumes_of_files(source, selection)
+
+
+def examine(volume: Volume, selection: Selection) -> Facts:
+    """Measure a volume and decide whether it is fit for training; mend in place what may be mended, with a note.
+
+    Raises:
+        Rejected: it is not fit.
+    """
+    first = volume.images[0]
+    shape, spacing = first.GetSize()[::-1], first.GetSpacing()[::-1]
+    for image in volume.images:
+        if image.GetDimension() != 3 or min(image.GetSize()) < selection.min_size:
+            extent = " x ".join(map(str, image.GetSize()[::-1]))
+            raise Rejected(f"size: {extent} voxels, fewer than {selection.min_size} on a side")
+        if max(image.GetSpacing()) > selection.max_spacing:
+            raise Rejected(f"spacing: {max(image.GetSpacing()):g} mm, more than {selection.max_spacing:g}")
+        if image.GetSize()[::-1] != shape or not np.allclose(image.GetSpacing()[::-1], spacing, rtol=1e-3):
+            raise Rejected("channels: of different shape or spacing")
+    for number, image in enumerate(volume.images):
+        _mend_direction(image, selection, volume.notes)
+        volume.images[number] = _finite(_storable(image), selection, volume.notes)
+    arrays = [sitk.GetArrayViewFromImage(image) for image in volume.images]
+    lows, highs = [float(array.min()) for array in arrays], [float(array.max()) for array in arrays]
+    for low, high in zip(lows, highs, strict=True):
+        if high - low <= selection.min_range:
+            raise Rejected(f"constant: all voxels between {low:g} and {high:g}")
+    hu_like = tuple(is_hu_like(_sample(array)) for array in arrays)
+    return Facts(shape, spacing, min(lows), max(highs), hu_like, _content_hash(arrays, spacing))
+
+
+def is_hu_like(sample: np.ndarray) -> bool:
+    """Whether intensities look like Hounsfield units: some air or fat, much soft tissue in the rest, nothing extreme."""
+    low, high = np.percentile(sample, (0.5, 99.5))
+    if not (-4100 <= low <= -80 and high <= 10_000):
+        return False
+    tissue = sample[sample > _AIR_HU]
+    return bool(tissue.size and np.mean((tissue > -200) & (tissue < 300)) > 0.2)
+
+
+def body_mask(volume: np.ndarray, hu_like: bool) -> tuple[np.ndarray, str]:
+    """Find the body: above a threshold, the largest connected part, its holes filled. Returns the mask and a note.
+
+    The threshold is -500 HU, or where intensities are not in HU the 2nd percentile plus a tenth of the way to the 98th
+    (as in Smith, Fast robust automated brain extraction, Human Brain Mapping 17, 2002). Holes are what is not connected
+    to the outside within the slices: the first and the last slice close a cavity, so that lungs that are cut off are
+    body. The search runs on every n-th voxel, at most 128 a side, so that edges are n voxels coarse. If it finds less
+    than 1 % of the voxels, the mask is all voxels above the lowest, and the note says so.
+
+    Args:
+        volume: intensities, (D, H, W).
+        hu_like: whether they are in HU.
+
+    Returns:
+        uint8, (D, H, W): 1 is body; and a note, empty if all went well.
+    """
+    sample = _sample(volume)
+    if hu_like:
+        threshold = float(_AIR_HU)
+    else:
+        low, high = np.percentile(sample, (2, 98))
+        threshold = low + 0.1 * (high - low)
+    body = _without_holes(_largest_part(sample > threshold))
+    if body.mean() < _LEAST_BODY:
+        note = f"mask: the threshold {threshold:g} found {body.mean():.1%} of the voxels; all above the lowest instead"
+        return (volume > volume.min()).astype(np.uint8), note
+    nearest = [
+        np.minimum((np.arange(n) + step // 2) // step, m - 1)
+        for n, m, step in zip(volume.shape, sample.shape, _steps(volume.shape), strict=True)
+    ]
+    return body.astype(np.uint8)[np.ix_(*nearest)], ""
+
+
+def label_image(mask: np.ndarray, like: sitk.Image) -> sitk.Image:
+    """A mask, (D, H, W), as an image on the grid of another."""
+    image = sitk.GetImageFromArray(mask)
+    image.CopyInformation(like)
+    return image
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, as the last line of a library's message has it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    last = " ".join(str(error).strip().rpartition("\n")[2].split()).removeprefix("sitk::ERROR: ")
+    return "too short or damaged" if last in ("", "Reason: No such file or directory") else last  # MetaImage's
+
+
+# ---------------------------------------------------------------- the body
+
+
+def _steps(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(-(-n // _SAMPLE) for n in shape)
+
+
+def _sample(volume: np.ndarray) -> np.ndarray:
+    return volume[tuple(slice(None, None, step) for step in _steps(volume.shape))]
+
+
+def _largest_part(mask: np.ndarray) -> np.ndarray:
+    labels, count = ndimage.label(mask)
+    if count < 2:
+        return mask
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return labels == sizes.argmax()
+
+
+def _without_holes(mask: np.ndarray) -> np.ndarray:
+    labels, _ = ndimage.label(~mask)
+    sides = (labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1])
+    outside = np.zeros(labels.max() + 1, dtype=bool)
+    for side in sides:
+        outside[side] = True
+    outside[0] = False  # that is the mask itself
+    return ~outside[labels]
+
+
+# ---------------------------------------------------------------- what a volume holds
+
+
+def _storable(image: sitk.Image) -> sitk.Image:
+    """Without metadata, which may tell of the patient, and in no more than 32 bits: nnU-Net computes in float32."""
+    if image.GetNumberOfComponentsPerPixel() > 1 or "complex" in image.GetPixelIDTypeAsString():
+        raise Rejected(f"vector: {image.GetPixelIDTypeAsString()} with several numbers a voxel")
+    for key in image.GetMetaDataKeys():
+        image.EraseMetaData(key)
+    wide = (sitk.sitkFloat64, sitk.sitkInt64, sitk.sitkUInt64, sitk.sitkUInt32)
+    return sitk.Cast(image, sitk.sitkFloat32) if image.GetPixelID() in wide else image
+
+
+def _finite(image: sitk.Image, selection: Selection, notes: list[str]) -> sitk.Image:
+    array = sitk.GetArrayViewFromImage(image)
+    with np.errstate(invalid="ignore"):
+        total = array.sum(dtype=np.float64)  # finite where all float32 are, and needs no array of its own
+    if np.isfinite(total):
+        return image
+    finite = np.isfinite(array)
+    count = array.size - int(finite.sum())
+    if "nonfinite" not in selection.keep or count == array.size:
+        raise Rejected(f"nonfinite: {count} voxels are NaN or infinite")
+    notes.append(f"nonfinite: {count} voxels set to the lowest finite value")
+    mended = sitk.GetImageFromArray(np.where(finite, array, array[finite].min()))
+    mended.CopyInformation(image)
+    return mended
+
+
+def _content_hash(arrays: Sequence[np.ndarray], spacing: Sequence[float]) -> str:
+    """Of pixels and spacing, whatever the file's format or type of pixel."""
+    digest = hashlib.blake2b(f"{arrays[0].shape} {[round(mm, 3) for mm in spacing]}".encode(), digest_size=16)
+    for array in arrays:
+        for one_slice in array:
+            digest.update(np.ascontiguousarray(one_slice, dtype=np.float32).data)
+    return digest.hexdigest()
+
+
+def _mend_direction(image: sitk.Image, selection: Selection, notes: list[str]) -> None:
+    nearest, off = _orthonormal(np.reshape(image.GetDirection(), (3, 3)))
+    if off > 1e-6:
+        _accept_direction(off, selection, notes)
+        image.SetDirection(nearest.ravel().tolist())
+
+
+def _accept_direction(off: float, selection: Selection, notes: list[str]) -> None:
+    if off > _ROUNDING and "direction" not in selection.keep:
+        raise Rejected(f"direction: axes are not at right angles, off by {off:.3g}")
+    notes.append(f"direction: made orthonormal, was off by {off:.2g}")
+
+
+def _orthonormal(direction: np.ndarray) -> tuple[np.ndarray, float]:
+    """The orthonormal matrix nearest to one whose columns are directions, and how far the two are apart."""
+    left, _, right = np.linalg.svd(direction)
+    return left @ right, float(np.abs(left @ right - direction).max())
+
+
+# ---------------------------------------------------------------- files
+
+
+def _volumes_of_files(source: Source, selection: Selection) -> Iterator[Volume]:
+    dicom = not ending(source.key) and is_dicom(source.key)  # whose file name may be an identifier
+    case = case_name("dicom" if dicom else source.stem, source.key)
+    notes: list[str] = []
+    try:
+        images = [_read_file(path, selection, notes) for path in source.paths]
+        frames = images[0].GetSize()[3] if images[0].GetDimension() == 4 else 1
+        if frames > 1 and (len(images) > 1 or not selection.split_4d):
+            raise Rejected(f"4D: {frames} volumes in one file")
+    except Rejected as reason:
+        yield Volume(case, problem=str(reason))
+        return
+    if images[0].GetDimension() < 4:
+        yield Volume(case, "", images, notes=notes, files=source.paths)
+    elif frames == 1:
+        yield Volume(case, "", [image[:, :, :, 0] for image in images], notes=notes)
+    else:
+        for frame in range(frames):
+            item = f"volume {frame + 1} of {frames}"
+            yield Volume(f"{case}_v{frame:03d}", item, [images[0][:, :, :, frame]], notes=[*notes])
+
+
+def _read_file(path: str, selection: Selection, notes: list[str]) -> sitk.Image:
+    check = {".nii": _check_nifti, ".nii.gz": _check_nifti, "": _check_dicom}.get(ending(path), _check_text_header)
+    try:
+        check(path)
+        return sitk.ReadImage(path)
+    except (OSError, EOFError, zlib.error, HeaderDataError, WrapStructError) as error:
+        raise Rejected(f"unreadable: {one_line(error)}") from error
+    except RuntimeError as error:
+        if "orthonormal" in str(error):
+            return _read_skewed(path, selection, notes)
+        if "spacing" in str(error):
+            raise Rejected("spacing: 0 mm") from error
+        raise Rejected(f"unreadable: {one_line(error)}") from error
+
+
+def _check_nifti(path: str) -> None:
+    """Find what SimpleITK reads without a word: a damaged or short file, a spacing that is not positive."""
+    header = _nifti_header(path)
+    spacing = header["pixdim"][1:4]
+    if not np.all(np.isfinite(spacing) & (spacing > 0)):
+        raise Rejected(f"spacing: {' x '.join(f'{mm:g}' for mm in spacing[::-1])} mm")
+    dimensions = int(header["dim"][0])
+    needed = int(header["vox_offset"]) + math.prod(map(int, header["dim"][1 : dimensions + 1])) * (
+        header.get_data_dtype().itemsize
+    )
+    length = _unpacked_length(path) if path.lower().endswith(".gz") else Path(path).stat().st_size
+    if length < needed:
+        raise Rejected(f"unreadable: truncated, {length} of {needed} bytes")
+
+
+def _nifti_header(path: str) -> nibabel.Nifti1Header:
+    with nibabel.openers.ImageOpener(path) as file:
+        is_version_2 = 540 in (int.from_bytes(size := file.read(4), "little"), int.from_bytes(size, "big"))
+        file.seek(0)
+        kind = nibabel.Nifti2Header if is_version_2 else nibabel.Nifti1Header
+        return kind.from_fileobj(file, check=False)
+
+
+def _unpacked_length(path: str) -> int:
+    """Unpack all of a file, which also checks its checksum; EOFError or zlib.error if it is damaged."""
+    with gzip.open(path) as file:
+        return sum(len(block) for block in iter(lambda: file.read(1 << 20), b""))
+
+
+def _read_skewed(path: str, selection: Selection, notes: list[str]) -> sitk.Image:
+    """Read a NIfTI whose only matrix is not orthonormal, which ITK refuses unless told otherwise."""
+    matrix = _nifti_header(path).get_sform()[:3, :3]
+    _, off = _orthonormal(matrix / np.linalg.norm(matrix, axis=0))
+    _accept_direction(off, selection, notes)
+    os.environ[_PERMISSIVE] = "1"
+    try:
+        return sitk.ReadImage(path)
+    finally:
+        del os.environ[_PERMISSIVE]
+
+
+_SPACING_FIELD = {
+    ".nrrd": re.compile(rb"^(?:spacings|space directions):(.*)$", re.MULTILINE),
+    ".mha": re.compile(rb"^\s*Element(?:Spacing|Size)\s*=(.*)$", re.MULTILINE),
+}
+
+
+def _check_text_header(path: str) -> None:
+    """Find a spacing that SimpleITK would take for 1 mm, or for positive."""
+    with Path(path).open("rb") as file:
+        header = file.read(1 << 14)
+    stated = _SPACING_FIELD.get(ending(path), _SPACING_FIELD[".mha"]).search(header)
+    if stated is None and header:
+        raise Rejected("spacing: the file states none")
+    text = stated[1].decode(errors="replace").strip() if stated else ""
+    if "(" not in text and any(not float(mm) > 0 for mm in re.findall(r"nan|[-+.\deE]+", text)):
+        raise Rejected(f"spacing: {text} mm")
+
+
+# ---------------------------------------------------------------- DICOM
+
+
+def _dicom_series(source: Source, selection: Selection) -> Iterator[Volume]:
+    """The series of one folder. Case names and items tell nothing of the patient: identifiers are only hashed."""
+    folder = source.key
+    series = {
+        uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, uid)
+        for uid in sorted(sitk.ImageSeriesReader.GetGDCMSeriesIDs(folder))
+    }
+    for number, (uid, files) in enumerate(series.items(), start=1):
+        volume = Volume(case_name("dicom", folder, uid), f"series {number} of {len(series)}")
+        try:
+            volume.images = [_read_series(files, selection, volume.notes)]
+        except Rejected as reason:
+            volume.problem = str(reason)
+        yield volume
+    used = {Path(file).name for files in series.values() for file in files}
+    others = [path.name for path in Path(folder).iterdir() if path.name not in used and not ending(path.name)]
+    stray = [name for name in others if may_be_dicom(folder, name)]
+    if stray:
+        problem = f"unreadable: {len(stray)} DICOM files that are part of no series"
+        yield Volume(case_name("dicom", folder), "other files", problem=problem)
+
+
+def _read_series(files: Sequence[str], selection: Selection, notes: list[str]) -> sitk.Image:
+    try:
+        _check_dicom(files[0])
+        if len(files) == 1:  # a slice, or all frames of an enhanced CT or MR
+            return sitk.ReadImage(files[0])
+        reader = sitk.ImageSeriesReader()
+        reader.SetFileNames(files)
+        reader.MetaDataDictionaryArrayUpdateOn()
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise Rejected(f"unreadable: {one_line(error)}") from error
+    uneven = _unevenness(reader, len(files))
+    if uneven > _UNEVEN:
+        if "slices" not in selection.keep:
+            raise Rejected(f"slices: missing or unevenly spaced, distances differ by {uneven:.0%}")
+        notes.append(f"slices: unevenly spaced, distances differ by {uneven:.0%}")
+    return image
+
+
+def _unevenness(reader: sitk.ImageSeriesReader, slices: int) -> float:
+    """How much the distances between slices differ from their median, relative to it; 0 if positions are not stated."""
+    if not all(reader.HasMetaDataKey(number, _POSITION) for number in range(slices)):
+        return 0.0
+    positions = [reader.GetMetaData(number, _POSITION).split("\\") for number in range(slices)]
+    distances = np.linalg.norm(np.diff(np.array(positions, dtype=float), axis=0), axis=1)
+    return float(np.abs(distances / max(np.median(distances), 1e-6) - 1).max())
+
+
+def _check_dicom(path: str) -> None:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(path)
+    reader.ReadImageInformation()
+    modality = reader.GetMetaData(_MODALITY).strip() if reader.HasMetaDataKey(_MODALITY) else ""
+    if modality in _NO_IMAGES:
+        raise Rejected(f"modality: {modality} is no scan")
+    one_frame = reader.GetSize()[2:] in ((), (1,))
+    if one_frame and not reader.HasMetaDataKey(_PIXEL_SPACING):
+        raise Rejected("spacing: the file states none")
