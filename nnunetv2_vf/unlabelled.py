@@ -31,7 +31,7 @@ from nnunetv2_vf.host import require_variables
 from nnunetv2_vf.import_journal import Journal, Record, Row, final_rows
 from nnunetv2_vf.parallel import run_in_processes
 from nnunetv2_vf.sources import Source, ending, find_sources, in_part
-from nnunetv2_vf.volumes import Rejected, Selection, Volume, body_mask, examine, label_image, one_line, read_volumes
+from nnunetv2_vf.volumes import Rejected, Selection, Volume, body_mask, examine, on_grid_of, one_line, read_volumes
 
 FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")  # that nnU-Net reads
 REPORT = "import_report.csv"
@@ -420,7 +420,7 @@ def _import_volume(volume: Volume, row: Row, folder: Path, scratch: Path, settin
     else:
         mask = np.ones(array.shape, dtype=np.uint8)
     label = f"{volume.case}{settings.file_ending}"
-    _write(label_image(mask, volume.images[0]), scratch / label, folder / "labelsTr" / label)
+    _write(on_grid_of(volume.images[0], mask), scratch / label, folder / "labelsTr" / label)
     for channel, image in reversed([*enumerate(volume.images)]):
         name = f"{volume.case}_{channel:04d}{settings.file_ending}"
         if row.linked:

@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import re
+import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -147,7 +148,7 @@ def examine(volume: Volume, selection: Selection) -> Facts:
 
 
 def is_hu_like(sample: np.ndarray) -> bool:
-    """Whether intensities look like Hounsfield units: some air or fat, much soft tissue in the rest, nothing extreme."""
+    """Whether intensities look like Hounsfield units: air or fat, much soft tissue besides, nothing extreme."""
     low, high = np.percentile(sample, (0.5, 99.5))
     if not (-4100 <= low <= -80 and high <= 10_000):
         return False
@@ -188,9 +189,9 @@ def body_mask(volume: np.ndarray, hu_like: bool) -> tuple[np.ndarray, str]:
     return body.astype(np.uint8)[np.ix_(*nearest)], ""
 
 
-def label_image(mask: np.ndarray, like: sitk.Image) -> sitk.Image:
-    """A mask, (D, H, W), as an image on the grid of another."""
-    image = sitk.GetImageFromArray(mask)
+def on_grid_of(like: sitk.Image, array: np.ndarray) -> sitk.Image:
+    """An array, (D, H, W), as an image on the grid of another."""
+    image = sitk.GetImageFromArray(array, isVector=False)
     image.CopyInformation(like)
     return image
 
@@ -257,9 +258,7 @@ def _finite(image: sitk.Image, selection: Selection, notes: list[str]) -> sitk.I
     if "nonfinite" not in selection.keep or count == array.size:
         raise Rejected(f"nonfinite: {count} voxels are NaN or infinite")
     notes.append(f"nonfinite: {count} voxels set to the lowest finite value")
-    mended = sitk.GetImageFromArray(np.where(finite, array, array[finite].min()))
-    mended.CopyInformation(image)
-    return mended
+    return on_grid_of(image, np.where(finite, array, array[finite].min()))
 
 
 def _content_hash(arrays: Sequence[np.ndarray], spacing: Sequence[float]) -> str:
@@ -316,33 +315,36 @@ def _volumes_of_files(source: Source, selection: Selection) -> Iterator[Volume]:
 
 
 def _read_file(path: str, selection: Selection, notes: list[str]) -> sitk.Image:
-    check = {".nii": _check_nifti, ".nii.gz": _check_nifti, "": _check_dicom}.get(ending(path), _check_text_header)
     try:
+        if ending(path) in (".nii", ".nii.gz"):
+            return _read_nifti(path, selection, notes)
+        check = _check_text_header if ending(path) else _check_dicom
         check(path)
         return sitk.ReadImage(path)
     except (OSError, EOFError, zlib.error, HeaderDataError, WrapStructError) as error:
         raise Rejected(f"unreadable: {one_line(error)}") from error
     except RuntimeError as error:
-        if "orthonormal" in str(error):
-            return _read_skewed(path, selection, notes)
-        if "spacing" in str(error):
-            raise Rejected("spacing: 0 mm") from error
-        raise Rejected(f"unreadable: {one_line(error)}") from error
+        kind = "spacing" if "Refusing to change spacing" in str(error) else "unreadable"
+        raise Rejected(f"{kind}: {one_line(error)}") from error
 
 
-def _check_nifti(path: str) -> None:
-    """Find what SimpleITK reads without a word: a damaged or short file, a spacing that is not positive."""
+def _read_nifti(path: str, selection: Selection, notes: list[str]) -> sitk.Image:
+    """Read a NIfTI, and find what SimpleITK passes over: damage, spacings that are not positive, NaN (made 0)."""
     header = _nifti_header(path)
     spacing = header["pixdim"][1:4]
     if not np.all(np.isfinite(spacing) & (spacing > 0)):
         raise Rejected(f"spacing: {' x '.join(f'{mm:g}' for mm in spacing[::-1])} mm")
-    dimensions = int(header["dim"][0])
-    needed = int(header["vox_offset"]) + math.prod(map(int, header["dim"][1 : dimensions + 1])) * (
-        header.get_data_dtype().itemsize
-    )
-    length = _unpacked_length(path) if path.lower().endswith(".gz") else Path(path).stat().st_size
-    if length < needed:
-        raise Rejected(f"unreadable: truncated, {length} of {needed} bytes")
+    has_nonfinite = _check_nifti_data(path, header)
+    try:
+        image = sitk.ReadImage(path)
+    except RuntimeError as error:
+        if "orthonormal" not in str(error):
+            raise
+        image = _read_skewed(path, header, selection, notes)
+    if not has_nonfinite:
+        return image
+    restored = np.where(np.isfinite(nibabel.load(path).dataobj).T, sitk.GetArrayViewFromImage(image), np.nan)
+    return on_grid_of(image, restored)
 
 
 def _nifti_header(path: str) -> nibabel.Nifti1Header:
@@ -353,15 +355,31 @@ def _nifti_header(path: str) -> nibabel.Nifti1Header:
         return kind.from_fileobj(file, check=False)
 
 
-def _unpacked_length(path: str) -> int:
-    """Unpack all of a file, which also checks its checksum; EOFError or zlib.error if it is damaged."""
-    with gzip.open(path) as file:
-        return sum(len(block) for block in iter(lambda: file.read(1 << 20), b""))
+def _check_nifti_data(path: str, header: nibabel.Nifti1Header) -> bool:
+    """Read all of the data, which also checks a compressed file's checksum, and say whether some is not finite.
+
+    Raises:
+        Rejected: there is less than the header says.
+        EOFError, zlib.error, OSError: the file is damaged.
+    """
+    dtype, dimensions = header.get_data_dtype(), int(header["dim"][0])
+    needed = math.prod(map(int, header["dim"][1 : dimensions + 1])) * dtype.itemsize
+    length, has_nonfinite = 0, False
+    with gzip.open(path) if path.lower().endswith(".gz") else Path(path).open("rb") as file:
+        file.seek(int(header["vox_offset"]))
+        for block in iter(lambda: file.read(1 << 20), b""):
+            length += len(block)
+            if dtype.kind == "f" and not has_nonfinite:
+                whole = len(block) // dtype.itemsize
+                has_nonfinite = not np.isfinite(np.frombuffer(block, dtype, count=whole)).all()
+    if length < needed:
+        raise Rejected(f"unreadable: truncated, {length} of {needed} bytes of voxels")
+    return has_nonfinite
 
 
-def _read_skewed(path: str, selection: Selection, notes: list[str]) -> sitk.Image:
+def _read_skewed(path: str, header: nibabel.Nifti1Header, selection: Selection, notes: list[str]) -> sitk.Image:
     """Read a NIfTI whose only matrix is not orthonormal, which ITK refuses unless told otherwise."""
-    matrix = _nifti_header(path).get_sform()[:3, :3]
+    matrix = header.get_sform()[:3, :3]
     _, off = _orthonormal(matrix / np.linalg.norm(matrix, axis=0))
     _accept_direction(off, selection, notes)
     os.environ[_PERMISSIVE] = "1"
@@ -395,10 +413,7 @@ def _check_text_header(path: str) -> None:
 def _dicom_series(source: Source, selection: Selection) -> Iterator[Volume]:
     """The series of one folder. Case names and items tell nothing of the patient: identifiers are only hashed."""
     folder = source.key
-    series = {
-        uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, uid)
-        for uid in sorted(sitk.ImageSeriesReader.GetGDCMSeriesIDs(folder))
-    }
+    series = _list_series(folder)
     for number, (uid, files) in enumerate(series.items(), start=1):
         volume = Volume(case_name("dicom", folder, uid), f"series {number} of {len(series)}")
         try:
@@ -412,6 +427,31 @@ def _dicom_series(source: Source, selection: Selection) -> Iterator[Volume]:
     if stray:
         problem = f"unreadable: {len(stray)} DICOM files that are part of no series"
         yield Volume(case_name("dicom", folder), "other files", problem=problem)
+
+
+def _list_series(folder: str) -> dict[str, Sequence[str]]:
+    """The files of each series, in the order of their slices, as GDCM sorts them."""
+    try:
+        return _ask_gdcm(folder)
+    except RuntimeError:  # GDCM lists nothing if one file is beyond it: ask about the others
+        with tempfile.TemporaryDirectory() as links:
+            for path in Path(folder).iterdir():
+                if not ending(path.name) and may_be_dicom(folder, path.name) and _is_scan(path):
+                    Path(links, path.name).symlink_to(path)
+            return {uid: [str(Path(folder, Path(file).name)) for file in f] for uid, f in _ask_gdcm(links).items()}
+
+
+def _ask_gdcm(folder: str) -> dict[str, Sequence[str]]:
+    reader = sitk.ImageSeriesReader
+    return {uid: reader.GetGDCMSeriesFileNames(folder, uid) for uid in sorted(reader.GetGDCMSeriesIDs(folder))}
+
+
+def _is_scan(path: Path) -> bool:
+    try:
+        _check_dicom(str(path))
+    except (RuntimeError, Rejected):
+        return False
+    return True
 
 
 def _read_series(files: Sequence[str], selection: Selection, notes: list[str]) -> sitk.Image:
