@@ -164,7 +164,7 @@ def _import(args: argparse.Namespace) -> None:
     keep = tuple(sorted(filter(None, args.keep.split(","))))
     selection = Selection(args.min_size, args.max_spacing, args.min_range, keep, not args.no_split_4d)
     settings = ImportSettings(selection, not args.no_mask, args.link, args.file_ending)
-    processes = args.np or default_num_processes
+    processes = default_num_processes if args.np is None else args.np
     import_volumes(args.d, args.n, args.paths, settings, args.channel, processes, args.num_parts, args.part_id)
 
 

@@ -6,10 +6,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -31,21 +31,27 @@ def run_in_processes(
         job: can be pickled; what it raises is raised here.
         initializer: run once in each process; can be pickled.
     """
-    waiting = deque(items)
-    while waiting:
-        running: dict[Future[Result], Item] = {}
+    remaining = iter(items)
+    while True:
+        at_work: list[Item] = []
+        pool = _pool(processes, initializer)
         try:
-            with _pool(processes, initializer) as pool:
-                while waiting or running:
-                    while waiting and len(running) < 2 * processes:
-                        item = waiting.popleft()
-                        running[pool.submit(job, item)] = item
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        result = future.result()
-                        yield running.pop(future), result
+            futures: dict[Future[Result], Item] = {}
+            while True:
+                for item in islice(remaining, 2 * processes - len(at_work)):
+                    at_work.append(item)
+                    futures[pool.submit(job, item)] = item
+                if not at_work:
+                    return
+                for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                    result, item = future.result(), futures.pop(future)
+                    at_work.remove(item)
+                    yield item, result
         except BrokenProcessPool:
-            for suspect in running.values():
+            for suspect in at_work:
                 yield suspect, _alone(job, suspect, initializer)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _alone(job: Callable[[Item], Result], item: Item, initializer: Callable[[], None]) -> Result | None:

@@ -39,6 +39,10 @@ _JOURNALS = "import_journals"
 _TRY_AGAIN = ("unreadable", "memory", "error")  # reasons that may be gone next time, though the file is the same
 
 
+class CannotWriteError(Exception):
+    """A file of the dataset could not be written."""
+
+
 @dataclass(frozen=True)
 class ImportSettings:
     """What decides about a case and its files; a source that was imported with other settings is imported again.
@@ -95,19 +99,22 @@ def import_volumes(
         raise UserError(f"-np is {processes}; it must be at least 1")
     folder = _dataset_folder(dataset_id, name)
     found = find_sources(paths, leave_out=folder)
-    dataset = _Dataset(folder, settings, channel, found.sources, f"part_{part_id}_of_{num_parts}")
-    _announce(dataset, +found.ignored)
-    with dataset.journal.locked():
-        dataset.run([source for source in found.sources if in_part(source, part_id, num_parts)], processes)
-    records = dataset.journal.read()
-    left = dataset.to_do(found.sources, records)
-    if left:
-        print(
-            f"part {part_id} of {num_parts} is done; {len(left)} sources of other parts are not. The part that ends "
-            "last writes dataset.json; the same command without --num_parts does so too, and first does what is left"
-        )
-    else:
-        dataset.merge(records)
+    try:
+        dataset = _Dataset(folder, settings, channel, found.sources, f"part_{part_id}_of_{num_parts}")
+        _announce(dataset, +found.ignored)
+        with dataset.journal.locked():
+            dataset.run([source for source in found.sources if in_part(source, part_id, num_parts)], processes)
+        records = dataset.journal.read()
+        left = dataset.to_do(found.sources, records)
+        if not left:
+            dataset.merge(records)
+            return
+    except (OSError, CannotWriteError) as error:
+        raise UserError(f"cannot write to {folder}: {error}; mend that, and the same command goes on") from error
+    print(
+        f"part {part_id} of {num_parts} is done; {len(left)} sources of other parts are not. The part that ends last "
+        "writes dataset.json; the same command without --num_parts does so too, and first does what is left"
+    )
 
 
 def _dataset_folder(dataset_id: int, name: str) -> Path:
@@ -198,7 +205,8 @@ class _Dataset:
         """Import what is not done of a share of the sources.
 
         Raises:
-            UserError: the files cannot be written; or interrupted.
+            CannotWriteError, OSError: the files cannot be written.
+            UserError: interrupted.
         """
         before = self.journal.read()
         todo = self.to_do(share, before, _TRY_AGAIN)
@@ -216,8 +224,6 @@ class _Dataset:
                 progress.total += len(rows) - 1
                 progress.set_postfix(counts, refresh=False)
                 progress.update(len(rows))
-        except CannotWriteError as error:
-            raise UserError(f"cannot write to {self.folder}: {error}; mend it, and the same command goes on") from error
         except KeyboardInterrupt:
             raise UserError(f"interrupted at {progress.n} of {progress.total}; the same command goes on") from None
         finally:
@@ -370,10 +376,6 @@ def _rejections(rows: Sequence[Row]) -> str:
 # ---------------------------------------------------------------- in a worker
 
 
-class CannotWriteError(Exception):
-    """A file of the dataset could not be written."""
-
-
 def _start_worker() -> None:
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # as many workers as cores
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -402,7 +404,7 @@ def _import_source(folder: Path, scratch: Path, settings: ImportSettings, channe
 
 
 def _import_volume(volume: Volume, row: Row, folder: Path, scratch: Path, settings: ImportSettings) -> None:
-    """Judge a volume and put its files in place, the label first: a case whose image is there is complete."""
+    """Judge a volume, find its body, and put its files in place."""
     if volume.problem:
         raise Rejected(volume.problem)
     row.shape = "x".join(map(str, volume.images[0].GetSize()[::-1]))
@@ -419,21 +421,41 @@ def _import_volume(volume: Volume, row: Row, folder: Path, scratch: Path, settin
         volume.notes += [note] if note else []
     else:
         mask = np.ones(array.shape, dtype=np.uint8)
-    label = f"{volume.case}{settings.file_ending}"
-    _write(on_grid_of(volume.images[0], mask), scratch / label, folder / "labelsTr" / label)
-    for channel, image in reversed([*enumerate(volume.images)]):
-        name = f"{volume.case}_{channel:04d}{settings.file_ending}"
-        if row.linked:
-            (scratch / name).symlink_to(volume.files[channel])
-            (scratch / name).replace(folder / "imagesTr" / name)
-        else:
-            _write(image, scratch / name, folder / "imagesTr" / name)
+    try:
+        _put_in_place(volume, on_grid_of(volume.images[0], mask), row.linked, folder, scratch, settings.file_ending)
+    except OSError as error:
+        raise CannotWriteError(error.strerror) from error
     row.case = volume.case
 
 
-def _write(image: sitk.Image, temporary: Path, path: Path) -> None:
+def _put_in_place(volume: Volume, label: sitk.Image, link: bool, folder: Path, scratch: Path, file_ending: str) -> None:
+    """Write elsewhere, then rename; the label first, so that a case whose images are there is complete."""
+    name = f"{volume.case}{file_ending}"
+    _write(label, scratch / name)
+    (scratch / name).replace(folder / "labelsTr" / name)
+    for channel, image in enumerate(volume.images):
+        name = f"{volume.case}_{channel:04d}{file_ending}"
+        if link:
+            (scratch / name).symlink_to(volume.files[channel])
+        else:
+            _write(image, scratch / name)
+        (scratch / name).replace(folder / "imagesTr" / name)
+
+
+def _write(image: sitk.Image, path: Path) -> None:
     try:
-        sitk.WriteImage(image, str(temporary), useCompression=True)
+        sitk.WriteImage(image, str(path), useCompression=True)
     except RuntimeError as error:
         raise CannotWriteError(one_line(error)) from error
-    temporary.replace(path)
+    if not _is_complete(path, image):
+        raise CannotWriteError("a file ended early; is the disk full?")
+
+
+def _is_complete(path: Path, image: sitk.Image) -> bool:
+    """Whether all of an image is in its file: ITK writes NIfTI on a full disk without a word, others it does not."""
+    needed = 352 + image.GetNumberOfPixels() * image.GetSizeOfPixelComponent()  # header, voxels
+    if path.name.endswith(".nii"):
+        return path.stat().st_size >= needed
+    if path.name.endswith(".nii.gz"):  # which ends with the length of what it holds
+        return int.from_bytes(path.read_bytes()[-4:], "little") == needed % 2**32
+    return True
