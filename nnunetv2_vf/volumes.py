@@ -17,13 +17,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import cc3d
 import nibabel
 import nibabel.openers
 import numpy as np
 import SimpleITK as sitk  # noqa: N813  its own convention
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
-from scipy import ndimage
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.sources import Source, case_name, ending, is_dicom, may_be_dicom
@@ -149,6 +149,7 @@ def examine(volume: Volume, selection: Selection) -> Facts:
 
 def is_hu_like(sample: np.ndarray) -> bool:
     """Whether intensities look like Hounsfield units: air or fat, much soft tissue besides, nothing extreme."""
+    sample = _thin(sample)
     low, high = np.percentile(sample, (0.5, 99.5))
     if not (-4100 <= low <= -80 and high <= 10_000):
         return False
@@ -176,7 +177,7 @@ def body_mask(volume: np.ndarray, hu_like: bool) -> tuple[np.ndarray, str]:
     if hu_like:
         threshold = float(_AIR_HU)
     else:
-        low, high = np.percentile(sample, (2, 98))
+        low, high = np.percentile(_thin(sample), (2, 98))
         threshold = low + 0.1 * (high - low)
     body = _without_holes(_largest_part(sample > threshold))
     if body.mean() < _LEAST_BODY:
@@ -215,17 +216,20 @@ def _sample(volume: np.ndarray) -> np.ndarray:
     return volume[tuple(slice(None, None, step) for step in _steps(volume.shape))]
 
 
+def _thin(sample: np.ndarray) -> np.ndarray:
+    """Some 50,000 of the intensities, which is enough for percentiles."""
+    return sample.ravel()[:: max(1, sample.size // 50_000)]
+
+
 def _largest_part(mask: np.ndarray) -> np.ndarray:
-    labels, count = ndimage.label(mask)
-    if count < 2:
-        return mask
+    labels = cc3d.connected_components(mask, connectivity=6)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
-    return labels == sizes.argmax()
+    return labels == sizes.argmax() if sizes.any() else mask
 
 
 def _without_holes(mask: np.ndarray) -> np.ndarray:
-    labels, _ = ndimage.label(~mask)
+    labels = cc3d.connected_components(~mask, connectivity=6)
     sides = (labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1])
     outside = np.zeros(labels.max() + 1, dtype=bool)
     for side in sides:
@@ -263,11 +267,11 @@ def _finite(image: sitk.Image, selection: Selection, notes: list[str]) -> sitk.I
 
 def _content_hash(arrays: Sequence[np.ndarray], spacing: Sequence[float]) -> str:
     """Of pixels and spacing, whatever the file's format or type of pixel."""
-    digest = hashlib.blake2b(f"{arrays[0].shape} {[round(mm, 3) for mm in spacing]}".encode(), digest_size=16)
+    digest = hashlib.sha256(f"{arrays[0].shape} {[round(mm, 3) for mm in spacing]}".encode())
     for array in arrays:
         for one_slice in array:
             digest.update(np.ascontiguousarray(one_slice, dtype=np.float32).data)
-    return digest.hexdigest()
+    return digest.hexdigest()[:32]
 
 
 def _mend_direction(image: sitk.Image, selection: Selection, notes: list[str]) -> None:
@@ -336,7 +340,7 @@ def _read_nifti(path: str, selection: Selection, notes: list[str]) -> sitk.Image
         raise Rejected(f"spacing: {' x '.join(f'{mm:g}' for mm in spacing[::-1])} mm")
     has_nonfinite = _check_nifti_data(path, header)
     try:
-        image = sitk.ReadImage(path)
+        image = sitk.ReadImage(path, imageIO="NiftiImageIO")  # saves asking every other reader: a tenth of the time
     except RuntimeError as error:
         if "orthonormal" not in str(error):
             raise
