@@ -2,6 +2,11 @@
 
 The pipeline, and the module of each step::
 
+    folders of unlabelled volumes: NIfTI, NRRD, MetaImage, DICOM
+        | sources     what there is
+        | volumes     read it, decide whether it is fit, find the body
+        | unlabelled  the raw dataset, with a report; nnU-Net's own commands plan and preprocess it
+        v
     unlabelled case, preprocessed by nnU-Net
         | sampling   crop two sub-volumes of one case, resize them to the patch; draw all parameters
         | augment    flip, contrast, gamma, inversion: batched, on the trainer's device

@@ -66,10 +66,12 @@ def demo(folder: Path | None, device: str | None) -> None:
 
 def _prepare(host: Host, small: bool) -> None:
     """Make both datasets, give both the unlabelled one's plans, preprocess."""
-    write_dataset(host.raw / _UNLABELLED, _POOL, labelled=False)
-    write_dataset(host.raw / _LABELLED, _FEW, labelled=True)
+    write_images(host.folder / "unlabelled", _POOL)
+    write_dataset(host.raw / _LABELLED, _FEW)
     write_images(host.folder / "test_images", _HELD_OUT)
     write_labels(host.folder / "test_labels", _HELD_OUT)
+    name = _UNLABELLED.partition("_")[2]
+    host.run("nnUNetv2_vf", "import", "-d", 901, "-n", name, host.folder / "unlabelled", "-np", 2)
     host.run("nnUNetv2_extract_fingerprint", "-d", 901, 902)
     host.run("nnUNetv2_plan_experiment", "-d", 901, 902)
     if small:

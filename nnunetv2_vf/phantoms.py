@@ -42,7 +42,6 @@ _ORGANS = (
     _Organ(5, 420, 60, 120, (((0, 75, 0), (400, 17, 19)),)),  # longer than the body: a column
 )
 _AIR, _FAT, _SOFT = -1000.0, -100.0, 40.0
-_OUTSIDE = -500.0  # HU; below: air (outside, and in the lungs)
 
 
 def make_phantom(seed: int, spacing: float = 6.0) -> Phantom:
@@ -77,19 +76,13 @@ def make_phantom(seed: int, spacing: float = 6.0) -> Phantom:
     return Phantom(np.clip(image, -1024, 3071).astype(np.int16), labels, voxel)
 
 
-def write_dataset(folder: Path, seeds: Sequence[int], labelled: bool, spacing: float = 6.0) -> None:
-    """Write phantoms as an nnU-Net raw dataset: ``imagesTr``, ``labelsTr``, ``dataset.json``.
-
-    Args:
-        seeds: one patient each.
-        labelled: with the organs; else label 1 is the body, found by a threshold on the image, which is all that is
-            known of an unlabelled scan and enough for nnU-Net's fingerprint.
-    """
+def write_dataset(folder: Path, seeds: Sequence[int], spacing: float = 6.0) -> None:
+    """Write phantoms, one a seed, as an nnU-Net raw dataset: ``imagesTr``, ``labelsTr``, ``dataset.json``."""
     write_images(folder / "imagesTr", seeds, spacing)
-    write_labels(folder / "labelsTr", seeds, labelled, spacing)
+    write_labels(folder / "labelsTr", seeds, spacing)
     description = {
         "channel_names": {"0": "CT"},
-        "labels": LABELS if labelled else {"background": 0, "body": 1},
+        "labels": LABELS,
         "numTraining": len(seeds),
         "file_ending": ".nii.gz",
     }
@@ -104,13 +97,12 @@ def write_images(folder: Path, seeds: Sequence[int], spacing: float = 6.0) -> No
         _write(phantom.image, phantom.spacing, folder / f"torso_{seed:04d}_0000.nii.gz")
 
 
-def write_labels(folder: Path, seeds: Sequence[int], organs: bool = True, spacing: float = 6.0) -> None:
-    """Write the labels of phantoms as ``torso_SEED.nii.gz``: the organs, or the body as label 1."""
+def write_labels(folder: Path, seeds: Sequence[int], spacing: float = 6.0) -> None:
+    """Write the labels of phantoms as ``torso_SEED.nii.gz``."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         phantom = make_phantom(seed, spacing)
-        labels = phantom.labels if organs else (phantom.image > _OUTSIDE).astype(np.uint8)
-        _write(labels, phantom.spacing, folder / f"torso_{seed:04d}.nii.gz")
+        _write(phantom.labels, phantom.spacing, folder / f"torso_{seed:04d}.nii.gz")
 
 
 def _axis(length: float, step: float, build: float) -> np.ndarray:

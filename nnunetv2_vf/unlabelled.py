@@ -34,7 +34,8 @@ from nnunetv2_vf.sources import Source, ending, find_sources, in_part
 from nnunetv2_vf.volumes import Rejected, Selection, Volume, body_mask, examine, on_grid_of, one_line, read_volumes
 
 FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")  # that nnU-Net reads
-REPORT = "import_report.csv"
+REPORT, PICTURE = "import_report.csv", "import_preview.png"
+_DRAWN = 6  # cases in the picture
 _JOURNALS = "import_journals"
 _TRY_AGAIN = ("unreadable", "memory", "error")  # reasons that may be gone next time, though the file is the same
 
@@ -256,6 +257,7 @@ class _Dataset:
         names = self._channel_names(accepted)
         self._write_description(accepted, names)
         self._remove(row.case for record in records.values() for row in record.rows if row.case not in kept)
+        self._draw(sorted(kept))
         self._print_summary(rows, names)
 
     # -------------------------------------------------------------- files
@@ -268,8 +270,10 @@ class _Dataset:
         self.journal.append(Record(source.key, source.stamp, self.settings.digest, rows, keep))
 
     def _present(self) -> set[str]:
-        """The cases of which all files are there."""
-        images, labels = ({path.name for path in folder.iterdir()} for folder in (self._images, self._labels))
+        """The cases of which all files are there, and no link leads nowhere."""
+        images, labels = (
+            {entry.name for entry in os.scandir(folder) if entry.is_file()} for folder in (self._images, self._labels)
+        )
         cases = (label[: -len(self.settings.file_ending)] for label in labels)
         return {case for case in cases if images.issuperset(self._image_names(case))}
 
@@ -311,6 +315,18 @@ class _Dataset:
         temporary = self.folder / _JOURNALS / f"dataset.json.{os.getpid()}"
         temporary.write_text(json.dumps(description, indent=1))
         temporary.replace(self._description)
+
+    def _draw(self, cases: Sequence[str]) -> None:
+        from nnunetv2_vf.body_picture import draw_bodies
+
+        some = cases[:: -(-len(cases) // _DRAWN)]
+        files = [
+            (case, self._images / self._image_names(case)[0], self._labels / f"{case}{self.settings.file_ending}")
+            for case in some
+        ]
+        temporary = self.folder / _JOURNALS / f"{PICTURE}.{os.getpid()}"
+        draw_bodies(files, temporary)
+        temporary.replace(self.folder / PICTURE)
 
     # -------------------------------------------------------------- the channel
 
@@ -363,6 +379,7 @@ class _Dataset:
                 f"{'' if self.channel == 'auto' else '; as --channel says'}): nnU-Net {normalised}"
             )
         print(f"  every source and what became of it: {self.folder / REPORT}")
+        print(f"  some of the volumes, with the body outlined: {self.folder / PICTURE}")
         fingerprint = Path(nnUNet_preprocessed or "") / self.folder.name / "dataset_fingerprint.json"
         again = " --clean  # the one that is there is of the dataset as it was before" if fingerprint.exists() else ""
         print(f"next: nnUNetv2_extract_fingerprint -d {int(self.folder.name[7:10])}{again}")

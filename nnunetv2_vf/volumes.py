@@ -125,19 +125,17 @@ def examine(volume: Volume, selection: Selection) -> Facts:
     Raises:
         Rejected: it is not fit.
     """
-    first = volume.images[0]
-    shape, spacing = first.GetSize()[::-1], first.GetSpacing()[::-1]
     for image in volume.images:
         if image.GetDimension() != 3 or min(image.GetSize()) < selection.min_size:
             extent = " x ".join(map(str, image.GetSize()[::-1]))
             raise Rejected(f"size: {extent} voxels, fewer than {selection.min_size} on a side")
         if max(image.GetSpacing()) > selection.max_spacing:
             raise Rejected(f"spacing: {max(image.GetSpacing()):g} mm, more than {selection.max_spacing:g}")
-        if image.GetSize()[::-1] != shape or not np.allclose(image.GetSpacing()[::-1], spacing, rtol=1e-3):
-            raise Rejected("channels: of different shape or spacing")
     for number, image in enumerate(volume.images):
         _mend_direction(image, selection, volume.notes)
+        _share_grid(volume.images[0], image, volume.notes)
         volume.images[number] = _finite(_storable(image), selection, volume.notes)
+    shape, spacing = volume.images[0].GetSize()[::-1], volume.images[0].GetSpacing()[::-1]
     arrays = [sitk.GetArrayViewFromImage(image) for image in volume.images]
     lows, highs = [float(array.min()) for array in arrays], [float(array.max()) for array in arrays]
     for low, high in zip(lows, highs, strict=True):
@@ -285,6 +283,20 @@ def _accept_direction(off: float, selection: Selection, notes: list[str]) -> Non
     if off > _ROUNDING and "direction" not in selection.keep:
         raise Rejected(f"direction: axes are not at right angles, off by {off:.3g}")
     notes.append(f"direction: made orthonormal, was off by {off:.2g}")
+
+
+def _share_grid(first: sitk.Image, image: sitk.Image, notes: list[str]) -> None:
+    """Give a further channel the first one's grid, which it may differ from by rounding only."""
+    if image.IsSameImageGeometryAs(first, 0.0, 0.0):
+        return
+    if image.GetSize() != first.GetSize() or not (
+        np.allclose(image.GetSpacing(), first.GetSpacing(), rtol=1e-3)
+        and np.allclose(image.GetDirection(), first.GetDirection(), atol=_ROUNDING)
+        and np.allclose(image.GetOrigin(), first.GetOrigin(), rtol=0, atol=0.1 * min(first.GetSpacing()))
+    ):
+        raise Rejected("channels: not on one grid")
+    image.CopyInformation(first)
+    notes.append("channels: put on the grid of the first")
 
 
 def _orthonormal(direction: np.ndarray) -> tuple[np.ndarray, float]:

@@ -34,7 +34,7 @@ def nnunet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             (folder / name).mkdir()
             patch.setenv(variable, str(folder / name))
         patch.setenv("nnUNet_extTrainer", trainer_path(""))
-        write_dataset(folder / "raw" / DATASET, range(NUM_CASES), labelled=True, spacing=SPACING_MM)
+        write_dataset(folder / "raw" / DATASET, range(NUM_CASES), spacing=SPACING_MM)
         _plan_and_preprocess()
         shrink_network(folder / "preprocessed" / DATASET / "nnUNetPlans.json")
         yield folder

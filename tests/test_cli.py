@@ -11,7 +11,7 @@ from conftest import DATASET_ID
 from nnunetv2_vf.cli import main
 from nnunetv2_vf.host import trainer_path
 
-SUBCOMMANDS = ("env", "preview", "demo")
+SUBCOMMANDS = ("env", "import", "plan", "preview", "convert", "demo")
 
 
 def printed(capsys, *arguments: str) -> str:

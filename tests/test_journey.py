@@ -23,7 +23,7 @@ SCHEDULE = {"num_epochs": 1, "iterations_per_epoch": 2, "val_iterations_per_epoc
 def test_pretrain_finetune_predict_with_stock_commands(tmp_path):
     """On an ordinary labelled dataset: no -p, no plans of ours; the artifact goes straight into -pretrained_weights."""
     host = Host(tmp_path, processes=1)
-    write_dataset(host.raw / DATASET, range(5), labelled=True, spacing=12)
+    write_dataset(host.raw / DATASET, range(5), spacing=12)
     host.run("nnUNetv2_plan_and_preprocess", "-d", 8, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
     pretraining = {f"nnUNet_vf_{name}": value for name, value in SCHEDULE.items()}
     host.run("nnUNetv2_train", 8, "3d_fullres", 0, "-tr", "VFPretrainTrainer", "-device", "cpu", **pretraining)

@@ -27,7 +27,7 @@ def test_organs_have_their_intensities_and_sizes():
 
 
 def test_a_written_dataset_is_nnunets(tmp_path):
-    write_dataset(tmp_path, [4, 5], labelled=True)
+    write_dataset(tmp_path, [4, 5])
     description = json.loads((tmp_path / "dataset.json").read_text())
     assert description["numTraining"] == 2
     image = sitk.ReadImage(str(tmp_path / "imagesTr" / "torso_0004_0000.nii.gz"))
@@ -35,10 +35,3 @@ def test_a_written_dataset_is_nnunets(tmp_path):
     np.testing.assert_allclose(image.GetSpacing(), make_phantom(4).spacing[::-1], rtol=1e-6)
     assert image.GetSpacing() == labels.GetSpacing()
     assert set(np.unique(sitk.GetArrayFromImage(labels))) == set(LABELS.values())
-
-
-def test_an_unlabelled_dataset_knows_the_body_only(tmp_path):
-    write_dataset(tmp_path, [4], labelled=False)
-    labels = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "labelsTr" / "torso_0004.nii.gz")))
-    assert set(np.unique(labels)) == {0, 1}
-    assert 0.2 < labels.mean() < 0.9

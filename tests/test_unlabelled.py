@@ -134,6 +134,7 @@ def test_volumes_of_every_format_become_a_dataset(raw, data, capsys):
         body = sitk.GetArrayFromImage(label)
         assert set(np.unique(body)) == {0, 1}
         assert 0.3 < body.mean() < 0.6
+    assert (raw / "import_preview.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     assert "10 cases" in said
     assert "channel 0 is CT (10 of 10 volumes look like HU)" in said
@@ -346,6 +347,16 @@ def test_links_where_nnunet_reads_the_file_and_copies_where_not(raw, data, capsy
     assert not any(path.is_symlink() for path in (raw / "imagesTr").iterdir())
     assert whole.is_file()
     assert not whole.is_symlink()
+
+
+def test_a_link_whose_file_is_gone_is_no_case(raw, data):
+    write(data / "a.nii.gz", ct(0))
+    gone = write(data / "b.nii.gz", ct(1))
+    run(data, "--link")
+    gone.unlink()
+    run(data, "--link")
+    assert reasons(raw) == {"a.nii.gz": "accepted", "b.nii.gz": "missing"}
+    check_consistent(raw)
 
 
 @pytest.mark.parametrize("ending", [".nrrd", ".mha", ".nii"])

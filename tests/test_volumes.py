@@ -276,8 +276,12 @@ def test_channels_must_lie_on_one_grid(tmp_path):
     write(tmp_path / "a_0000.nii.gz", mr(0))
     write(tmp_path / "a_0001.nii.gz", mr(1))
     assert verdict(tmp_path) == "fine"
+    write(tmp_path / "a_0001.nii.gz", mr(1), (2.0, 1.5, 1.0005))
+    assert verdict(tmp_path) == "channels: put on the grid of the first"
+    write(tmp_path / "a_0001.nii.gz", mr(1), (2.0, 1.5, 1.5))
+    assert verdict(tmp_path) == "channels: not on one grid"
     write(tmp_path / "a_0001.nii.gz", mr(1, (21, 24, 28)))
-    assert verdict(tmp_path) == "channels: of different shape or spacing"
+    assert verdict(tmp_path) == "channels: not on one grid"
 
 
 def test_the_content_hash_sees_pixels_and_spacing_but_no_format(tmp_path):

@@ -291,10 +291,10 @@ class VFPretrainTrainer(nnUNetTrainer):
 
 
 def _with_fusion_labels(dataset_json: dict, settings: VFSettings) -> dict:
-    """A copy of dataset.json whose labels are the fusion classes; regions and ignore label are gone."""
+    """A copy of dataset.json whose labels are the fusion classes; regions, ignore label and list of cases are gone."""
     steps = settings.coefficient_steps
     names = ["background", *(f"fusion_{label}_of_{steps}" for label in range(1, steps + 1))]
-    kept = {key: value for key, value in dataset_json.items() if key != "regions_class_order"}
+    kept = {key: value for key, value in dataset_json.items() if key not in ("regions_class_order", "dataset")}
     return {**kept, "labels": {name: label for label, name in enumerate(names)}}
 
 
