@@ -21,7 +21,7 @@ def draw_bodies(cases: Sequence[tuple[str, Path, Path]], path: Path) -> None:
     grid = figure.subplots(len(cases), 3, squeeze=False)
     for row, (name, image_file, label_file) in zip(grid, cases, strict=True):
         image = sitk.ReadImage(str(image_file))
-        volume, body = (sitk.GetArrayViewFromImage(each) for each in (image, sitk.ReadImage(str(label_file))))
+        volume, body = (sitk.GetArrayFromImage(each) for each in (image, sitk.ReadImage(str(label_file))))
         low, high = np.percentile(volume[volume.shape[0] // 2], (1, 99))
         spacing = image.GetSpacing()[::-1]
         for axis, axes in enumerate(row):

@@ -18,6 +18,8 @@ from filelock import FileLock, Timeout
 
 from nnunetv2_vf.errors import UserError
 
+DUPLICATE = "duplicate: of "
+
 
 @dataclass(slots=True)
 class Row:
@@ -125,25 +127,29 @@ class Journal:
             file.write(line + b"\n")
 
 
-def final_rows(records: Mapping[str, Record], settled: Collection[str]) -> dict[str, list[Row]]:
+def final_rows(
+    records: Mapping[str, Record], present: Collection[str], settled: Collection[str]
+) -> dict[str, list[Row]]:
     """The rows of every source once duplicates are rejected.
 
-    Of several volumes with the same content one stays: a case that the dataset has already, else the first in the order
-    of sources. So the result does not depend on who was faster, nor change when it is computed again.
+    Of several volumes with the same content one stays: one whose files are there, of these a case that the dataset has
+    already, of these the first in the order of sources. So the result does not depend on who was faster.
 
     Args:
+        present: the cases whose files are there.
         settled: the cases of the dataset as it was last written.
     """
     stays: dict[str, str] = {}
     ordered = [(source, records[source]) for source in sorted(records)]
     accepted = [(row, record) for _, record in ordered for row in record.rows if row.case]
-    for row, _ in sorted(accepted, key=lambda pair: pair[0].case not in settled):  # stable: sources stay sorted
+    accepted.sort(key=lambda pair: (pair[0].case not in present, pair[0].case not in settled))  # stable
+    for row, _ in accepted:
         stays.setdefault(row.hash, row.case)
 
     def final(row: Row, record: Record) -> Row:
         if not row.case or record.keep_duplicates or stays[row.hash] == row.case:
-            return replace(row)
-        return replace(row, case="", reason=f"duplicate: of {stays[row.hash]}", linked=False)
+            return row
+        return replace(row, case="", reason=f"{DUPLICATE}{stays[row.hash]}", linked=False)
 
     return {source: [final(row, record) for row in record.rows] for source, record in ordered}
 

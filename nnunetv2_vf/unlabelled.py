@@ -16,7 +16,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from nnunetv2_vf import __version__
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.host import require_variables
-from nnunetv2_vf.import_journal import Journal, Record, Row, final_rows
+from nnunetv2_vf.import_journal import DUPLICATE, Journal, Record, Row, final_rows
 from nnunetv2_vf.parallel import run_in_processes
 from nnunetv2_vf.sources import Source, ending, find_sources, in_part
 from nnunetv2_vf.volumes import Rejected, Selection, Volume, body_mask, examine, on_grid_of, one_line, read_volumes
@@ -69,6 +69,7 @@ class ImportSettings:
 
     @property
     def digest(self) -> str:
+        """For the journal: whether a source was imported with these settings."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -156,10 +157,11 @@ class _Dataset:
 
     def __init__(self, folder: Path, settings: ImportSettings, channel: str, sources: list[Source], part: str):
         self.folder, self.settings, self.sources = folder, settings, sources
+        self._digest = settings.digest
         self._description = folder / "dataset.json"
         before = json.loads(self._description.read_text()) if self._description.is_file() else {}
         self._settled = {*before.get("dataset", ())}
-        self.channel = before["import"]["channel"] if before and channel == "auto" else channel
+        self.channel = before.get("import", {}).get("channel", "auto") if channel == "auto" else channel
         self._channels = self._number_of_channels(before)
         if before and before["file_ending"] != settings.file_ending:
             raise UserError(
@@ -191,14 +193,18 @@ class _Dataset:
         Args:
             again: kinds of reasons for which a rejected source is to be tried again.
         """
-        rows = final_rows(records, self._settled)
         present = self._present()
+        rows = final_rows(records, present, self._settled)
+
+        def is_settled(row: Row) -> bool:
+            case = row.case or (row.reason.removeprefix(DUPLICATE) if row.reason.startswith(DUPLICATE) else "")
+            return case in present if case else row.kind not in again
 
         def is_done(source: Source) -> bool:
             record = records.get(source.key)
-            if record is None or (record.stamp, record.settings) != (source.stamp, self.settings.digest):
+            if record is None or (record.stamp, record.settings) != (source.stamp, self._digest):
                 return False
-            return all(row.case in present if row.case else row.kind not in again for row in rows[source.key])
+            return all(map(is_settled, rows[source.key]))
 
         return [source for source in sources if not is_done(source)]
 
@@ -237,14 +243,16 @@ class _Dataset:
         Raises:
             UserError: no volume was accepted, or the channel cannot be decided.
         """
-        rows = [row for rows in final_rows(records, self._settled).values() for row in rows]
         present = self._present()
-        for row in rows:
-            if row.case and row.case not in present:
-                row.case, row.reason = "", "missing: its files were removed from the dataset"
+        missing = "missing: its files were removed from the dataset"
+        rows = [
+            replace(row, case="", reason=missing) if row.case and row.case not in present else row
+            for rows in final_rows(records, present, self._settled).values()
+            for row in rows
+        ]
         mixed = self._mixed([row for row in rows if row.case])
         if mixed and self._settled:
-            self._withdraw(rows, mixed)
+            rows = self._withdraw(rows, mixed)
         accepted = [row for row in rows if row.case]
         kept = {row.case for row in accepted}
         self._write_report(rows)
@@ -267,7 +275,7 @@ class _Dataset:
         cases = {row.case for row in rows}
         self._remove(row.case for row in (before.rows if before else ()) if row.case not in cases)
         keep = "duplicates" in self.settings.selection.keep
-        self.journal.append(Record(source.key, source.stamp, self.settings.digest, rows, keep))
+        self.journal.append(Record(source.key, source.stamp, self._digest, rows, keep))
 
     def _present(self) -> set[str]:
         """The cases of which all files are there, and no link leads nowhere."""
@@ -287,12 +295,13 @@ class _Dataset:
             (self._labels / f"{case}{self.settings.file_ending}").unlink(missing_ok=True)
 
     def _write_report(self, rows: Sequence[Row]) -> None:
-        columns = ["status", *(column.name for column in fields(Row))]
+        columns = [column.name for column in fields(Row)]
         temporary = self.folder / _JOURNALS / f"{REPORT}.{os.getpid()}"
         with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows({"status": "accepted" if row.case else "rejected", **asdict(row)} for row in rows)
+            writer = csv.writer(file)
+            writer.writerow(["status", *columns])
+            for row in rows:
+                writer.writerow(["accepted" if row.case else "rejected", *(getattr(row, name) for name in columns)])
         temporary.replace(self.folder / REPORT)
 
     def _write_description(self, accepted: Sequence[Row], channel_names: Sequence[str]) -> None:
@@ -303,7 +312,7 @@ class _Dataset:
             "file_ending": self.settings.file_ending,
             "description": "Unlabelled volumes; label 1 is no annotation, but the body as a threshold finds it.",
             "import": {"nnunetv2_vf": __version__, "channel": self.channel, **asdict(self.settings)},
-            # with a list of its cases nnU-Net need not match every name with every file, which takes hours for 110,000
+            # without a list of its cases nnU-Net matches every name with every file: for 110,000 a quarter of an hour
             "dataset": {
                 row.case: {
                     "images": [f"imagesTr/{name}" for name in self._image_names(row.case)],
@@ -352,14 +361,14 @@ class _Dataset:
             return self.channel.split(",")
         return ["CT" if answers["yes"] else "MR" for answers in self._hu_like(accepted)]
 
-    def _withdraw(self, rows: Sequence[Row], reason: str) -> None:
+    def _withdraw(self, rows: Sequence[Row], why: str) -> list[Row]:
         """Take back what would be added to a dataset that it does not fit: the dataset stays as it was."""
-        new = [row for row in rows if row.case and row.case not in self._settled]
-        self._remove(row.case for row in new)
-        for row in new:
-            row.case, row.reason = "", f"withdrawn: {reason.partition(':')[0]}"
-        for source in sorted({row.source for row in new}):
+        new = {row.case: row.source for row in rows if row.case and row.case not in self._settled}
+        self._remove(new)
+        for source in sorted({*new.values()}):
             self.journal.append(Record(source, "withdrawn", "", []))
+        reason = f"withdrawn: {why.partition(':')[0]}"
+        return [replace(row, case="", reason=reason) if row.case in new else row for row in rows]
 
     # -------------------------------------------------------------- what it says
 

@@ -359,6 +359,18 @@ def test_a_link_whose_file_is_gone_is_no_case(raw, data):
     check_consistent(raw)
 
 
+def test_data_that_moved_are_no_duplicates_of_what_they_were(raw, data):
+    for number in range(3):
+        write(data / "old" / f"{number}.nii.gz", ct(number))
+    write(data / "old" / "twin.nii.gz", ct(0))
+    run(data / "old", "--link")
+    (data / "old").rename(data / "new")
+    run(data / "new", "--link")
+    check_consistent(raw)
+    sources = [row["source"] for row in report(raw) if row["status"] == "accepted"]
+    assert sources == [str(data / "new" / f"{number}.nii.gz") for number in range(3)]
+
+
 @pytest.mark.parametrize("ending", [".nrrd", ".mha", ".nii"])
 def test_the_file_ending_is_a_setting(raw, data, ending):
     write(data / "a.nii.gz", ct(0))
