@@ -4,7 +4,7 @@ python benchmarks/import_volumes.py OUT.json [--volumes 2000] [--rounds 3] [--li
 
 Small CT-like volumes (about 48x44x64 voxels, int16, .nii.gz) are made, then in every round imported, and read and
 written by the bare loop in as many processes and in one. The tree of links (in folders of 100) leads to 10 tiny files.
-Prints Markdown tables.
+--volumes 0 or --links 0 keeps that half of an earlier OUT.json. Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ def main() -> None:
     parser.add_argument("--links", type=int, default=110_000)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = {
-            "machine": f"{os.cpu_count()} CPU cores",
-            "speed": measure_speed(Path(folder), args.volumes, args.rounds),
-            "scale": measure_scale(Path(folder), args.links),
-        }
+        result = json.loads(args.out.read_text()) if args.out.exists() else {}
+        result["machine"] = f"{os.cpu_count()} CPU cores"
+        if args.volumes:
+            result["speed"] = measure_speed(Path(folder), args.volumes, args.rounds)
+        if args.links:
+            result["scale"] = measure_scale(Path(folder), args.links)
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     print_tables(result)
 

@@ -31,7 +31,17 @@ from nnunetv2_vf.host import require_variables
 from nnunetv2_vf.import_journal import DUPLICATE, Journal, Record, Row, final_rows
 from nnunetv2_vf.parallel import run_in_processes
 from nnunetv2_vf.sources import Source, ending, find_sources, in_part
-from nnunetv2_vf.volumes import Rejected, Selection, Volume, body_mask, examine, on_grid_of, one_line, read_volumes
+from nnunetv2_vf.volumes import (
+    NIFTI_IO,
+    Rejected,
+    Selection,
+    Volume,
+    body_mask,
+    examine,
+    on_grid_of,
+    one_line,
+    read_volumes,
+)
 
 FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")  # that nnU-Net reads
 REPORT, PICTURE = "import_report.csv", "import_preview.png"
@@ -470,7 +480,8 @@ def _put_in_place(volume: Volume, label: sitk.Image, link: bool, folder: Path, s
 
 def _write(image: sitk.Image, path: Path) -> None:
     try:
-        sitk.WriteImage(image, str(path), useCompression=True)
+        image_io = NIFTI_IO if ".nii" in path.suffixes else ""
+        sitk.WriteImage(image, str(path), useCompression=True, imageIO=image_io)
     except RuntimeError as error:
         raise CannotWriteError(one_line(error)) from error
     if not _is_complete(path, image):
