@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -119,7 +119,8 @@ class Journal:
         return records
 
     def append(self, record: Record) -> None:
-        content = {**asdict(record), "rows": [_compact(row) for row in record.rows]}
+        content = {column.name: getattr(record, column.name) for column in fields(record)}
+        content["rows"] = [_compact(row) for row in record.rows]
         line = json.dumps(content).encode()
         with self._path.open("ab+") as file:
             if file.tell() and not _ends_with_newline(file):
@@ -159,7 +160,8 @@ _EMPTY = Row("")
 
 def _compact(row: Row) -> dict[str, object]:
     """Without the source, which its record names, and what is not known."""
-    return {key: value for key, value in asdict(row).items() if value != getattr(_EMPTY, key) and key != "source"}
+    names = (column.name for column in fields(row) if column.name != "source")
+    return {name: getattr(row, name) for name in names if getattr(row, name) != getattr(_EMPTY, name)}
 
 
 def _parse(line: str) -> Record | None:
