@@ -2,7 +2,7 @@
 
 python benchmarks/import_volumes.py OUT.json [--volumes 2000] [--rounds 3] [--links 110000]
 
-Small CT-like volumes (about 48x44x64 voxels of 5 mm, int16, .nii.gz) and a tenth as many larger ones (about
+Small CT-like volumes (about 48x44x64 voxels of 5 mm, int16, .nii.gz) and a fifth as many larger ones (about
 120x110x160 of 2 mm) are made, then in every round imported, and read and written by the bare loop in as many processes
 and in one. The tree of links (in folders of 100) leads to 10 tiny files.
 --volumes 0 or --links 0 keeps that half of an earlier OUT.json. Prints Markdown tables.
@@ -47,7 +47,7 @@ def main() -> None:
         if args.volumes:
             result["speed"] = {
                 f"{count} volumes, {mm:g} mm": measure_speed(Path(folder, f"{mm:g}"), count, mm, args.rounds)
-                for count, mm in ((args.volumes, 5.0), (args.volumes // 10, 2.0))
+                for count, mm in ((args.volumes, 5.0), (args.volumes // 5, 2.0))
             }
         if args.links:
             result["scale"] = measure_scale(Path(folder), args.links)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
@@ -60,6 +61,24 @@ def test_every_format_gives_the_same_volume(tmp_path, ending):
     assert facts.spacing == pytest.approx(SPACING)
     assert (facts.minimum, facts.maximum) == (ct(0).min(), ct(0).max())
     assert facts.hu_like == (True,)
+
+
+@pytest.mark.parametrize("ending", ["nii", "nii.gz"])
+@pytest.mark.parametrize("kind", ["scaled", "big-endian", "version 2"])
+def test_nifti_of_every_kind_is_read_and_its_damage_found(tmp_path, ending, kind):
+    voxels = ct(0).T
+    header = nibabel.Nifti1Header(endianness=">") if kind == "big-endian" else None
+    made = (nibabel.Nifti2Image if kind == "version 2" else nibabel.Nifti1Image)(voxels, np.eye(4), header)
+    made.header.set_data_dtype(np.int16)
+    if kind == "scaled":
+        made.header.set_slope_inter(0.5, -10)
+    path = tmp_path / f"a.{ending}"
+    nibabel.save(made, path)
+    (volume,) = volumes(path)
+    np.testing.assert_allclose(sitk.GetArrayFromImage(volume.images[0]), ct(0), atol=0.5)
+    assert verdict(path) == "fine"
+    cut_off(path)
+    assert verdict(path).startswith("unreadable")
 
 
 @pytest.mark.parametrize("ending", [".dcm", ""])
