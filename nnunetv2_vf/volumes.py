@@ -15,7 +15,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from io import BufferedIOBase, BufferedReader
+from io import BufferedReader
 from pathlib import Path
 
 import cc3d
@@ -347,8 +347,7 @@ def _read_file(path: str, selection: Selection, notes: list[str]) -> sitk.Image:
 
 def _read_nifti(path: str, selection: Selection, notes: list[str]) -> sitk.Image:
     """Read a NIfTI, and find what SimpleITK passes over: damage, spacings that are not positive, NaN (made 0)."""
-    with _unpacked(path) as file:
-        header = _nifti_header(file)
+    header = _nifti_header(path)
     spacing = header["pixdim"][1:4]
     if not np.all(np.isfinite(spacing) & (spacing > 0)):
         raise Rejected(f"spacing: {' x '.join(f'{mm:g}' for mm in spacing[::-1])} mm")
@@ -369,11 +368,13 @@ def _unpacked(path: str) -> gzip.GzipFile | BufferedReader:
     return gzip.open(path) if path.lower().endswith(".gz") else Path(path).open("rb")
 
 
-def _nifti_header(file: BufferedIOBase) -> nibabel.Nifti1Header:
-    is_version_2 = 540 in (int.from_bytes(size := file.read(4), "little"), int.from_bytes(size, "big"))
-    file.seek(0)
-    kind = nibabel.Nifti2Header if is_version_2 else nibabel.Nifti1Header
-    return kind.from_fileobj(file, check=False)
+def _nifti_header(path: str) -> nibabel.Nifti1Header:
+    with _unpacked(path) as file:
+        size = file.read(4)
+        if 540 in (int.from_bytes(size, "little"), int.from_bytes(size, "big")):
+            raise Rejected("unreadable: NIfTI-2, which SimpleITK does not read")
+        file.seek(0)
+        return nibabel.Nifti1Header.from_fileobj(file, check=False)
 
 
 def _is_all_of(path: str, header: nibabel.Nifti1Header, image: sitk.Image) -> bool:
