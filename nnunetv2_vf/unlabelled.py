@@ -26,6 +26,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from tqdm import tqdm
 
 from nnunetv2_vf import __version__
+from nnunetv2_vf.body import body_mask
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.host import require_variables
 from nnunetv2_vf.import_journal import DUPLICATE, Journal, Record, Row, final_rows
@@ -36,7 +37,6 @@ from nnunetv2_vf.volumes import (
     Rejected,
     Selection,
     Volume,
-    body_mask,
     examine,
     on_grid_of,
     one_line,

@@ -1,4 +1,4 @@
-"""One source of unlabelled data, volume by volume: read it, decide whether it is fit for training, find the body.
+"""One source of unlabelled data, volume by volume: read it, and decide whether it is fit for training.
 
 Reading is SimpleITK's, with what it lets pass checked beside it: it fills a truncated NIfTI with zeros and takes a
 missing spacing for 1 mm. Axes are (slices, rows, columns), spacings in mm in the same order.
@@ -18,20 +18,18 @@ from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 
-import cc3d
 import nibabel
 import numpy as np
 import SimpleITK as sitk  # noqa: N813  its own convention
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
+from nnunetv2_vf.body import is_hu_like
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.sources import Source, case_name, ending, is_dicom, may_be_dicom
 
 CHECKS = ("duplicates", "nonfinite", "direction", "slices")  # what --keep can let pass
 _ROUNDING = 5e-3  # of a direction cosine: headers written with two digits; a scanner tilted by 1 degree is 0.017 off
-_SAMPLE = 128  # voxels a side of the coarse copy on which the body is looked for
-_AIR_HU, _LEAST_BODY = -500, 0.01
 _NO_IMAGES = {"SEG", "RTDOSE", "RTSTRUCT", "RTPLAN", "SR", "PR", "KO", "REG", "DOC"}  # DICOM modalities
 _MODALITY, _POSITION, _PIXEL_SPACING = "0008|0060", "0020|0032", "0028|0030"
 _UNEVEN = 0.1  # of the distance between slices: more is a missing slice, less is rounding
@@ -142,51 +140,8 @@ def examine(volume: Volume, selection: Selection) -> Facts:
     for low, high in zip(lows, highs, strict=True):
         if high - low <= selection.min_range:
             raise Rejected(f"constant: all voxels between {low:g} and {high:g}")
-    hu_like = tuple(is_hu_like(_sample(array)) for array in arrays)
+    hu_like = tuple(is_hu_like(array) for array in arrays)
     return Facts(shape, spacing, min(lows), max(highs), hu_like, _content_hash(arrays, spacing))
-
-
-def is_hu_like(sample: np.ndarray) -> bool:
-    """Whether intensities look like Hounsfield units: air or fat, much soft tissue besides, nothing extreme."""
-    sample = _thin(sample)
-    low, high = np.percentile(sample, (0.5, 99.5))
-    if not (-4100 <= low <= -80 and high <= 10_000):
-        return False
-    tissue = sample[sample > _AIR_HU]
-    return bool(tissue.size and np.mean((tissue > -200) & (tissue < 300)) > 0.2)
-
-
-def body_mask(volume: np.ndarray, hu_like: bool) -> tuple[np.ndarray, str]:
-    """Find the body: above a threshold, the largest connected part, its holes filled. Returns the mask and a note.
-
-    The threshold is -500 HU, or where intensities are not in HU the 2nd percentile plus a tenth of the way to the 98th
-    (as in Smith, Fast robust automated brain extraction, Human Brain Mapping 17, 2002). Holes are what is not connected
-    to the outside within the slices: the first and the last slice close a cavity, so that lungs that are cut off are
-    body. The search runs on every n-th voxel, at most 128 a side, so that edges are n voxels coarse. If it finds less
-    than 1 % of the voxels, the mask is all voxels above the lowest, and the note says so.
-
-    Args:
-        volume: intensities, (D, H, W).
-        hu_like: whether they are in HU.
-
-    Returns:
-        uint8, (D, H, W): 1 is body; and a note, empty if all went well.
-    """
-    sample = _sample(volume)
-    if hu_like:
-        threshold = float(_AIR_HU)
-    else:
-        low, high = np.percentile(_thin(sample), (2, 98))
-        threshold = low + 0.1 * (high - low)
-    body = _without_holes(_largest_part(sample > threshold))
-    if body.mean() < _LEAST_BODY:
-        note = f"mask: the threshold {threshold:g} found {body.mean():.1%} of the voxels; all above the lowest instead"
-        return (volume > volume.min()).astype(np.uint8), note
-    nearest = [
-        np.minimum((np.arange(n) + step // 2) // step, m - 1)
-        for n, m, step in zip(volume.shape, sample.shape, _steps(volume.shape), strict=True)
-    ]
-    return body.astype(np.uint8)[np.ix_(*nearest)], ""
 
 
 def on_grid_of(like: sitk.Image, array: np.ndarray) -> sitk.Image:
@@ -202,39 +157,6 @@ def one_line(error: Exception) -> str:
         return error.strerror
     last = " ".join(str(error).strip().rpartition("\n")[2].split()).removeprefix("sitk::ERROR: ")
     return "too short or damaged" if last in ("", "Reason: No such file or directory") else last  # MetaImage's
-
-
-# ---------------------------------------------------------------- the body
-
-
-def _steps(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(-(-n // _SAMPLE) for n in shape)
-
-
-def _sample(volume: np.ndarray) -> np.ndarray:
-    return volume[tuple(slice(None, None, step) for step in _steps(volume.shape))]
-
-
-def _thin(sample: np.ndarray) -> np.ndarray:
-    """Some 20,000 of the intensities, which is enough for percentiles."""
-    return sample.ravel()[:: max(1, sample.size // 20_000)]
-
-
-def _largest_part(mask: np.ndarray) -> np.ndarray:
-    labels = cc3d.connected_components(mask, connectivity=6)
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    return labels == sizes.argmax() if sizes.any() else mask
-
-
-def _without_holes(mask: np.ndarray) -> np.ndarray:
-    labels = cc3d.connected_components(~mask, connectivity=6)
-    sides = (labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1])
-    outside = np.zeros(labels.max() + 1, dtype=bool)
-    for side in sides:
-        outside[side] = True
-    outside[0] = False  # that is the mask itself
-    return ~outside[labels]
 
 
 # ---------------------------------------------------------------- what a volume holds
