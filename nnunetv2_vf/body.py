@@ -9,6 +9,7 @@ import numpy as np
 
 _SAMPLE = 128  # voxels a side of the coarse copy on which the body is looked for
 _AIR_HU, _LEAST_BODY = -500, 0.01
+_LABELS = 16
 
 
 def is_hu_like(volume: np.ndarray) -> bool:
@@ -21,14 +22,21 @@ def is_hu_like(volume: np.ndarray) -> bool:
     return bool(tissue.size and np.mean((tissue > -200) & (tissue < 300)) > 0.2)
 
 
+def segmentation_note(volume: np.ndarray) -> str:
+    """A note if intensities are few whole numbers, as labels are; else empty."""
+    values = np.unique(_thin(_sample(volume)))
+    few = len(values) <= _LABELS and np.array_equal(values, np.round(values))
+    return f"labels: {len(values)} different values, all whole; is it a segmentation?" if few else ""
+
+
 def body_mask(volume: np.ndarray, hu_like: bool) -> tuple[np.ndarray, str]:
     """Find the body: above a threshold, the largest connected part, its holes filled. Returns the mask and a note.
 
     The threshold is -500 HU, or where intensities are not in HU the 2nd percentile plus a tenth of the way to the 98th
-    (as in Smith, Fast robust automated brain extraction, Human Brain Mapping 17, 2002). Holes are what is not connected
-    to the outside within the slices: the first and the last slice close a cavity, so that lungs that are cut off are
-    body. The search runs on every n-th voxel, at most 128 a side, so that edges are n voxels coarse. If it finds less
-    than 1 % of the voxels, the mask is all voxels above the lowest, and the note says so.
+    (as in Smith, Fast robust automated brain extraction, Human Brain Mapping 17, 2002). Holes are filled slice by
+    slice: lungs are open to the outside through the airways, but enclosed in almost every slice. The search runs on
+    every n-th voxel, at most 128 a side, so that edges are n voxels coarse. If it finds less than 1 % of the voxels,
+    the mask is all voxels above the lowest, and the note says so.
 
     Args:
         volume: intensities, (D, H, W).
@@ -43,7 +51,7 @@ def body_mask(volume: np.ndarray, hu_like: bool) -> tuple[np.ndarray, str]:
     else:
         low, high = np.percentile(_thin(sample), (2, 98))
         threshold = low + 0.1 * (high - low)
-    body = _without_holes(_largest_part(sample > threshold))
+    body = np.stack([_without_holes(one_slice) for one_slice in _largest_part(sample > threshold)])
     if body.mean() < _LEAST_BODY:
         note = f"mask: the threshold {threshold:g} found {body.mean():.1%} of the voxels; all above the lowest instead"
         return (volume > volume.min()).astype(np.uint8), note
@@ -75,10 +83,9 @@ def _largest_part(mask: np.ndarray) -> np.ndarray:
 
 
 def _without_holes(mask: np.ndarray) -> np.ndarray:
-    labels = cc3d.connected_components(~mask, connectivity=6)
-    sides = (labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1])
+    labels = cc3d.connected_components(~mask, connectivity=4)
     outside = np.zeros(labels.max() + 1, dtype=bool)
-    for side in sides:
+    for side in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
         outside[side] = True
     outside[0] = False  # that is the mask itself
     return ~outside[labels]

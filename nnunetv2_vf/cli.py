@@ -90,7 +90,7 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
     parser.description = (
         "Make nnUNet_raw/DatasetXXX_NAME of unlabelled volumes: NIfTI, NRRD, MetaImage and DICOM series, in folders "
         "searched recursively. Label 1 is the body, which nnU-Net needs for its statistics. Nothing is dropped in "
-        "silence: import_report.csv tells what became of every file. The same command goes on where it was "
+        "silence: import_report.csv tells what became of every volume. The same command goes on where it was "
         "interrupted, and adds what is new. A case of several channels is CASE_0000, CASE_0001, ... in one folder."
     )
     parser.add_argument("-d", type=int, required=True, metavar="ID", help="the dataset's id, 1 to 999")

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -74,6 +75,13 @@ class Record:
     time: float = field(default_factory=time.time)
 
 
+class Done(NamedTuple):
+    """What the journals say: the newest record of every source, and every case that any record ever named."""
+
+    records: dict[str, Record]
+    cases: set[str]
+
+
 class Journal:
     """The journals of a dataset, and the one that this part appends to.
 
@@ -87,6 +95,7 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"{part}.jsonl"
         self._lock = folder / f"{part}.lock"
+        self._merged = folder / "merged.json"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -107,16 +116,26 @@ class Journal:
         finally:
             lock.release()
 
-    def read(self) -> dict[str, Record]:
-        """The newest record of every source, from all journals."""
+    def read(self) -> Done:
+        """What all journals say."""
         records: dict[str, Record] = {}
+        cases: set[str] = set()
         for path in sorted(self.folder.glob("*.jsonl")):
             with path.open(encoding="utf-8", errors="surrogateescape") as lines:
-                for line in lines:
-                    record = _parse(line)
-                    if record and (record.source not in records or records[record.source].time <= record.time):
+                for record in filter(None, map(_parse, lines)):
+                    cases.update(row.case for row in record.rows if row.case)
+                    if record.source not in records or records[record.source].time <= record.time:
                         records[record.source] = record
-        return records
+        return Done(records, cases)
+
+    def merged(self) -> set[str]:
+        """The sources that the dataset was last made of."""
+        return set(json.loads(self._merged.read_text())) if self._merged.is_file() else set()
+
+    def set_merged(self, sources: Collection[str]) -> None:
+        temporary = self._merged.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(sorted(sources), indent=0))
+        temporary.replace(self._merged)
 
     def append(self, record: Record) -> None:
         content = {column.name: getattr(record, column.name) for column in fields(record)}

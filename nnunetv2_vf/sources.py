@@ -107,7 +107,12 @@ def may_be_dicom(folder: str, name: str) -> bool:
     lower = name.lower()
     if lower.endswith(_DICOM_ENDINGS):
         return True
-    return lower != "dicomdir" and not lower.endswith(_NO_DICOM_ENDINGS) and is_dicom(os.path.join(folder, name))
+    return not _is_other(name) and is_dicom(os.path.join(folder, name))
+
+
+def _is_other(name: str) -> bool:
+    """Whether a file's name says that it is neither a volume nor a slice."""
+    return name.lower() == "dicomdir" or name.lower().endswith(_NO_DICOM_ENDINGS)
 
 
 def case_name(stem: str, *identity: str) -> str:
@@ -168,8 +173,8 @@ def _in_folder(folder: str, files: list[str], ignored: Counter[str]) -> Iterator
         yield _source(tuple(os.path.join(folder, name) for name in channels), problem)
     if any(may_be_dicom(folder, name) for name in others):
         yield Source((folder,), f"{len(others)} files {os.stat(folder).st_mtime_ns}")
-    else:
-        ignored.update(os.path.splitext(name)[1].lower() or "no ending" for name in others)
+        others = [name for name in others if _is_other(name)]
+    ignored.update(os.path.splitext(name)[1].lower() or "no ending" for name in others)
 
 
 def _cases(names: list[str]) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -26,10 +26,10 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from tqdm import tqdm
 
 from nnunetv2_vf import __version__
-from nnunetv2_vf.body import body_mask
+from nnunetv2_vf.body import body_mask, segmentation_note
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.host import require_variables
-from nnunetv2_vf.import_journal import DUPLICATE, Journal, Record, Row, final_rows
+from nnunetv2_vf.import_journal import DUPLICATE, Done, Journal, Record, Row, final_rows
 from nnunetv2_vf.parallel import run_in_processes
 from nnunetv2_vf.sources import Source, ending, find_sources, in_part
 from nnunetv2_vf.volumes import (
@@ -44,7 +44,7 @@ from nnunetv2_vf.volumes import (
 )
 
 FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")  # that nnU-Net reads
-REPORT, PICTURE = "import_report.csv", "import_preview.png"
+REPORT, REFUSED, PICTURE = "import_report.csv", "import_report_refused.csv", "import_preview.png"
 _DRAWN = 6  # cases in the picture
 _JOURNALS = "import_journals"
 _TRY_AGAIN = ("unreadable", "memory", "error")  # reasons that may be gone next time, though the file is the same
@@ -116,10 +116,10 @@ def import_volumes(
         _announce(dataset, +found.ignored)
         with dataset.journal.locked():
             dataset.run([source for source in found.sources if in_part(source, part_id, num_parts)], processes)
-        records = dataset.journal.read()
-        left = dataset.to_do(found.sources, records)
+        done = dataset.done()
+        left = dataset.to_do(found.sources, done.records)
         if not left:
-            dataset.merge(records)
+            dataset.merge(done)
             return
     except (OSError, CannotWriteError) as error:
         raise UserError(f"cannot write to {folder}: {error}; mend that, and the same command goes on") from error
@@ -136,12 +136,14 @@ def _dataset_folder(dataset_id: int, name: str) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise UserError(f"-n is {name!r}; use letters, digits, _ and - only")
     folder = Path(nnUNet_raw).absolute() / f"Dataset{dataset_id:03d}_{name}"
-    for place in filter(None, (nnUNet_raw, nnUNet_preprocessed, nnUNet_results)):
-        others = [p.name for p in Path(place).glob(f"Dataset{dataset_id:03d}*") if p.name != folder.name]
-        if others:
-            raise UserError(f"{place} has {others[0]} with the id {dataset_id}; give another -d, or its name as -n")
+    for place in map(Path, filter(None, (nnUNet_raw, nnUNet_preprocessed, nnUNet_results))):
+        for other in place.glob(f"Dataset{dataset_id:03d}*"):
+            if other.name != folder.name:
+                unfinished = (other / _JOURNALS).exists() and not (other / "dataset.json").exists()
+                what = " (an import that did not end; delete it if you do not want it)" if unfinished else ""
+                raise UserError(f"{other} has the id {dataset_id}{what}; give another -d, or its name as -n")
     if folder.exists() and any(folder.iterdir()) and not (folder / _JOURNALS).is_dir():
-        raise UserError(f"{folder} exists and was not made by import; give another -d and -n")
+        raise UserError(f"{folder} was not made by import, or has lost its {_JOURNALS}; give another -d and -n")
     return folder
 
 
@@ -171,7 +173,7 @@ class _Dataset:
         self._description = folder / "dataset.json"
         before = json.loads(self._description.read_text()) if self._description.is_file() else {}
         self._settled = {*before.get("dataset", ())}
-        self.channel = before.get("import", {}).get("channel", "auto") if channel == "auto" else channel
+        self.channel = before.get("last_import", {}).get("channel", "auto") if channel == "auto" else channel
         self._channels = self._number_of_channels(before)
         if before and before["file_ending"] != settings.file_ending:
             raise UserError(
@@ -188,6 +190,8 @@ class _Dataset:
         """Of the dataset as it is, else of most sources."""
         counted = Counter(len(source.paths) for source in self.sources).most_common(1)[0][0]
         channels = len(before["channel_names"]) if before else counted
+        if not all(name.strip() for name in self.channel.split(",")):
+            raise UserError(f"--channel is {self.channel!r}; give names such as CT or MR, with commas between channels")
         if self.channel != "auto" and len(self.channel.split(",")) != channels:
             raise UserError(
                 f"--channel {self.channel} names {len(self.channel.split(','))} channels, the cases have {channels}; "
@@ -218,6 +222,15 @@ class _Dataset:
 
         return [source for source in sources if not is_done(source)]
 
+    def done(self) -> Done:
+        """What is done of this command's sources and of those that the dataset is made of; of no others.
+
+        Others are of commands that were refused or have not ended: they must be given again to count.
+        """
+        done = self.journal.read()
+        own = self.journal.merged().union(source.key for source in self.sources)
+        return Done({source: record for source, record in done.records.items() if source in own}, done.cases)
+
     def run(self, share: Sequence[Source], processes: int) -> None:
         """Import what is not done of a share of the sources.
 
@@ -225,18 +238,18 @@ class _Dataset:
             CannotWriteError, OSError: the files cannot be written.
             UserError: interrupted.
         """
-        before = self.journal.read()
-        todo = self.to_do(share, before, _TRY_AGAIN)
+        todo = self.to_do(share, self.done().records, _TRY_AGAIN)
         shutil.rmtree(self._scratch, ignore_errors=True)  # of a run that was killed
         self._scratch.mkdir()
         job = partial(_import_source, self.folder, self._scratch, self.settings, self._channels)
+        keep = "duplicates" in self.settings.selection.keep
         counts: Counter[str] = Counter()
         progress = tqdm(total=len(share), initial=len(share) - len(todo), unit="vol", smoothing=0.05)
         try:
             for source, result in run_in_processes(job, todo, processes, _start_worker):
                 killed = Row(source.key, reason="memory: reading it killed its process; too large, or damaged")
                 rows = [killed] if result is None else result
-                self._record(source, rows, before.get(source.key))
+                self.journal.append(Record(source.key, source.stamp, self._digest, rows, keep))
                 counts.update(row.kind or "accepted" for row in rows)
                 progress.total += len(rows) - 1
                 progress.set_postfix(counts, refresh=False)
@@ -247,45 +260,35 @@ class _Dataset:
             progress.close()
             shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def merge(self, records: Mapping[str, Record]) -> None:
-        """Write the report and ``dataset.json`` of all journals, and remove duplicates. Harmless to repeat.
+    def merge(self, done: Done) -> None:
+        """Write the report and ``dataset.json``, and remove the files of all other cases. Harmless to repeat.
 
         Raises:
-            UserError: no volume was accepted, or the channel cannot be decided.
+            UserError: no volume was accepted, or the channel cannot be decided; a dataset that is there stays as it is.
         """
         present = self._present()
         missing = "missing: its files were removed from the dataset"
         rows = [
             replace(row, case="", reason=missing) if row.case and row.case not in present else row
-            for rows in final_rows(records, present, self._settled).values()
+            for rows in final_rows(done.records, present, self._settled).values()
             for row in rows
         ]
-        mixed = self._mixed([row for row in rows if row.case])
-        if mixed and self._settled:
-            rows = self._withdraw(rows, mixed)
         accepted = [row for row in rows if row.case]
-        kept = {row.case for row in accepted}
-        self._write_report(rows)
-        if not accepted:
-            raise UserError(
-                f"none of {len(rows)} volumes could be used: {_rejections(rows)}; see {self.folder / REPORT}"
-            )
-        if mixed:
-            raise UserError(mixed)
+        refused = self._mixed(accepted) if accepted else f"none of {len(rows)} volumes can be used: {_rejections(rows)}"
+        if refused:
+            report = REFUSED if self._settled else REPORT
+            self._write_report(rows, report)
+            raise UserError(f"{refused}; what became of each: {self.folder / report}")
         names = self._channel_names(accepted)
+        self._write_report(rows, REPORT)
+        (self.folder / REFUSED).unlink(missing_ok=True)
+        self.journal.set_merged(done.records)
         self._write_description(accepted, names)
-        self._remove(row.case for record in records.values() for row in record.rows if row.case not in kept)
-        self._draw(sorted(kept))
+        self._remove(done.cases.difference(row.case for row in accepted))
+        self._draw([row.case for row in accepted])
         self._print_summary(rows, names)
 
     # -------------------------------------------------------------- files
-
-    def _record(self, source: Source, rows: list[Row], before: Record | None) -> None:
-        """Note that a source is done; its cases of an earlier time that are none any more are removed."""
-        cases = {row.case for row in rows}
-        self._remove(row.case for row in (before.rows if before else ()) if row.case not in cases)
-        keep = "duplicates" in self.settings.selection.keep
-        self.journal.append(Record(source.key, source.stamp, self._digest, rows, keep))
 
     def _present(self) -> set[str]:
         """The cases of which all files are there, and no link leads nowhere."""
@@ -299,20 +302,20 @@ class _Dataset:
         return [f"{case}_{channel:04d}{self.settings.file_ending}" for channel in range(self._channels)]
 
     def _remove(self, cases: Iterable[str]) -> None:
-        for case in filter(None, cases):
+        for case in cases:
             for name in self._image_names(case):
                 (self._images / name).unlink(missing_ok=True)
             (self._labels / f"{case}{self.settings.file_ending}").unlink(missing_ok=True)
 
-    def _write_report(self, rows: Sequence[Row]) -> None:
+    def _write_report(self, rows: Sequence[Row], name: str) -> None:
         columns = [column.name for column in fields(Row)]
-        temporary = self.folder / _JOURNALS / f"{REPORT}.{os.getpid()}"
+        temporary = self.folder / _JOURNALS / f"{name}.{os.getpid()}"
         with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             writer.writerow(["status", *columns])
             for row in rows:
                 writer.writerow(["accepted" if row.case else "rejected", *(getattr(row, name) for name in columns)])
-        temporary.replace(self.folder / REPORT)
+        temporary.replace(self.folder / name)
 
     def _write_description(self, accepted: Sequence[Row], channel_names: Sequence[str]) -> None:
         description = {
@@ -321,7 +324,7 @@ class _Dataset:
             "numTraining": len(accepted),
             "file_ending": self.settings.file_ending,
             "description": "Unlabelled volumes; label 1 is no annotation, but the body as a threshold finds it.",
-            "import": {"nnunetv2_vf": __version__, "channel": self.channel, **asdict(self.settings)},
+            "last_import": {"nnunetv2_vf": __version__, "channel": self.channel, **asdict(self.settings)},
             # without a list of its cases nnU-Net matches every name with every file: for 110,000 a quarter of an hour
             "dataset": {
                 row.case: {
@@ -331,14 +334,17 @@ class _Dataset:
                 for row in accepted
             },
         }
+        text = json.dumps(description, indent=1)
+        if self._description.is_file() and self._description.read_text() == text:
+            return  # its time tells whether the fingerprint is of this dataset
         temporary = self.folder / _JOURNALS / f"dataset.json.{os.getpid()}"
-        temporary.write_text(json.dumps(description, indent=1))
+        temporary.write_text(text)
         temporary.replace(self._description)
 
     def _draw(self, cases: Sequence[str]) -> None:
         from nnunetv2_vf.body_picture import draw_bodies
 
-        some = cases[:: -(-len(cases) // _DRAWN)]
+        some = [cases[i] for i in sorted({*np.linspace(0, len(cases) - 1, _DRAWN).round().astype(int)})]
         files = [
             (case, self._images / self._image_names(case)[0], self._labels / f"{case}{self.settings.file_ending}")
             for case in some
@@ -359,10 +365,12 @@ class _Dataset:
             return ""
         for channel, answers in enumerate(self._hu_like(accepted)):
             if len(answers) > 1:
+                fewer = min(answers, key=lambda answer: answers[answer])
+                example = next(row.source for row in accepted if row.hu_like.split()[channel] == fewer)
                 return (
-                    f"channel {channel} of {answers['yes']} volumes looks like HU (CT), of {answers['no']} not: "
-                    f"see the column hu_like of {self.folder / REPORT}; import them into two datasets, or if they "
-                    "are of one kind, say so: the same command with --channel CT, or --channel MR"
+                    f"channel {channel} looks like HU (CT) in {answers['yes']} volumes, but not in {answers['no']} "
+                    f"({example} is of the fewer): import them into two "
+                    "datasets, or if they are of one kind, say so: the same command with --channel CT, or MR"
                 )
         return ""
 
@@ -370,15 +378,6 @@ class _Dataset:
         if self.channel != "auto":
             return self.channel.split(",")
         return ["CT" if answers["yes"] else "MR" for answers in self._hu_like(accepted)]
-
-    def _withdraw(self, rows: Sequence[Row], why: str) -> list[Row]:
-        """Take back what would be added to a dataset that it does not fit: the dataset stays as it was."""
-        new = {row.case: row.source for row in rows if row.case and row.case not in self._settled}
-        self._remove(new)
-        for source in sorted({*new.values()}):
-            self.journal.append(Record(source, "withdrawn", "", []))
-        reason = f"withdrawn: {why.partition(':')[0]}"
-        return [replace(row, case="", reason=reason) if row.case in new else row for row in rows]
 
     # -------------------------------------------------------------- what it says
 
@@ -400,8 +399,13 @@ class _Dataset:
         print(f"  every source and what became of it: {self.folder / REPORT}")
         print(f"  some of the volumes, with the body outlined: {self.folder / PICTURE}")
         fingerprint = Path(nnUNet_preprocessed or "") / self.folder.name / "dataset_fingerprint.json"
-        again = " --clean  # the one that is there is of the dataset as it was before" if fingerprint.exists() else ""
-        print(f"next: nnUNetv2_extract_fingerprint -d {int(self.folder.name[7:10])}{again}")
+        stale = fingerprint.is_file() and fingerprint.stat().st_mtime < self._description.stat().st_mtime
+        clean = " --clean" if stale else ""
+        if stale:
+            print("  what nnUNet_preprocessed has of this dataset is of before: do it again, with --clean")
+        number = int(self.folder.name[7:10])
+        print(f"next: nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres{clean}")
+        print(f"  or, for PCT-Net: nnUNetv2_extract_fingerprint -d {number}{clean}; nnUNetv2_vf plan -d {number}")
 
 
 def _rejections(rows: Sequence[Row]) -> str:
@@ -452,11 +456,8 @@ def _import_volume(volume: Volume, row: Row, folder: Path, scratch: Path, settin
     row.linked = (
         settings.link and not volume.notes and all(ending(f) == settings.file_ending for f in volume.files or "-")
     )
-    if settings.mask:
-        mask, note = body_mask(array, facts.hu_like[0])
-        volume.notes += [note] if note else []
-    else:
-        mask = np.ones(array.shape, dtype=np.uint8)
+    mask, note = body_mask(array, facts.hu_like[0]) if settings.mask else (np.ones(array.shape, dtype=np.uint8), "")
+    volume.notes += filter(None, [note, segmentation_note(array)])
     try:
         _put_in_place(volume, on_grid_of(volume.images[0], mask), row.linked, folder, scratch, settings.file_ending)
     except OSError as error:

@@ -32,7 +32,7 @@ CHECKS = ("duplicates", "nonfinite", "direction", "slices")  # what --keep can l
 _ROUNDING = 5e-3  # of a direction cosine: headers written with two digits; a scanner tilted by 1 degree is 0.017 off
 _NO_IMAGES = {"SEG", "RTDOSE", "RTSTRUCT", "RTPLAN", "SR", "PR", "KO", "REG", "DOC"}  # DICOM modalities
 _MODALITY, _POSITION, _PIXEL_SPACING = "0008|0060", "0020|0032", "0028|0030"
-_UNEVEN = 0.1  # of the distance between slices: more is a missing slice, less is rounding
+_UNEVEN = 0.1  # of the distance between slices: differ by more, and one is missing; by less, it is rounding
 NIFTI_IO = "NiftiImageIO"  # named, ITK need not ask all others: saves a tenth of the time of a small volume
 _PERMISSIVE = "ITK_NIFTI_SFORM_PERMISSIVE"
 
@@ -375,7 +375,8 @@ def _dicom_series(source: Source, selection: Selection) -> Iterator[Volume]:
     folder = source.key
     series = _list_series(folder)
     for number, (uid, files) in enumerate(series.items(), start=1):
-        volume = Volume(case_name("dicom", folder, uid), f"series {number} of {len(series)}")
+        item = f"series {number} of {len(series)}, {len(files)} files"
+        volume = Volume(case_name("dicom", folder, uid), item)
         try:
             volume.images = [_read_series(files, selection, volume.notes)]
         except Rejected as reason:
@@ -425,21 +426,21 @@ def _read_series(files: Sequence[str], selection: Selection, notes: list[str]) -
         image = reader.Execute()
     except RuntimeError as error:
         raise Rejected(f"unreadable: {one_line(error)}") from error
-    uneven = _unevenness(reader, len(files))
-    if uneven > _UNEVEN:
+    nearest, farthest = _distances(reader, len(files))
+    if farthest - nearest > _UNEVEN * farthest:
         if "slices" not in selection.keep:
-            raise Rejected(f"slices: missing or unevenly spaced, distances differ by {uneven:.0%}")
-        notes.append(f"slices: unevenly spaced, distances differ by {uneven:.0%}")
+            raise Rejected(f"slices: missing or uneven, {nearest:.3g} to {farthest:.3g} mm apart")
+        notes.append(f"slices: {nearest:.3g} to {farthest:.3g} mm apart, taken as even")
     return image
 
 
-def _unevenness(reader: sitk.ImageSeriesReader, slices: int) -> float:
-    """How much the distances between slices differ from their median, relative to it; 0 if positions are not stated."""
+def _distances(reader: sitk.ImageSeriesReader, slices: int) -> tuple[float, float]:
+    """The least and the largest distance between neighbouring slices, in mm; zeros if positions are not stated."""
     if not all(reader.HasMetaDataKey(number, _POSITION) for number in range(slices)):
-        return 0.0
+        return 0.0, 0.0
     positions = [reader.GetMetaData(number, _POSITION).split("\\") for number in range(slices)]
     distances = np.linalg.norm(np.diff(np.array(positions, dtype=float), axis=0), axis=1)
-    return float(np.abs(distances / max(np.median(distances), 1e-6) - 1).max())
+    return float(distances.min()), float(distances.max())
 
 
 def _check_dicom(path: str) -> None:

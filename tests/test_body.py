@@ -31,6 +31,16 @@ def test_the_mask_is_the_body_with_its_holes(make, hu_like, shape):
     assert overlap > 0.97  # the edge is as coarse as the step; the lung (a tenth of the slice) is in
 
 
+def test_lungs_are_body_though_an_airway_leads_out():
+    array = ct(0)
+    closed, _ = body_mask(array, True)
+    array[7, 12, :14] = -1000  # from the side to the hole that goes through all slices
+    opened, _ = body_mask(array, True)
+    others = np.arange(len(array)) != 7
+    np.testing.assert_array_equal(opened[others], closed[others])
+    assert opened[:, 12, 14].sum() == len(array) - 1
+
+
 def test_a_table_and_specks_are_no_body():
     array = ct(0)
     array[:, -1, :] = 100

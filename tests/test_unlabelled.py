@@ -93,6 +93,7 @@ def check_consistent(dataset: Path) -> None:
     assert {*(dataset / "imagesTr").iterdir()} == images
     assert {*(dataset / "labelsTr").iterdir()} == labels
     assert not list((dataset / "import_journals").glob("*.scratch"))
+    assert not (dataset / "import_report_refused.csv").exists()
 
 
 def content(dataset: Path) -> dict[str, bytes]:
@@ -138,7 +139,7 @@ def test_volumes_of_every_format_become_a_dataset(raw, data, capsys):
     said = capsys.readouterr().out
     assert "10 cases" in said
     assert "channel 0 is CT (10 of 10 volumes look like HU)" in said
-    assert "next: nnUNetv2_extract_fingerprint -d 100" in said
+    assert "next: nnUNetv2_plan_and_preprocess -d 100 -c 3d_fullres\n" in said
 
 
 def test_the_report_maps_both_ways_and_pixels_are_those_of_the_source(raw, data):
@@ -244,12 +245,12 @@ def test_what_is_kept_is_a_setting(raw, data):
     notes = {Path(row["source"]).name: row["note"] for row in report(raw)}
     assert notes["nan.nii.gz"] == "nonfinite: 1 voxels set to the lowest finite value"
     assert notes["sheared.nii"].startswith("direction: made orthonormal")
-    assert description(raw)["import"]["selection"]["keep"] == ["direction", "duplicates", "nonfinite", "slices"]
+    assert description(raw)["last_import"]["selection"]["keep"] == ["direction", "duplicates", "nonfinite", "slices"]
 
 
 def test_without_any_usable_volume_there_is_a_report_but_no_dataset(raw, data):
     write(data / "small.nii.gz", ct(0, (5, 24, 28)))
-    assert "none of 1 volumes could be used: 1 size; see " in error_of(data)
+    assert "none of 1 volumes can be used: 1 size; what became of each: " in error_of(data)
     assert reasons(raw) == {"small.nii.gz": "size"}
     assert not (raw / "dataset.json").exists()
 
@@ -283,8 +284,9 @@ def test_mixed_volumes_are_refused_with_the_counts_unless_a_channel_is_given(raw
         write(data / f"ct{number}.nii.gz", ct(number))
     write(data / "mr.nii.gz", mr(0))
     message = error_of(data)
-    assert "channel 0 of 3 volumes looks like HU (CT), of 1 not" in message
-    assert "--channel CT" in message
+    assert "channel 0 looks like HU (CT) in 3 volumes, but not in 1" in message
+    assert "mr.nii.gz is of the fewer" in message
+    assert "--channel CT, or MR" in message
     assert not (raw / "dataset.json").exists()
     assert [row["hu_like"] for row in report(raw)] == ["yes", "yes", "yes", "no"]
     images = {path: path.stat().st_mtime_ns for path in (raw / "imagesTr").iterdir()}
@@ -295,17 +297,68 @@ def test_mixed_volumes_are_refused_with_the_counts_unless_a_channel_is_given(raw
 
 
 def test_an_addition_that_does_not_fit_leaves_the_dataset_as_it_was(raw, data):
-    write(data / "ct" / "a.nii.gz", ct(0))
-    run(data / "ct")
+    """Whatever was refused, its duplicates included, is in no later dataset unless it is given again."""
+    for number in range(2):
+        write(data / "mr" / f"{number}.nii.gz", mr(number))
+    run(data / "mr")
     before = content(raw)
-    write(data / "mr" / "b.nii.gz", mr(0))
-    assert "1 volumes looks like HU" in error_of(data / "mr")
-    assert reasons(raw) == {"a.nii.gz": "accepted", "b.nii.gz": "withdrawn"}
-    run(data / "ct")
+    write(data / "mixed" / "ct.nii.gz", ct(0))
+    for number in range(2, 5):
+        write(data / "mixed" / f"{number}.nii.gz", mr(number))
+        write(data / "mixed" / f"copy_of_{number}.mha", mr(number))
+    assert "looks like HU (CT) in 1 volumes, but not in 5" in error_of(data / "mixed")
+    assert {name: text for name, text in content(raw).items() if name in before} == before
+    with (raw / "import_report_refused.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 9
+    run(data / "mr")
     assert content(raw) == before
-    run(data / "mr", "--channel", "CT")
+    write(data / "more" / "5.nii.gz", mr(5))
+    run(data / "more")
     check_consistent(raw)
-    assert len(description(raw)["dataset"]) == 2
+    assert sorted(reasons(raw).items()) == [(f"{number}.nii.gz", "accepted") for number in (0, 1, 5)]
+    run(data / "mixed", "--channel", "CT")
+    check_consistent(raw)
+    assert len(description(raw)["dataset"]) == 7
+
+
+def test_a_command_that_finds_nothing_usable_leaves_the_dataset_as_it_was(raw, data):
+    write(data / "1.nii.gz", ct(1))
+    run(data)
+    before = content(raw)
+    assert "none of 1 volumes can be used: 1 size" in error_of(data, "--min-size", 40)
+    assert {name: text for name, text in content(raw).items() if name in before} == before
+
+
+def test_after_a_refused_mixture_a_part_of_it_can_be_imported(raw, data):
+    write(data / "ct" / "a.nii.gz", ct(0))
+    write(data / "mr" / "b.nii.gz", mr(0))
+    error_of(data)
+    run(data / "ct")
+    check_consistent(raw)
+    assert description(raw)["channel_names"] == {"0": "CT"}
+    assert reasons(raw) == {"a.nii.gz": "accepted"}
+
+
+def test_only_what_changed_makes_a_fingerprint_stale(raw, data, capsys):
+    write(data / "1.nii.gz", ct(1))
+    run(data)
+    fingerprint = raw.parent.parent / "nnUNet_preprocessed" / DATASET / "dataset_fingerprint.json"
+    fingerprint.parent.mkdir()
+    fingerprint.touch()
+    run(data)
+    assert "--clean" not in capsys.readouterr().out
+    time.sleep(0.01)
+    write(data / "2.nii.gz", ct(2))
+    run(data)
+    assert "nnUNetv2_plan_and_preprocess -d 100 -c 3d_fullres --clean" in capsys.readouterr().out
+
+
+def test_labels_among_the_volumes_are_noted(raw, data, capsys):
+    write(data / "1.nii.gz", (ct(1) > -500).astype(np.int16) * 3)
+    run(data)
+    (row,) = report(raw)
+    assert row["note"] == "labels: 2 different values, all whole; is it a segmentation?"
+    assert "notes: 1 labels" in capsys.readouterr().out
 
 
 def test_a_channel_that_was_given_holds_for_additions(raw, data):
@@ -395,23 +448,19 @@ def test_a_second_run_changes_nothing_and_reads_nothing(raw, data):
     assert times == {path: path.stat().st_mtime_ns for path in (raw / "imagesTr").iterdir()}
 
 
-def test_more_volumes_later(raw, data, capsys):
+def test_more_volumes_later(raw, data):
     for number in range(3):
         write(data / "first" / f"{number}.nii.gz", ct(number))
     run(data / "first")
     before = content(raw)
     write(data / "second" / "3.nii.gz", ct(3))
     write(data / "a_before" / "same.nii.gz", ct(0))  # sorts first, but the dataset has that case already
-    preprocessed = raw.parent.parent / "nnUNet_preprocessed" / DATASET / "dataset_fingerprint.json"
-    preprocessed.parent.mkdir()
-    preprocessed.touch()
     run(data)
     check_consistent(raw)
     after = content(raw)
     assert all(after[name] == before[name] for name in before if name.startswith(("images", "labels")))
     assert len(description(raw)["dataset"]) == 4
     assert reasons(raw)["same.nii.gz"] == "duplicate"
-    assert "--clean" in capsys.readouterr().out
 
 
 def test_a_source_that_changes_is_imported_again_and_one_that_is_gone_stays(raw, data):
@@ -588,6 +637,7 @@ def test_a_journal_that_was_cut_off_costs_one_source(raw, data):
         (["-n", "a/b"], ["-n is 'a/b'", "letters"]),
         (["--file-ending", ".png"], ["'.png'", ".nii.gz, .nii, .nrrd, .mha"]),
         (["--keep", "nan"], ["'nan'", "duplicates"]),
+        (["--channel", " "], ["--channel is ' '", "CT or MR"]),
         (["/gone"], ["/gone does not exist"]),
     ],
 )

@@ -94,7 +94,7 @@ def test_several_dicom_series_in_one_folder_are_several_volumes(tmp_path, ending
         write_dicom(tmp_path, array, number, ending)
     (tmp_path / "notes.txt").write_text("stray")
     found = volumes(tmp_path)
-    assert [volume.item for volume in found] == ["series 1 of 2", "series 2 of 2"]
+    assert [volume.item for volume in found] == ["series 1 of 2, 20 files", "series 2 of 2, 20 files"]
     for volume, array in zip(found, arrays, strict=True):
         facts = examine(volume, Selection())
         assert (facts.shape, facts.spacing) == (SHAPE, pytest.approx(SPACING))
@@ -138,8 +138,8 @@ def test_files_that_gdcm_cannot_list_do_not_hide_the_series_beside_them(tmp_path
 @pytest.mark.parametrize(
     ("changes", "kept", "reason"),
     [
-        ({"skip": (5, 6)}, "", "slices: missing or unevenly spaced, distances differ by 200%"),
-        ({"skip": (5, 6)}, "slices", "slices: unevenly spaced, distances differ by 200%"),
+        ({"skip": (5, 6)}, "", "slices: missing or uneven, 2 to 6 mm apart"),
+        ({"skip": (5, 6)}, "slices", "slices: 2 to 6 mm apart, taken as even"),
         ({"tags": {"0008|0060": "SEG"}}, "", "modality: SEG is no scan"),
     ],
 )
