@@ -29,7 +29,7 @@ def draw_bodies(cases: Sequence[tuple[str, Path, Path]], path: Path) -> None:
             tall, wide = (mm for number, mm in enumerate(spacing) if number != axis)
             axes.imshow(volume.take(middle, axis), cmap="gray", vmin=low, vmax=high, aspect=tall / wide)
             outline = body.take(middle, axis)
-            if outline.min() < outline.max():
+            if outline.min() < outline.max() and min(outline.shape) > 1:
                 axes.contour(outline, [0.5], colors="red", linewidths=0.8)
             axes.set_xticks([])
             axes.set_yticks([])

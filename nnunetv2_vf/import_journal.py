@@ -10,10 +10,9 @@ import json
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -75,13 +74,6 @@ class Record:
     time: float = field(default_factory=time.time)
 
 
-class Done(NamedTuple):
-    """What the journals say: the newest record of every source, and every case that any record ever named."""
-
-    records: dict[str, Record]
-    cases: set[str]
-
-
 class Journal:
     """The journals of a dataset, and the one that this part appends to.
 
@@ -93,8 +85,8 @@ class Journal:
     def __init__(self, folder: Path, part: str):
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.part = part
         self._path = folder / f"{part}.jsonl"
-        self._lock = folder / f"{part}.lock"
         self._merged = folder / "merged.json"
 
     @contextmanager
@@ -104,36 +96,32 @@ class Journal:
         Raises:
             UserError: another process is at it.
         """
-        lock = FileLock(self._lock)
         try:
-            lock.acquire(timeout=0)
+            with _lock(self.folder / f"{self.part}.lock", timeout=0):
+                yield
         except Timeout:
-            raise UserError(f"{self._path.stem} of this import is already running ({self._lock} is locked)") from None
-        except NotImplementedError:  # a file system without locks: whoever starts a part twice does its work twice
-            pass
-        try:
-            yield
-        finally:
-            lock.release()
+            raise UserError(f"{self.part} of this import is already running in {self.folder}") from None
 
-    def read(self) -> Done:
-        """What all journals say."""
+    def merging(self) -> AbstractContextManager[None]:
+        """Hold the dataset while it is written; others wait."""
+        return _lock(self.folder / "merge.lock", timeout=-1)
+
+    def read(self) -> dict[str, Record]:
+        """The newest record of every source, from all journals."""
         records: dict[str, Record] = {}
-        cases: set[str] = set()
         for path in sorted(self.folder.glob("*.jsonl")):
             with path.open(encoding="utf-8", errors="surrogateescape") as lines:
                 for record in filter(None, map(_parse, lines)):
-                    cases.update(row.case for row in record.rows if row.case)
                     if record.source not in records or records[record.source].time <= record.time:
                         records[record.source] = record
-        return Done(records, cases)
+        return records
 
     def merged(self) -> set[str]:
         """The sources that the dataset was last made of."""
         return set(json.loads(self._merged.read_text())) if self._merged.is_file() else set()
 
     def set_merged(self, sources: Collection[str]) -> None:
-        temporary = self._merged.with_suffix(f".{os.getpid()}")
+        temporary = self._merged.with_suffix(f".{self.part}")
         temporary.write_text(json.dumps(sorted(sources), indent=0))
         temporary.replace(self._merged)
 
@@ -145,6 +133,17 @@ class Journal:
             if file.tell() and not _ends_with_newline(file):
                 line = b"\n" + line  # the line before was cut off
             file.write(line + b"\n")
+
+
+@contextmanager
+def _lock(path: Path, timeout: float) -> Iterator[None]:
+    lock = FileLock(path)
+    with suppress(NotImplementedError):  # a file system without locks: whoever starts a part twice does its work twice
+        lock.acquire(timeout)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def final_rows(
@@ -186,10 +185,10 @@ def _compact(row: Row) -> dict[str, object]:
 def _parse(line: str) -> Record | None:
     try:
         content = json.loads(line)
-    except json.JSONDecodeError:
+        rows = [Row(content["source"], **row) for row in content.pop("rows")]
+        return Record(**content, rows=rows)
+    except (ValueError, TypeError, KeyError):  # cut off, or of another version
         return None
-    rows = [Row(content["source"], **row) for row in content.pop("rows")]
-    return Record(**content, rows=rows)
 
 
 def _ends_with_newline(file) -> bool:  # type: ignore[no-untyped-def]

@@ -20,6 +20,7 @@ VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 _DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
 _NO_DICOM_ENDINGS = (".json", ".txt", ".csv", ".tsv", ".xml", ".pdf", ".png", ".jpg", ".bval", ".bvec", ".raw", ".zraw")
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
+CASE_FILE = re.compile(r".+_[0-9a-f]{12}(_v\d{3,})?(_\d{4})?\.[a-z.]+")  # of a case that is named by case_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class Found:
 def find_sources(paths: Sequence[Path], leave_out: Path) -> Found:
     """Look through folders, recursively and through links, and take single files as they are.
 
-    Hidden files are ignored, and ``labelsTr`` and ``labelsTs`` beside an ``imagesTr``: segmentations are no volumes.
+    Hidden files and folders are ignored, and so are ``labelsTr`` and ``labelsTs`` beside an ``imagesTr``.
 
     Args:
         leave_out: a folder that is not entered: the dataset that is being made.
@@ -140,17 +141,17 @@ def _in_tree(root: str, leave_out: Path, ignored: Counter[str]) -> Iterator[Sour
     stack = [root]
     while stack:
         folder = stack.pop()
-        identity = _identity(folder)
+        try:
+            identity = _identity(folder)
+            with os.scandir(folder) as entries:
+                is_folder = {entry.name: entry.is_dir() for entry in entries}
+        except OSError as error:
+            yield Source((folder,), "", f"unreadable: {error.strerror}")
+            continue
         if identity in entered:
             continue
         entered.add(identity)
-        try:
-            with os.scandir(folder) as entries:
-                is_folder = {entry.name: entry.is_dir() for entry in entries}
-        except PermissionError:
-            yield Source((folder,), "", "unreadable: no permission to list this folder")
-            continue
-        folders = sorted(name for name in is_folder if is_folder[name])
+        folders = sorted(name for name in is_folder if is_folder[name] and not name.startswith("."))
         files = sorted(name for name in is_folder if not is_folder[name])
         if "imagesTr" in folders:
             ignored["labelsTr/labelsTs"] += len({"labelsTr", "labelsTs"} & {*folders})
@@ -200,8 +201,9 @@ def _cases(names: list[str]) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _source(paths: tuple[str, ...], problem: str = "") -> Source:
+    data = [path[:-4] + ending for path in paths for ending in (".raw", ".zraw") if path.lower().endswith(".mhd")]
     try:
-        states = [os.stat(path) for path in paths]
+        states = [os.stat(path) for path in (*paths, *filter(os.path.isfile, data))]
     except OSError as error:  # a link to nowhere
         return Source(paths, "", f"unreadable: {error.strerror}")
     return Source(paths, " ".join(f"{state.st_size} {state.st_mtime_ns}" for state in states), problem)

@@ -29,9 +29,9 @@ from nnunetv2_vf import __version__
 from nnunetv2_vf.body import body_mask, segmentation_note
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.host import require_variables
-from nnunetv2_vf.import_journal import DUPLICATE, Done, Journal, Record, Row, final_rows
+from nnunetv2_vf.import_journal import DUPLICATE, Journal, Record, Row, final_rows
 from nnunetv2_vf.parallel import run_in_processes
-from nnunetv2_vf.sources import Source, ending, find_sources, in_part
+from nnunetv2_vf.sources import CASE_FILE, Source, ending, find_sources, in_part
 from nnunetv2_vf.volumes import (
     NIFTI_IO,
     Rejected,
@@ -110,23 +110,24 @@ def import_volumes(
     if processes < 1:
         raise UserError(f"-np is {processes}; it must be at least 1")
     folder = _dataset_folder(dataset_id, name)
-    found = find_sources(paths, leave_out=folder)
     try:
+        found = find_sources(paths, leave_out=folder)
         dataset = _Dataset(folder, settings, channel, found.sources, f"part_{part_id}_of_{num_parts}")
         _announce(dataset, +found.ignored)
         with dataset.journal.locked():
             dataset.run([source for source in found.sources if in_part(source, part_id, num_parts)], processes)
-        done = dataset.done()
-        left = dataset.to_do(found.sources, done.records)
-        if not left:
-            dataset.merge(done)
-            return
+            with dataset.journal.merging():
+                left = dataset.merge_if_done()
     except (OSError, CannotWriteError) as error:
-        raise UserError(f"cannot write to {folder}: {error}; mend that, and the same command goes on") from error
-    print(
-        f"part {part_id} of {num_parts} is done; {len(left)} sources of other parts are not. The part that ends last "
-        "writes dataset.json; the same command without --num_parts does so too, and first does what is left"
-    )
+        what = "write to" if isinstance(error, CannotWriteError) else "read or write"
+        raise UserError(f"cannot {what} {folder}: {error}; mend that, and the same command goes on") from error
+    except KeyboardInterrupt:
+        raise UserError("interrupted; the same command goes on from here") from None
+    if left:
+        print(
+            f"part {part_id} of {num_parts} is done; {left} sources of other parts are not. The part that ends last "
+            "writes dataset.json; the same command without --num_parts does so too, and first does what is left"
+        )
 
 
 def _dataset_folder(dataset_id: int, name: str) -> Path:
@@ -171,9 +172,9 @@ class _Dataset:
         self.folder, self.settings, self.sources = folder, settings, sources
         self._digest = settings.digest
         self._description = folder / "dataset.json"
-        before = json.loads(self._description.read_text()) if self._description.is_file() else {}
+        before = self._read_description()
         self._settled = {*before.get("dataset", ())}
-        self.channel = before.get("last_import", {}).get("channel", "auto") if channel == "auto" else channel
+        self.channel = before["last_import"]["channel"] if before and channel == "auto" else channel
         self._channels = self._number_of_channels(before)
         if before and before["file_ending"] != settings.file_ending:
             raise UserError(
@@ -185,6 +186,18 @@ class _Dataset:
         self._scratch = folder / _JOURNALS / f"{part}.scratch"
         for each in (self._images, self._labels):
             each.mkdir(exist_ok=True)
+
+    def _read_description(self) -> dict:
+        if not self._description.is_file():
+            return {}
+        try:
+            description = json.loads(self._description.read_text())
+            return {key: description[key] for key in ("channel_names", "file_ending", "dataset", "last_import")}
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"{self._description} is damaged, or not made by import ({type(error).__name__}: {error}); remove it, "
+                "and the same command makes it again"
+            ) from error
 
     def _number_of_channels(self, before: Mapping) -> int:
         """Of the dataset as it is, else of most sources."""
@@ -222,55 +235,65 @@ class _Dataset:
 
         return [source for source in sources if not is_done(source)]
 
-    def done(self) -> Done:
+    def done(self) -> dict[str, Record]:
         """What is done of this command's sources and of those that the dataset is made of; of no others.
 
         Others are of commands that were refused or have not ended: they must be given again to count.
         """
-        done = self.journal.read()
         own = self.journal.merged().union(source.key for source in self.sources)
-        return Done({source: record for source, record in done.records.items() if source in own}, done.cases)
+        return {source: record for source, record in self.journal.read().items() if source in own}
 
     def run(self, share: Sequence[Source], processes: int) -> None:
         """Import what is not done of a share of the sources.
 
         Raises:
             CannotWriteError, OSError: the files cannot be written.
-            UserError: interrupted.
         """
-        todo = self.to_do(share, self.done().records, _TRY_AGAIN)
+        todo = self.to_do(share, self.done(), _TRY_AGAIN)
+        progress = tqdm(total=len(share), initial=len(share) - len(todo), unit="vol", smoothing=0.05)
+        try:
+            self._import(todo, processes, progress)
+            # a source that has changed may have had duplicates, which are none any more
+            self._import(self.to_do(share, self.done()), processes, progress)
+        finally:
+            progress.close()
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _import(self, todo: Sequence[Source], processes: int, progress: tqdm) -> None:
         shutil.rmtree(self._scratch, ignore_errors=True)  # of a run that was killed
         self._scratch.mkdir()
         job = partial(_import_source, self.folder, self._scratch, self.settings, self._channels)
         keep = "duplicates" in self.settings.selection.keep
         counts: Counter[str] = Counter()
-        progress = tqdm(total=len(share), initial=len(share) - len(todo), unit="vol", smoothing=0.05)
-        try:
-            for source, result in run_in_processes(job, todo, processes, _start_worker):
-                killed = Row(source.key, reason="memory: reading it killed its process; too large, or damaged")
-                rows = [killed] if result is None else result
-                self.journal.append(Record(source.key, source.stamp, self._digest, rows, keep))
-                counts.update(row.kind or "accepted" for row in rows)
-                progress.total += len(rows) - 1
-                progress.set_postfix(counts, refresh=False)
-                progress.update(len(rows))
-        except KeyboardInterrupt:
-            raise UserError(f"interrupted at {progress.n} of {progress.total}; the same command goes on") from None
-        finally:
-            progress.close()
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        for source, result in run_in_processes(job, todo, processes, _start_worker):
+            killed = Row(source.key, reason="memory: reading it killed its process; too large, or damaged")
+            rows = [killed] if result is None else result
+            self.journal.append(Record(source.key, source.stamp, self._digest, rows, keep))
+            counts.update(row.kind or "accepted" for row in rows)
+            progress.total += len(rows) - 1
+            progress.set_postfix(counts, refresh=False)
+            progress.update(len(rows))
 
-    def merge(self, done: Done) -> None:
+    def merge_if_done(self) -> int:
+        """Merge if all sources are done, in whatever part; returns how many are not."""
+        self._settled = {*self._read_description().get("dataset", ())}
+        done = self.done()
+        left = len(self.to_do(self.sources, done))
+        if not left:
+            self.merge(done)
+        return left
+
+    def merge(self, done: Mapping[str, Record]) -> None:
         """Write the report and ``dataset.json``, and remove the files of all other cases. Harmless to repeat.
 
         Raises:
             UserError: no volume was accepted, or the channel cannot be decided; a dataset that is there stays as it is.
         """
         present = self._present()
-        missing = "missing: its files were removed from the dataset"
+        missing = "missing: its files are not in the dataset any more; give its path again"
         rows = [
             replace(row, case="", reason=missing) if row.case and row.case not in present else row
-            for rows in final_rows(done.records, present, self._settled).values()
+            for rows in final_rows(done, present, self._settled).values()
             for row in rows
         ]
         accepted = [row for row in rows if row.case]
@@ -282,9 +305,9 @@ class _Dataset:
         names = self._channel_names(accepted)
         self._write_report(rows, REPORT)
         (self.folder / REFUSED).unlink(missing_ok=True)
-        self.journal.set_merged(done.records)
+        self.journal.set_merged(done)
         self._write_description(accepted, names)
-        self._remove(done.cases.difference(row.case for row in accepted))
+        self._remove_others({row.case for row in accepted})
         self._draw([row.case for row in accepted])
         self._print_summary(rows, names)
 
@@ -301,15 +324,18 @@ class _Dataset:
     def _image_names(self, case: str) -> list[str]:
         return [f"{case}_{channel:04d}{self.settings.file_ending}" for channel in range(self._channels)]
 
-    def _remove(self, cases: Iterable[str]) -> None:
-        for case in cases:
-            for name in self._image_names(case):
-                (self._images / name).unlink(missing_ok=True)
-            (self._labels / f"{case}{self.settings.file_ending}").unlink(missing_ok=True)
+    def _remove_others(self, cases: set[str]) -> None:
+        """Remove all that import ever put in place but the files of these cases."""
+        images = {name for case in cases for name in self._image_names(case)}
+        labels = {f"{case}{self.settings.file_ending}" for case in cases}
+        for folder, names in ((self._images, images), (self._labels, labels)):
+            for path in folder.iterdir():
+                if path.name not in names and CASE_FILE.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
 
     def _write_report(self, rows: Sequence[Row], name: str) -> None:
         columns = [column.name for column in fields(Row)]
-        temporary = self.folder / _JOURNALS / f"{name}.{os.getpid()}"
+        temporary = self.folder / _JOURNALS / f"{name}.{self.journal.part}"
         with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             writer.writerow(["status", *columns])
@@ -337,7 +363,7 @@ class _Dataset:
         text = json.dumps(description, indent=1)
         if self._description.is_file() and self._description.read_text() == text:
             return  # its time tells whether the fingerprint is of this dataset
-        temporary = self.folder / _JOURNALS / f"dataset.json.{os.getpid()}"
+        temporary = self.folder / _JOURNALS / f"dataset.json.{self.journal.part}"
         temporary.write_text(text)
         temporary.replace(self._description)
 
@@ -349,8 +375,12 @@ class _Dataset:
             (case, self._images / self._image_names(case)[0], self._labels / f"{case}{self.settings.file_ending}")
             for case in some
         ]
-        temporary = self.folder / _JOURNALS / f"{PICTURE}.{os.getpid()}"
-        draw_bodies(files, temporary)
+        temporary = self.folder / _JOURNALS / f"{PICTURE}.{self.journal.part}"
+        try:
+            draw_bodies(files, temporary)
+        except RuntimeError as error:
+            print(f"no picture: {one_line(error)}")
+            return
         temporary.replace(self.folder / PICTURE)
 
     # -------------------------------------------------------------- the channel
@@ -495,5 +525,7 @@ def _is_complete(path: Path, image: sitk.Image) -> bool:
     if path.name.endswith(".nii"):
         return path.stat().st_size >= needed
     if path.name.endswith(".nii.gz"):  # which ends with the length of what it holds
-        return int.from_bytes(path.read_bytes()[-4:], "little") == needed % 2**32
+        with path.open("rb") as file:
+            file.seek(-min(4, path.stat().st_size), os.SEEK_END)
+            return int.from_bytes(file.read(), "little") == needed % 2**32
     return True

@@ -30,8 +30,12 @@ from nnunetv2_vf.sources import Source, case_name, ending, is_dicom, may_be_dico
 
 CHECKS = ("duplicates", "nonfinite", "direction", "slices")  # what --keep can let pass
 _ROUNDING = 5e-3  # of a direction cosine: headers written with two digits; a scanner tilted by 1 degree is 0.017 off
-_NO_IMAGES = {"SEG", "RTDOSE", "RTSTRUCT", "RTPLAN", "SR", "PR", "KO", "REG", "DOC"}  # DICOM modalities
-_MODALITY, _POSITION, _PIXEL_SPACING = "0008|0060", "0020|0032", "0028|0030"
+# DICOM: modalities that are no scans of a volume; classes of files that state the spacing for each frame; tags
+_NO_SCANS = {"SEG", "RTDOSE", "RTIMAGE", "RTSTRUCT", "RTPLAN", "SR", "PR", "KO", "REG", "DOC"}
+_NO_SCANS |= {"US", "IVUS", "XA", "RF", "MG", "CR", "DX", "IO", "PX", "ES", "GM", "SM", "OP", "OCT", "XC", "ECG"}
+_ENHANCED = {f"1.2.840.10008.5.1.4.1.1.{end}" for end in ("2.1", "2.2", "4.1", "4.4", "130", "128.1")}
+_SOP_CLASS, _MODALITY, _POSITION = "0008|0016", "0008|0060", "0020|0032"
+_PIXEL_SPACING, _RESCALE = "0028|0030", ("0028|1052", "0028|1053")
 _UNEVEN = 0.1  # of the distance between slices: differ by more, and one is missing; by less, it is rounding
 NIFTI_IO = "NiftiImageIO"  # named, ITK need not ask all others: saves a tenth of the time of a small volume
 _PERMISSIVE = "ITK_NIFTI_SFORM_PERMISSIVE"
@@ -282,8 +286,9 @@ def _read_nifti(path: str, selection: Selection, notes: list[str]) -> sitk.Image
     has_nonfinite = not _is_all_of(path, header, image) and _check_nifti_data(path, header)
     if not has_nonfinite:
         return image
-    restored = np.where(np.isfinite(nibabel.load(path).dataobj).T, sitk.GetArrayViewFromImage(image), np.nan)
-    return on_grid_of(image, restored)
+    array = sitk.GetArrayViewFromImage(image)
+    finite = np.isfinite(nibabel.load(path).dataobj).T.reshape(array.shape)
+    return on_grid_of(image, np.where(finite, array, np.nan))
 
 
 def _unpacked(path: str) -> gzip.GzipFile | BufferedReader:
@@ -360,11 +365,21 @@ def _check_text_header(path: str) -> None:
     with Path(path).open("rb") as file:
         header = file.read(1 << 14)
     stated = _SPACING_FIELD.get(ending(path), _SPACING_FIELD[".mha"]).search(header)
-    if stated is None and header:
-        raise Rejected("spacing: the file states none")
+    if not header:
+        return  # for SimpleITK to refuse
     text = stated[1].decode(errors="replace").strip() if stated else ""
-    if "(" not in text and any(not float(mm) > 0 for mm in re.findall(r"nan|[-+.\deE]+", text)):
+    if not any(digit in text for digit in "123456789"):
+        raise Rejected(f"spacing: the file states {text or 'none'}")
+    if "(" not in text and _has_no_length(text):
         raise Rejected(f"spacing: {text} mm")
+
+
+def _has_no_length(text: str) -> bool:
+    """Whether one of several numbers is not positive, or no number."""
+    try:
+        return any(not float(mm) > 0 for mm in text.split())
+    except ValueError:
+        return True
 
 
 # ---------------------------------------------------------------- DICOM
@@ -383,8 +398,8 @@ def _dicom_series(source: Source, selection: Selection) -> Iterator[Volume]:
             volume.problem = str(reason)
         yield volume
     used = {Path(file).name for files in series.values() for file in files}
-    others = [path.name for path in Path(folder).iterdir() if path.name not in used and not ending(path.name)]
-    stray = [name for name in others if may_be_dicom(folder, name)]
+    others = [path.name for path in Path(folder).iterdir() if path.is_file() and not path.name.startswith(".")]
+    stray = [name for name in others if name not in used and not ending(name) and may_be_dicom(folder, name)]
     if stray:
         problem = f"unreadable: {len(stray)} DICOM files that are part of no series"
         yield Volume(case_name("dicom", folder), "other files", problem=problem)
@@ -423,15 +438,29 @@ def _read_series(files: Sequence[str], selection: Selection, notes: list[str]) -
         reader = sitk.ImageSeriesReader()
         reader.SetFileNames(files)
         reader.MetaDataDictionaryArrayUpdateOn()
+        reader.ForceOrthogonalDirectionOff()  # a tilted scanner shears the volume: the direction's check must see it
         image = reader.Execute()
+        if _is_rescaled_to_fractions(reader, len(files)):  # but the first file decides about the type: PET, some MR
+            reader.SetOutputPixelType(sitk.sitkFloat32)
+            image = reader.Execute()
     except RuntimeError as error:
         raise Rejected(f"unreadable: {one_line(error)}") from error
     nearest, farthest = _distances(reader, len(files))
     if farthest - nearest > _UNEVEN * farthest:
-        if "slices" not in selection.keep:
-            raise Rejected(f"slices: missing or uneven, {nearest:.3g} to {farthest:.3g} mm apart")
+        if "slices" not in selection.keep or nearest < _UNEVEN * farthest:  # several phases at the same positions
+            raise Rejected(f"slices: missing, doubled or uneven, {nearest:.3g} to {farthest:.3g} mm apart")
         notes.append(f"slices: {nearest:.3g} to {farthest:.3g} mm apart, taken as even")
     return image
+
+
+def _is_rescaled_to_fractions(reader: sitk.ImageSeriesReader, slices: int) -> bool:
+    stated = (
+        float(reader.GetMetaData(number, tag))
+        for number in range(slices)
+        for tag in _RESCALE
+        if reader.HasMetaDataKey(number, tag)
+    )
+    return any(not value.is_integer() for value in stated)
 
 
 def _distances(reader: sitk.ImageSeriesReader, slices: int) -> tuple[float, float]:
@@ -448,8 +477,8 @@ def _check_dicom(path: str) -> None:
     reader.SetFileName(path)
     reader.ReadImageInformation()
     modality = reader.GetMetaData(_MODALITY).strip() if reader.HasMetaDataKey(_MODALITY) else ""
-    if modality in _NO_IMAGES:
+    if modality in _NO_SCANS:
         raise Rejected(f"modality: {modality} is no scan")
-    one_frame = reader.GetSize()[2:] in ((), (1,))
-    if one_frame and not reader.HasMetaDataKey(_PIXEL_SPACING):
+    enhanced = reader.HasMetaDataKey(_SOP_CLASS) and reader.GetMetaData(_SOP_CLASS).strip("\0 ") in _ENHANCED
+    if not enhanced and not reader.HasMetaDataKey(_PIXEL_SPACING):
         raise Rejected("spacing: the file states none")

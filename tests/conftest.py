@@ -128,23 +128,35 @@ def edit_json(path: Path, change) -> None:
     path.write_text(json.dumps(content))
 
 
-def pretrain_dataset(dataset_id: int, monkeypatch: pytest.MonkeyPatch) -> dict:
-    """Stock fingerprint, integrity check, planning and preprocessing, then a step of pretraining; returns the plans."""
+def plan_and_preprocess(dataset_id: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Stock integrity check, fingerprint, planning and preprocessing, anew; returns the number of cases."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
-    from nnunetv2.paths import nnUNet_preprocessed
-    from nnunetv2.run.run_training import run_training
-    from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
+    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-    monkeypatch.setenv("nnUNet_extTrainer", trainer_path(""))
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # planning divides by it
+    extract_fingerprints([dataset_id], num_processes=1, check_dataset_integrity=True, clean=True)
+    plan_experiments([dataset_id])
+    shrink_network(_preprocessed(dataset_id) / "nnUNetPlans.json")
+    preprocess([dataset_id], "nnUNetPlans", configurations=["3d_fullres"], num_processes=[1])
+    folder = str(_preprocessed(dataset_id) / "nnUNetPlans_3d_fullres")
+    return len(infer_dataset_class(folder).get_identifiers(folder))
+
+
+def pretrain_dataset(dataset_id: int, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """Plan and preprocess, then a step of pretraining; returns the plans."""
+    from nnunetv2.run.run_training import run_training
+
+    plan_and_preprocess(dataset_id, monkeypatch)
+    monkeypatch.setenv("nnUNet_extTrainer", trainer_path(""))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     for name in ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
         monkeypatch.setenv(f"nnUNet_vf_{name}", "1")
-    extract_fingerprints([dataset_id], num_processes=1, check_dataset_integrity=True)
-    plan_experiments([dataset_id])
-    dataset = convert_id_to_dataset_name(dataset_id)
-    plans_file = Path(nnUNet_preprocessed) / dataset / "nnUNetPlans.json"
-    shrink_network(plans_file)
-    preprocess([dataset_id], "nnUNetPlans", configurations=["3d_fullres"], num_processes=[1])
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     run_training(str(dataset_id), "3d_fullres", "all", "VFPretrainTrainer", device=torch.device("cpu"))
-    return json.loads(plans_file.read_text())
+    return json.loads((_preprocessed(dataset_id) / "nnUNetPlans.json").read_text())
+
+
+def _preprocessed(dataset_id: int) -> Path:
+    from nnunetv2.paths import nnUNet_preprocessed
+    from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
+
+    return Path(nnUNet_preprocessed) / convert_id_to_dataset_name(dataset_id)

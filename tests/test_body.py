@@ -31,6 +31,16 @@ def test_the_mask_is_the_body_with_its_holes(make, hu_like, shape):
     assert overlap > 0.97  # the edge is as coarse as the step; the lung (a tenth of the slice) is in
 
 
+def test_no_shape_hides_a_part_from_the_statistics():
+    """Of 100 x 100 x 100 voxels every 50th is in two columns."""
+    array = np.full((100, 100, 100), 5, np.float32) + np.random.default_rng(0).random((100, 100, 100), np.float32)
+    array[:, 20:80, 10:40] += 300
+    mask, note = body_mask(array, False)
+    assert note == ""
+    np.testing.assert_array_equal(mask, array > 100)
+    assert is_hu_like(np.where(array > 100, 40, -1000))
+
+
 def test_lungs_are_body_though_an_airway_leads_out():
     array = ct(0)
     closed, _ = body_mask(array, True)

@@ -50,6 +50,12 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     assert names(found(data).sources) == [["2.nii.gz"], ["1.nii.gz"]]
 
 
+def test_hidden_folders_are_not_entered(tmp_path):
+    touch(tmp_path / ".snapshot", "1.nii.gz")
+    touch(tmp_path, "1.nii.gz")
+    assert [source.key for source in found(tmp_path).sources] == [str(tmp_path / "1.nii.gz")]
+
+
 def test_a_link_to_nowhere_is_a_source_with_a_problem(tmp_path):
     (tmp_path / "1.nii.gz").symlink_to(tmp_path / "gone")
     (source,) = found(tmp_path).sources
@@ -112,9 +118,11 @@ def test_a_folder_of_dicom_files_is_one_source(tmp_path, ending):
 def test_a_source_that_changes_has_another_stamp(tmp_path):
     path = write(tmp_path / "1.nii.gz", ct(0))
     write_dicom(tmp_path / "d", ct(0))
+    write(tmp_path / "2.mhd", ct(0))
     before = found(tmp_path).sources
     assert found(tmp_path).sources == before
     write(path, ct(0, (30, 30, 30)))
+    (tmp_path / "2.raw").write_bytes(b"other")
     write_dicom(tmp_path / "d", ct(1), series=2)
     assert all(a.stamp != b.stamp for a, b in zip(found(tmp_path).sources, before, strict=True))
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import random
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
-from conftest import pretrain_dataset
+from conftest import plan_and_preprocess, pretrain_dataset
 from unlabelled_data import (
     NAME,
     PATIENT,
@@ -97,11 +98,11 @@ def check_consistent(dataset: Path) -> None:
 
 
 def content(dataset: Path) -> dict[str, bytes]:
-    """All that a user sees: every file, by its path, but the journals."""
+    """Every file that a user reads, by its path; not the journals, nor the picture."""
     return {
         str(path.relative_to(dataset)): path.read_bytes()
         for path in sorted(dataset.rglob("*"))
-        if path.is_file() and "import_journals" not in path.parts
+        if path.is_file() and "import_journals" not in path.parts and path.suffix != ".png"
     }
 
 
@@ -154,21 +155,26 @@ def test_the_report_maps_both_ways_and_pixels_are_those_of_the_source(raw, data)
         assert (float(row["minimum"]), float(row["maximum"])) == (read.min(), read.max())
 
 
-def test_no_identifier_of_dicom_comes_out(raw, data, capfd):
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])
+def test_no_identifier_comes_out(raw, data, capfd, ending):
     write_dicom(data / "series", ct(0))
+    write_dicom(data / "single", ct(2)[:1], series=3)
+    told = image(ct(3))
+    told.SetMetaData("descrip", NAME)
+    told.SetMetaData("patient", PATIENT)
+    for number, other in enumerate(("nii.gz", "nrrd")):
+        sitk.WriteImage(told + number, str(data / f"told.{other}"))
     write_dicom(data / "bad", ct(1), series=2)
     for path in (data / "bad").iterdir():
         cut_off(path)
-    run(data)
+    run(data, "--file-ending", ending, "--min-size", 1)
+    assert len(description(raw)["dataset"]) == 4
     said = capfd.readouterr()
-    out = "".join([said.out, said.err, *(f"{name}{text!r}" for name, text in content(raw).items())])
+    unpacked = {n: gzip.decompress(text) if n.endswith(".gz") else text for n, text in content(raw).items()}
+    out = "".join([said.out, said.err, *(f"{name}{text!r}" for name, text in unpacked.items())])
     out += "".join(path.read_text() for path in (raw / "import_journals").iterdir())
     for secret in (NAME, "Doe", "Jane", PATIENT, STUDY):
         assert secret not in out
-    (case,) = description(raw)["dataset"].values()
-    assert sitk.ReadImage(str(raw / case["images"][0])).GetMetaDataKeys()  # NIfTI's own fields
-    for name in case["images"]:
-        assert STUDY.encode() not in sitk.GetArrayFromImage(sitk.ReadImage(str(raw / name))).tobytes()
 
 
 def write_rejected(data: Path) -> dict[str, str]:
@@ -480,6 +486,29 @@ def test_a_source_that_changes_is_imported_again_and_one_that_is_gone_stays(raw,
     assert reasons(raw) == {"1.nii.gz": "size", "2.nii.gz": "accepted"}
 
 
+def test_a_duplicate_of_what_has_changed_is_imported(raw, data):
+    first = write(data / "a.nii.gz", ct(1))
+    write(data / "b.nii.gz", ct(1))
+    run(data)
+    assert reasons(raw) == {"a.nii.gz": "accepted", "b.nii.gz": "duplicate"}
+    write(first, ct(2, (22, 24, 28)))
+    run(data)
+    check_consistent(raw)
+    assert reasons(raw) == {"a.nii.gz": "accepted", "b.nii.gz": "accepted"}
+
+
+def test_a_refused_command_leaves_nothing_for_the_next(raw, data):
+    """Neither files of another ending, nor the number of channels."""
+    for channel, make in enumerate((ct, mr)):
+        write(data / "two" / f"a_000{channel}.nii.gz", make(0))
+        write(data / "two" / f"b_000{channel}.nii.gz", mr(1) if channel else mr(2))
+    error_of(data / "two")
+    write(data / "one" / "c.nii.gz", ct(3))
+    run(data / "one", "--file-ending", ".nrrd")
+    check_consistent(raw)
+    assert reasons(raw) == {"c.nii.gz": "accepted"}
+
+
 def test_files_that_were_removed_come_back(raw, data):
     write(data / "1.nii.gz", ct(1))
     write(data / "2.nii.gz", ct(2))
@@ -542,29 +571,28 @@ def check_whole(dataset: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in Linux's /proc")
 def test_killed_in_the_middle_it_resumes_and_never_leaves_half_a_case(raw, data, tmp_path, monkeypatch):
-    for number in range(30):
+    for number in range(60):
         write(data / f"{number:02d}.nii.gz", ct(number, (48, 48, 48)))
-    run(data)
+    run(data, "-np", 2)
     expected = content(raw)
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "other"))
     other = tmp_path / "other" / DATASET
     done = lambda: len(list((other / "imagesTr").glob("*"))) if other.exists() else 0  # noqa: E731
     draw = random.Random(0)
-    times: dict[Path, int] = {}
-    for _ in range(4):
+    killed, times = 0, {}
+    while killed < 4 and done() < 50:
         before = done()
         process = start(raw, data)
         wait_until(lambda before=before: done() > before + draw.randrange(4))
         workers = children(process)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        killed += process.wait() == -signal.SIGKILL
         wait_until(lambda workers=workers: not any(Path(f"/proc/{pid}").exists() for pid in workers))
         check_whole(other)
-        assert not (other / "dataset.json").exists()
         now = {path: path.stat().st_mtime_ns for path in (other / "imagesTr").iterdir()}
         assert sum(now[path] != times[path] for path in times) <= 2  # in place, but not yet in the journal
         times = now
-    assert 0 < done() < 30
+    assert killed
     run(data)
     check_consistent(other)
     assert {name: text for name, text in content(other).items() if name != "dataset.json"} == {
@@ -659,6 +687,33 @@ def test_an_id_or_a_folder_that_is_taken(raw, data):
     assert "was not made by import" in error_of(data)
 
 
+def test_a_damaged_description_is_told(raw, data):
+    write(data / "1.nii.gz", ct(1))
+    run(data)
+    expected = content(raw)
+    (raw / "dataset.json").write_text("{")
+    assert "dataset.json is damaged" in error_of(data)
+    (raw / "dataset.json").unlink()
+    run(data)
+    assert content(raw) == expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(raw, data):
+    for number in range(40):
+        write(data / f"{number:02d}.nii.gz", ct(number, (48, 48, 48)))
+    words = [sys.executable, "-m", "nnunetv2_vf", *command(data)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_until(lambda: raw.exists() and any((raw / "imagesTr").glob("*")))
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 1
+    assert said.decode().endswith("nnUNetv2_vf: error: interrupted; the same command goes on from here\n")
+    assert b"Traceback" not in said
+    run(data)
+    check_consistent(raw)
+
+
 def test_nnunet_raw_must_be_set(raw, data, monkeypatch):
     monkeypatch.delenv("nnUNet_raw")
     assert "nnUNet_raw is not set" in error_of(data)
@@ -692,6 +747,9 @@ def test_stock_fingerprint_plan_preprocess_and_pretraining(raw, data, monkeypatc
         write(data / f"{number}.nrrd", make(number, (32, 32, 32)), (2.0, 2.0, 2.0))
     run(data)
     plans = pretrain_dataset(ID, monkeypatch)
+    write(data / "more.nrrd", make(9, (32, 32, 32)), (2.0, 2.0, 2.0))
+    run(data)
+    assert plan_and_preprocess(ID, monkeypatch) == 6  # cases, the new one among them
     normalization = plans["configurations"]["3d_fullres"]["normalization_schemes"]
     assert normalization == ["CTNormalization" if make is ct else "ZScoreNormalization"]
     intensities = plans["foreground_intensity_properties_per_channel"]["0"]

@@ -119,6 +119,38 @@ def test_a_dicom_file_that_is_given_by_name_is_named_by_no_part_of_it(tmp_path):
     assert volume.case.startswith("dicom_")
 
 
+def test_a_tilted_scanner_is_told(tmp_path):
+    write_dicom(tmp_path, ct(0), shift=0.5)
+    assert verdict(tmp_path).startswith("direction: axes are not at right angles")
+    assert verdict(tmp_path, keep=("direction",)).startswith("direction: made orthonormal")
+
+
+@pytest.mark.parametrize("slopes", [("1", "0.1"), ("0.5",)])
+def test_slices_that_are_rescaled_to_fractions_keep_them(tmp_path, slopes):
+    write_dicom(tmp_path, ct(0), tags={"0008|0060": "PT"}, slopes=slopes)
+    (volume,) = volumes(tmp_path)
+    stored = [sitk.GetArrayFromImage(sitk.ReadImage(str(path)))[0] for path in sorted(tmp_path.iterdir())]
+    read = sitk.GetArrayFromImage(volume.images[0])
+    np.testing.assert_allclose(read, np.stack(stored), rtol=1e-6)
+    assert np.any(read != np.round(read))
+
+
+def test_two_phases_at_the_same_positions_are_no_volume(tmp_path):
+    write_dicom(tmp_path / "1", ct(0))
+    write_dicom(tmp_path / "2", ct(1))
+    for path in (tmp_path / "2").iterdir():
+        path.rename(tmp_path / "1" / f"second_{path.name}")
+    for keep in ((), ("slices",)):
+        assert verdict(tmp_path / "1", keep=keep).startswith("slices: missing, doubled or uneven")
+
+
+def test_hidden_files_and_folders_beside_a_series_are_no_dicom(tmp_path):
+    write_dicom(tmp_path, ct(0))
+    (tmp_path / "._s1_000.dcm").write_bytes(b"AppleDouble")
+    (tmp_path / "folder.dcm").mkdir()
+    assert verdict(tmp_path) == "fine"
+
+
 def test_a_damaged_dicom_file_is_told(tmp_path):
     write_dicom(tmp_path, ct(0))
     (tmp_path / "bad.dcm").write_bytes(b"no DICOM")
@@ -138,7 +170,7 @@ def test_files_that_gdcm_cannot_list_do_not_hide_the_series_beside_them(tmp_path
 @pytest.mark.parametrize(
     ("changes", "kept", "reason"),
     [
-        ({"skip": (5, 6)}, "", "slices: missing or uneven, 2 to 6 mm apart"),
+        ({"skip": (5, 6)}, "", "slices: missing, doubled or uneven, 2 to 6 mm apart"),
         ({"skip": (5, 6)}, "slices", "slices: 2 to 6 mm apart, taken as even"),
         ({"tags": {"0008|0060": "SEG"}}, "", "modality: SEG is no scan"),
     ],
@@ -221,6 +253,7 @@ def test_the_largest_spacing_is_a_setting(tmp_path):
         ("mha", rb"ElementSpacing = 1", b"ElementSpacing = 0"),
         ("mha", rb"ElementSpacing = 1", b"ElementSpacing = -1"),
         ("mhd", rb"ElementSpacing[^\n]*\n", b""),
+        ("nrrd", rb"space directions:[^\n]*\n", b"space directions: none none none\n"),
     ],
 )
 def test_missing_and_absurd_spacings_of_text_headers(tmp_path, ending, pattern, replacement):
@@ -250,6 +283,17 @@ def test_numbers_that_are_not_finite(tmp_path, value):
     mended = sitk.GetArrayFromImage(volume.images[0])
     assert mended[3, 4, 5] == mr(0).min()
     assert volume.images[0].GetSpacing() == pytest.approx(SPACING[::-1])
+
+
+def test_numbers_that_are_not_finite_in_a_4d_file(tmp_path):
+    arrays = [mr(0), mr(1)]
+    arrays[1][3, 4, 5] = np.nan
+    first, second = volumes(write_4d(tmp_path / "a.nii.gz", arrays), keep=("nonfinite",))
+    examine(first, Selection())
+    examine(second, Selection(keep=("nonfinite",)))
+    assert (first.notes, second.notes) == ([], ["nonfinite: 1 voxels set to the lowest finite value"])
+    alone = write_4d(tmp_path / "b.nii.gz", arrays[1:])
+    assert verdict(alone, keep=("nonfinite",)).startswith("nonfinite: 1 voxels set")
 
 
 @pytest.mark.parametrize("keep", [(), ("nonfinite",)])

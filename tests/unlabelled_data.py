@@ -55,8 +55,16 @@ def write_dicom(
     ending: str = ".dcm",
     skip: Sequence[int] = (),
     tags: dict[str, str] | None = None,
+    shift: float = 0.0,
+    slopes: Sequence[str] = ("1",),
 ) -> None:
-    """Write a series, a file a slice, with a patient's name and ids in every file."""
+    """Write a series, a file a slice, with a patient's name and ids in every file.
+
+    Args:
+        skip: slices that are missing.
+        shift: of each slice against the one before, across, in mm: a tilted scanner.
+        slopes: of the rescaling to the modality's units, in turn.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
@@ -65,7 +73,7 @@ def write_dicom(
         if number in skip:
             continue
         one_slice = volume[:, :, number]
-        position = volume.TransformIndexToPhysicalPoint((0, 0, number))
+        x, y, z = volume.TransformIndexToPhysicalPoint((0, 0, number))
         values = {
             "0008|0060": "CT",
             "0010|0010": NAME,
@@ -74,7 +82,7 @@ def write_dicom(
             "0020|000e": f"{STUDY}.{series}",
             "0008|0018": f"{STUDY}.{series}.{number + 1}",
             "0020|0013": str(number + 1),
-            "0020|0032": "\\".join(map(str, position)),
+            "0020|0032": f"{x}\\{y + number * shift}\\{z}",
             "0020|0037": "1\\0\\0\\0\\1\\0",
             "0028|1052": "0",
             "0028|1053": "1",
@@ -85,6 +93,11 @@ def write_dicom(
         written = folder / f"s{series}_{number:03d}.dcm"
         writer.SetFileName(str(written))
         writer.Execute(one_slice)
+        slope = slopes[number % len(slopes)].encode().ljust(4)
+        content, tag = written.read_bytes(), b"\x28\x00\x53\x10"  # GDCM writes no fractions, but reads them
+        assert content.count(tag + b"\x02\x00\x00\x001 ") == 1
+        content = content.replace(tag + b"\x02\x00\x00\x001 ", tag + b"\x04\x00\x00\x00" + slope)
+        written.write_bytes(content)
         written.rename(written.with_suffix(ending))
 
 
