@@ -703,7 +703,8 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(raw, data):
     for number in range(40):
         write(data / f"{number:02d}.nii.gz", ct(number, (48, 48, 48)))
     words = [sys.executable, "-m", "nnunetv2_vf", *command(data)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  which a job in the background does not
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=listen)
     wait_until(lambda: raw.exists() and any((raw / "imagesTr").glob("*")))
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
