@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from nnunetv2_vf import __version__
-from nnunetv2_vf.errors import one_line_errors
+from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.host import TRAINER_VARIABLE, trainer_path
 
 
@@ -35,31 +35,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_import(commands)
 
-    plan = _add(commands, "plan", _plan, "nnU-Net's experiment planning, with PCT-Net in the 3D configurations")
-    plan.description = (
-        "nnU-Net's experiment planning with PCT-Net in the 3D configurations; needs nnUNetv2_extract_fingerprint. "
-        "Writes PCTNetPlans.json where nnU-Net keeps its plans, and prints the commands that come next. The spacing "
-        "decides the resolution mode: 0 if the slices are less than twice as far apart as the voxels within them, "
-        "1 up to four times, 2 beyond; pretrained weights fit plans of their own mode."
-    )
-    plan.add_argument("-d", required=True, nargs="+", metavar="DATASET", help="dataset ids or names")
-    plan.add_argument(
-        "-gpu_memory_target",
-        type=float,
-        metavar="GB",
-        help="memory of the GPU, a tenth of which is left free; default: 8",
-    )
-    plan.add_argument(
-        "-preprocessor_name", default="DefaultPreprocessor", metavar="CLASS", help="nnU-Net's; default: %(default)s"
-    )
-    plan.add_argument(
-        "-overwrite_target_spacing",
-        type=float,
-        nargs=3,
-        metavar="MM",
-        help="of 3d_fullres, slices first; default: nnU-Net's choice",
-    )
-    plan.add_argument("-overwrite_plans_name", metavar="PLANS", help="default: PCTNetPlans")
+    _add_plan(commands)
 
     preview = _add(commands, "preview", _preview, "draw what pretraining on a preprocessed dataset shows the network")
     preview.add_argument("-d", required=True, metavar="DATASET", help="dataset id or name")
@@ -70,12 +46,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     preview.add_argument("-o", type=Path, default=Path("preview.png"), metavar="PNG", help="default: %(default)s")
 
-    convert = _add(commands, "convert", _convert, "make vf_pretrained.pth of a released MIS-FM checkpoint of PCT-Net")
-    convert.add_argument("release", type=Path, metavar="RELEASE.pt")
+    convert = _add(commands, "convert", _convert, "make vf_pretrained.pth of a checkpoint of MIS-FM or nnssl")
+    convert.description = (
+        "Make a vf_pretrained.pth of weights of other projects' Volume Fusion: MIS-FM's released PCT-Net, "
+        "nnssl's ResEnc-L, other residual encoder U-Nets, and Primus-M."
+    )
+    convert.add_argument("release", type=Path, metavar="CHECKPOINT")
     convert.add_argument("-o", type=Path, required=True, metavar="OUT.pth")
     convert.add_argument(
-        "--mode", type=int, choices=(0, 1, 2), help="resolution mode; default: the one the release was trained with"
+        "--mode",
+        type=int,
+        choices=(0, 1, 2),
+        help="resolution mode of MIS-FM's PCT-Net; default: the one the release was trained with",
     )
+
+    _add_adapt(commands)
+
+    info = _add(commands, "info", _info, "what a file of weights is, without running anything it may hold")
+    info.add_argument("file", type=Path, metavar="FILE")
+
+    doctor = _add(commands, "doctor", _doctor, "whether installation, dataset, plans and weights are all in place")
+    doctor.add_argument("-d", metavar="DATASET", help="dataset id or name")
+    doctor.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")
+    doctor.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="default: %(default)s")
+    doctor.add_argument("-w", type=Path, metavar="FILE", help="pretrained weights for these plans")
 
     demo = _add(commands, "demo", _demo, "the whole journey on generated phantoms, in a few minutes")
     demo.add_argument(
@@ -83,6 +77,60 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("-device", choices=("cpu", "cuda", "mps"), help="default: cuda if there is one, else cpu")
     return parser
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "plan", _plan, "nnU-Net's experiment planning, with PCT-Net or the network of your weights")
+    parser.description = (
+        "nnU-Net's experiment planning; needs nnUNetv2_extract_fingerprint. The 3D configurations get PCT-Net or, "
+        "with --like, the network of pretrained weights, which then fit. Patch and batch size follow from the "
+        "dataset and the memory. Writes the plans where nnU-Net keeps them, and prints the commands that come next. "
+        "PCT-Net's resolution mode follows from the spacing: 0 if the slices are less than twice as far apart as the "
+        "voxels within them, 1 up to four times, 2 beyond."
+    )
+    parser.add_argument("-d", required=True, nargs="+", metavar="DATASET", help="dataset ids or names")
+    parser.add_argument(
+        "-gpu_memory_target",
+        type=float,
+        metavar="GB",
+        help="memory of the GPU, a tenth of which is left free; default: 8",
+    )
+    parser.add_argument(
+        "-preprocessor_name", default="DefaultPreprocessor", metavar="CLASS", help="nnU-Net's; default: %(default)s"
+    )
+    parser.add_argument(
+        "-overwrite_target_spacing",
+        type=float,
+        nargs=3,
+        metavar="MM",
+        help="of 3d_fullres, slices first; default: nnU-Net's choice",
+    )
+    parser.add_argument(
+        "-overwrite_plans_name",
+        metavar="PLANS",
+        help="default: PCTNetPlans; VFPlans where --like has another network",
+    )
+    like = parser.add_argument_group("plans for pretrained weights")
+    like.add_argument("--like", type=Path, metavar="FILE", help="vf_pretrained.pth, or a checkpoint of nnU-Net")
+    choices = ("target", "pretrained")
+    like.add_argument("--spacing", choices=choices, help="nnU-Net's choice for the dataset (default), or pretraining's")
+    like.add_argument("--normalization", choices=choices, help="the same for the normalisation of intensities")
+
+
+def _add_adapt(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "adapt", _adapt, "pretrained weights in the form that other plans need")
+    parser.description = (
+        "Write pretrained weights in the form that a target's plans need: other input channels, kernels, stages, "
+        "resolution mode and attention windows; other features are refused. Prints what was transferred, adapted "
+        "and left at random. Plans made with nnUNetv2_vf plan --like need this for other input channels only."
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="vf_pretrained.pth, or a checkpoint of nnU-Net")
+    parser.add_argument("-d", required=True, metavar="DATASET", help="dataset id or name")
+    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")
+    parser.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="default: %(default)s")
+    parser.add_argument("-o", type=Path, required=True, metavar="OUT.pth")
+    parser.add_argument("--partial", action="store_true", help="leave at random what does not fit, e.g. other features")
+    parser.add_argument("--encoder-only", action="store_true", help="leave the decoder at random, as nnssl does")
 
 
 def _add_import(commands: argparse._SubParsersAction) -> None:
@@ -169,27 +217,90 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from nnunetv2_vf.planners.pct_net_planner import plan
+    if args.like is None:
+        for name in ("spacing", "normalization"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name} {getattr(args, name)} is for plans made with --like FILE; leave it out")
+        _plan_pct_net(args)
+    else:
+        _plan_like(args)
 
-    plan(
-        args.d,
-        args.gpu_memory_target,
-        args.preprocessor_name,
-        args.overwrite_target_spacing,
-        args.overwrite_plans_name,
+
+def _plan_pct_net(args: argparse.Namespace) -> None:
+    from nnunetv2_vf.planners.pct_net_planner import PCTNetPlanner, next_steps
+    from nnunetv2_vf.planning import plan_datasets
+
+    for plans, name in plan_datasets(args.d, PCTNetPlanner, *_stock_arguments(args)):
+        print(next_steps(plans, name))
+
+
+def _plan_like(args: argparse.Namespace) -> None:
+    import functools
+
+    from nnunetv2_vf.compatibility import fit_in_words
+    from nnunetv2_vf.planners.like_planner import LikePlanner, next_steps
+    from nnunetv2_vf.planning import plan_datasets
+    from nnunetv2_vf.target import load_target
+    from nnunetv2_vf.weights import read_described
+
+    if args.spacing == "pretrained" and args.overwrite_target_spacing is not None:
+        raise UserError("--spacing pretrained and -overwrite_target_spacing exclude each other; leave one out")
+    pretrained = read_described(args.like)["vf"]
+    planner = functools.partial(
+        LikePlanner,
+        pretrained=pretrained,
+        like=args.like,
+        spacing=args.spacing or "target",
+        normalization=args.normalization or "target",
     )
+    for plans, name in plan_datasets(args.d, planner, *_stock_arguments(args)):
+        print(next_steps(plans, name, pretrained))
+        if "3d_fullres" in plans["configurations"]:
+            compared = fit_in_words(pretrained, load_target(plans["dataset_name"], name, "3d_fullres"))
+            print("\n  ".join(["Pretraining and these plans:", *compared]))
+
+
+def _stock_arguments(args: argparse.Namespace) -> tuple[Any, ...]:
+    return args.gpu_memory_target, args.preprocessor_name, args.overwrite_target_spacing, args.overwrite_plans_name
 
 
 def _convert(args: argparse.Namespace) -> None:
     from nnunetv2_vf.convert import convert_file
 
-    converted = convert_file(args.release, args.o, args.mode)
-    print(f"wrote {args.o}: {converted}")
+    about = convert_file(args.release, args.o, args.mode)
+    print(f"wrote {args.o}: {about}\nNext: nnUNetv2_vf info {args.o}; nnUNetv2_vf plan -d ID --like {args.o}")
+
+
+def _adapt(args: argparse.Namespace) -> None:
+    from nnunetv2_vf.adapt import adapt_file
+    from nnunetv2_vf.compatibility import fit_in_words
+    from nnunetv2_vf.target import load_target
+    from nnunetv2_vf.weights import read_artifact
+
+    target = load_target(args.d, args.p, args.c)
+    print(adapt_file(args.file, target, args.o, args.partial, args.encoder_only))
+    print("\n  ".join(["Pretraining and these plans:", *fit_in_words(read_artifact(args.o)["vf"], target)]))
     print(
-        "It fits plans of nnUNetv2_vf plan that have, in configurations / 3d_fullres / architecture / arch_kwargs:\n"
-        f"  {json.dumps(converted.decisive)[1:-1]}\n"
-        f"  nnUNetv2_train ID 3d_fullres 0 -p PLANS -tr VFFinetuneTrainer -pretrained_weights {args.o}"
+        f"wrote {args.o}\nNext: nnUNetv2_train {target.dataset_id} {args.c} 0 -p {args.p} -tr VFFinetuneTrainer "
+        f"-pretrained_weights {args.o}"
     )
+
+
+def _info(args: argparse.Namespace) -> None:
+    from nnunetv2_vf.info import describe_file
+
+    print(describe_file(args.file))
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from nnunetv2_vf.doctor import FAIL, examine
+
+    failed = 0
+    for finding in examine(args.d, args.p, args.c, args.w):
+        print(finding, flush=True)
+        failed += finding.state == FAIL
+    if failed:
+        raise SystemExit(1)
 
 
 def _preview(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Released MIS-FM checkpoints of PCT-Net as artifacts of this project: state dict in, state dict out.
+"""Other projects' checkpoints as artifacts of this one. MIS-FM's PCT-Net: state dict in, state dict out.
 
 A release holds an embedding and a prediction head for each of the three resolution modes and was trained with one.
 """
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from nnunetv2_vf import nnssl
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.pct_net import MODES, PUBLISHED_FEATURES, PCTNet
-from nnunetv2_vf.weights import package_versions, write_artifact
+from nnunetv2_vf.weights import check_output, load_safely, package_versions, write_artifact
 
 _TABLE = "attn.relative_position_bias_table"
 _INDEX = "attn.relative_position_index"
@@ -29,14 +29,6 @@ _UNUSED_NORM = r"pyramid_ct\.convtrans_[ed][234]\.norm_layer\.(weight|bias)"
 _PLANNED = {"features_per_stage": list(PUBLISHED_FEATURES)} | {
     name: list(inspect.signature(PCTNet).parameters[name].default) for name in ("depths", "num_heads", "window_sizes")
 }
-# MIS-FM's training code stores its best score beside the weights, as a numpy number.
-_NUMPY_SCALARS: list[Any] = [
-    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    np.dtype,
-    np.dtypes.Float32DType,
-    np.dtypes.Float64DType,
-]
-
 # Prefix in the release -> prefix in PCTNet; {mode} is the resolution mode.
 _MODULES = {
     "embeddings.{mode}.proj": "encoder.stem",
@@ -93,33 +85,33 @@ class Conversion:
             f"{parameters:.1f} M parameters"
         )
 
-    @property
-    def decisive(self) -> dict[str, Any]:
-        """What a plan's ``arch_kwargs`` must hold for the weights to fit: the mode, and what is not as planned."""
-        unplanned = {name: self.arch_kwargs[name] for name in _PLANNED if self.arch_kwargs[name] != _PLANNED[name]}
-        return {"strides": self.arch_kwargs["strides"], **unplanned}
 
+def convert_file(release: Path, output: Path, mode: int | None = None) -> str:
+    """Write the artifact of a checkpoint of MIS-FM or nnssl, and say what it is; executes nothing the file may hold.
 
-def convert_file(release: Path, output: Path, mode: int | None = None) -> Conversion:
-    """Write the artifact of a released checkpoint; executes nothing the file may hold.
+    Args:
+        mode: of MIS-FM: see :func:`convert_state_dict`.
 
     Raises:
-        UserError: the file is no MIS-FM checkpoint, holds something unexpected, or does not tell its mode; or the
+        UserError: the file is no such checkpoint, holds something unexpected, or does not tell its mode; or the
             output cannot be written.
     """
     if not release.is_file():
         raise UserError(f"no file {release}; https://github.com/openmedlab/MIS-FM links the released weights")
-    if not output.parent.is_dir() or output.is_dir() or output.resolve() == release.resolve():
-        raise UserError(f"cannot write {output}; legal: a file in a folder that exists, other than the release itself")
-    try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
-            checkpoint = torch.load(release, map_location="cpu", weights_only=True)
-    except Exception as error:
+    check_output(output, release)
+    checkpoint = load_safely(release)
+    if nnssl.is_checkpoint(checkpoint):
+        if mode is not None:
+            raise UserError(f"--mode {mode}, but {release} is a checkpoint of nnssl; leave --mode out")
+        weights, metadata = nnssl.convert_checkpoint(checkpoint)
+        metadata["converted_from"]["file"] = release.name
+        write_artifact(output, weights, {**metadata, "versions": package_versions()}, checkpoint[nnssl.PLAN_KEY])
+        network = metadata["architecture"]["network_class_name"].rpartition(".")[2]
+        return f"{network} of nnssl, {metadata['num_input_channels']} input channels, {metadata['num_classes']} classes"
+    if not isinstance(checkpoint.get("model_state_dict"), dict):
         raise UserError(
-            f"{release} is no PyTorch checkpoint, is damaged, or needs code of its own to load: {type(error).__name__}"
-        ) from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
-        raise UserError(f"{release} is not a released MIS-FM checkpoint: it has no 'model_state_dict'")
+            f"{release} is no checkpoint of MIS-FM or nnssl: it has neither 'model_state_dict' nor '{nnssl.PLAN_KEY}'"
+        )
     converted = convert_state_dict(checkpoint["model_state_dict"], mode)
     metadata = {
         "architecture": {
@@ -133,7 +125,7 @@ def convert_file(release: Path, output: Path, mode: int | None = None) -> Conver
         "versions": package_versions(),
     }
     write_artifact(output, converted.state_dict, metadata)
-    return converted
+    return str(converted)
 
 
 def convert_state_dict(released: Mapping[str, Any], mode: int | None = None) -> Conversion:

@@ -15,16 +15,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.fusion import fuse_batch
-from nnunetv2_vf.host import require_variables
 from nnunetv2_vf.preflight import preprocessed_cases, pretraining_configuration
 from nnunetv2_vf.sampling import VALIDATION, FusionDataset, collate
 from nnunetv2_vf.settings import VFSettings
+from nnunetv2_vf.target import plans_file
 
 _PLANES = ("axial", "coronal", "sagittal")  # across the axes (z, y, x) of an image as it was acquired
 
@@ -150,10 +149,9 @@ def preview(
     Raises:
         UserError: a variable, the dataset, its plans or its preprocessed cases are missing, or a setting is wrong.
     """
-    require_variables(nnUNet_preprocessed)
     if not path.parent.is_dir():
         raise UserError(f"the folder {path.parent} does not exist; make it: mkdir -p {path.parent}")
-    plans_manager = PlansManager(_plans_file(dataset, plans_name).as_posix())
+    plans_manager = PlansManager(plans_file(dataset, plans_name).as_posix())
     settings = VFSettings.resolve(plans_manager.plans, environment)
     configuration = pretraining_configuration(plans_manager, configuration_name)
     names = preprocessed_cases(plans_manager, configuration_name)
@@ -190,15 +188,3 @@ def make_examples(
     maps = fused_batch.fusion_map.cpu().numpy()
     titles = [" + ".join(cases) for cases in batch["cases"]]
     return [Example(*fields) for fields in zip(titles, *images, maps, answers, strict=True)]
-
-
-def _plans_file(dataset: str, plans_name: str) -> Path:
-    try:
-        name = maybe_convert_to_dataset_name(dataset)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(str(error)) from error
-    path = Path(nnUNet_preprocessed) / name / f"{plans_name}.json"
-    if not path.is_file():
-        number = convert_dataset_name_to_id(name)
-        raise UserError(f"no plans {path}; make them: nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres")
-    return path

@@ -1,7 +1,7 @@
 """The pretrained artifact, ``vf_pretrained.pth``: one file for stock ``-pretrained_weights``, on any device.
 
-A dict of ``network_weights`` (CPU tensors, keys as in the network) and ``vf`` (plain metadata), readable with
-``torch.load(weights_only=True)``.
+A dict of ``network_weights`` (CPU tensors, keys as in the network), ``vf`` (plain metadata) and, where the plans are
+known, ``nnssl_adaptation_plan`` (:mod:`nnunetv2_vf.nnssl`), readable with ``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
@@ -12,32 +12,62 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor
 
 from nnunetv2_vf import __version__
 from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.nnssl import PLAN_KEY, adaptation_plan
 from nnunetv2_vf.settings import VFSettings
 
 FILE_NAME = "vf_pretrained.pth"
+HEADS = ".seg_layers."  # in the names of the weights that nnU-Net does not transfer
 _MAIN_KEYS = {"network_weights", "vf"}
+_CHECKPOINT_KEYS = {"network_weights", "init_args", "trainer_name"}
+# nnU-Net, nnssl and MIS-FM store scores beside the weights, as numpy's numbers.
+_NUMPY_SCALARS: list[Any] = [
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    np.dtypes.Float32DType,
+    np.dtypes.Float64DType,
+]
 
 
-def write_artifact(path: Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def write_artifact(
+    path: Path,
+    state_dict: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    nnssl_plan: Mapping[str, Any] | None = None,
+) -> None:
     """Write the artifact; a file of that name is replaced only once the new one is complete.
 
     Args:
         state_dict: of the bare network (no ``module.`` or ``_orig_mod.`` prefix), on any device.
         metadata: what JSON can hold.
+        nnssl_plan: the ``nnssl_adaptation_plan``; default: what follows from the metadata.
 
     Raises:
         TypeError: the metadata hold something else.
     """
     plain = json.loads(json.dumps(metadata))  # no subclasses, such as torch's version: they do not load safely
+    artifact = {"network_weights": _to_cpu(state_dict), "vf": plain}
+    plan = nnssl_plan or adaptation_plan(plain)
+    save_whole(artifact if plan is None else {**artifact, PLAN_KEY: plan}, path)
+
+
+def check_output(output: Path, source: Path) -> None:
+    """Raise UserError unless ``output`` can be written beside or instead of what is there, and is not the source."""
+    if not output.parent.is_dir() or output.is_dir() or output.resolve() == source.resolve():
+        raise UserError(f"cannot write {output}; legal: a file in a folder that exists, other than {source}")
+
+
+def save_whole(content: Any, path: Path) -> None:
+    """``torch.save``, but the file appears (or is replaced) only once it is complete."""
     unfinished = path.with_name(path.name + ".part")
     try:
-        torch.save({"network_weights": _to_cpu(state_dict), "vf": plain}, unfinished)
+        torch.save(content, unfinished)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -47,12 +77,12 @@ def _to_cpu(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy to the CPU, each storage once: nnU-Net's networks list most parameters under two to four names."""
     copies: dict[tuple[Any, ...], Tensor] = {}
     for tensor in state_dict.values():
-        if _place(tensor) not in copies:
-            copies[_place(tensor)] = tensor.detach().cpu()
-    return {name: copies[_place(tensor)] for name, tensor in state_dict.items()}
+        if storage_key(tensor) not in copies:
+            copies[storage_key(tensor)] = tensor.detach().cpu()
+    return {name: copies[storage_key(tensor)] for name, tensor in state_dict.items()}
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
+def storage_key(tensor: Tensor) -> tuple[Any, ...]:
     """What two names of the same tensor have in common."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
@@ -74,21 +104,29 @@ def describe_pretraining(
     """
     channel_names = dataset_json.get("channel_names", dataset_json.get("modality"))
     return {
-        "architecture": configuration_manager.configuration["architecture"],
+        **_describe_plan(plans_manager, configuration_manager, configuration_name),
         "num_input_channels": len(channel_names),
         "num_classes": settings.coefficient_steps + 1,
-        "plans": plans_manager.plans,
-        "configuration": configuration_name,
         "channel_names": channel_names,
-        "normalization_schemes": configuration_manager.normalization_schemes,
-        "spacing": [float(mm) for mm in configuration_manager.spacing],
-        "patch_size": [int(voxels) for voxels in configuration_manager.patch_size],
         "settings": settings.as_dict(),
-        "dataset": plans_manager.dataset_name,
         "fold": fold,
         "num_cases": num_cases,
         "pretext_dice_per_class": [float(dice) for dice in dice_per_class],
         "versions": package_versions(),
+    }
+
+
+def _describe_plan(
+    plans_manager: PlansManager, configuration_manager: ConfigurationManager, configuration_name: str
+) -> dict[str, Any]:
+    return {
+        "architecture": configuration_manager.configuration["architecture"],
+        "plans": plans_manager.plans,
+        "configuration": configuration_name,
+        "normalization_schemes": configuration_manager.normalization_schemes,
+        "spacing": [float(mm) for mm in configuration_manager.spacing],
+        "patch_size": [int(voxels) for voxels in configuration_manager.patch_size],
+        "dataset": plans_manager.dataset_name,
     }
 
 
@@ -97,21 +135,102 @@ def package_versions() -> dict[str, str]:
     return {"nnunetv2": version("nnunetv2"), "torch": version("torch"), "nnunetv2_vf": __version__}
 
 
+def load_safely(path: Path) -> dict[str, Any]:
+    """Read a file of weights from anywhere without executing anything it may hold; tensors come to the CPU.
+
+    Raises:
+        UserError: there is no such file, it is damaged, no dict, or needs code of its own to load.
+    """
+    if not path.is_file():
+        raise UserError(f"no file {path}; pretraining writes {FILE_NAME} into its fold folder")
+    try:
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        needed = _unsafe_globals(path)
+        why = f"it would run {', '.join(needed)} to load" if needed else f"it is damaged ({type(error).__name__})"
+        raise UserError(f"{path} is no file of PyTorch weights that can be trusted: {why}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dict of weights")
+    return content
+
+
+def _unsafe_globals(path: Path) -> list[str]:
+    """What an unpickler would import beyond tensors and numbers; empty if the file cannot be read at all."""
+    try:
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # damaged, or of torch's format before 1.6
+        return []
+
+
 def read_artifact(path: Path) -> dict[str, Any]:
     """Read an artifact without executing anything it may hold.
 
     Raises:
         UserError: there is no such file, or it is not an artifact of Volume Fusion.
     """
-    if not path.is_file():
-        raise UserError(f"no file {path}; pretraining writes {FILE_NAME} into its fold folder")
-    try:
-        artifact = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path} is damaged or not a {FILE_NAME}: {type(error).__name__}") from error
-    if not isinstance(artifact, dict) or not artifact.keys() >= _MAIN_KEYS:
+    artifact = load_safely(path)
+    if not artifact.keys() >= _MAIN_KEYS:
         raise UserError(f"{path} is not a {FILE_NAME}: it lacks {' and '.join(sorted(_MAIN_KEYS))}")
     return artifact
+
+
+def read_pretrained(path: Path) -> dict[str, Any]:
+    """Read what nnU-Net takes as pretrained weights in the form of an artifact, executing nothing it may hold.
+
+    The ``vf`` metadata of an nnU-Net checkpoint are what it tells of its plans; those of bare weights are empty.
+
+    Raises:
+        UserError: there is no such file, or it holds no ``network_weights``.
+    """
+    content = load_safely(path)
+    if "network_weights" not in content:
+        raise UserError(
+            f"{path} has no 'network_weights'; what it is: nnUNetv2_vf info {path}; releases of MIS-FM become a "
+            f"{FILE_NAME}: nnUNetv2_vf convert {path} -o OUT.pth"
+        )
+    if is_checkpoint(content):
+        return {"network_weights": content["network_weights"], "vf": describe_checkpoint(content)}
+    return {"vf": {}, **content}
+
+
+def read_described(path: Path) -> dict[str, Any]:
+    """As :func:`read_pretrained`; raises UserError also where the file does not tell which network it is for."""
+    content = read_pretrained(path)
+    if "architecture" not in content["vf"]:
+        raise UserError(
+            f"{path} does not tell which network its weights are for; legal: a {FILE_NAME}, or a checkpoint of "
+            f"nnU-Net; checkpoints of nnssl become one: nnUNetv2_vf convert {path} -o OUT.pth"
+        )
+    return content
+
+
+def is_checkpoint(content: Mapping[str, Any]) -> bool:
+    """Whether a file's content is a checkpoint of nnU-Net."""
+    return content.keys() >= _CHECKPOINT_KEYS and "plans" in content["init_args"]
+
+
+def describe_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What an nnU-Net checkpoint tells of its training, in the words of an artifact's metadata."""
+    arguments = checkpoint["init_args"]
+    plans_manager = PlansManager(arguments["plans"])
+    configuration_manager = plans_manager.get_configuration(arguments["configuration"])
+    channel_names = arguments["dataset_json"].get("channel_names", arguments["dataset_json"].get("modality"))
+    return {
+        **_describe_plan(plans_manager, configuration_manager, arguments["configuration"]),
+        "num_input_channels": len(channel_names),
+        "num_classes": count_classes(checkpoint["network_weights"]),
+        "channel_names": channel_names,
+        "fold": arguments["fold"],
+        "trainer": checkpoint["trainer_name"],
+    }
+
+
+def count_classes(state_dict: Mapping[str, Tensor]) -> int:
+    """Output channels of the heads."""
+    heads = [tensor for name, tensor in state_dict.items() if HEADS in name and tensor.ndim == 5]
+    return heads[-1].shape[0] if heads else 0
 
 
 def recorded_plans(checkpoint_file: Path, trainer_name: str) -> dict[str, Any]:

@@ -87,6 +87,41 @@ def pct_plans(nnunet: Path) -> str:
 
 
 @pytest.fixture
+def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Makes Dataset042_Made, which holds no images but a fingerprint; returns the path of its PCTNetPlans."""
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+
+    def make(spacing, shape, cases=10, fingerprint=True, channels=("CT",)) -> Path:
+        raw, preprocessed = (tmp_path / name / "Dataset042_Made" for name in ("raw", "preprocessed"))
+        for folder in (raw / "imagesTr", raw / "labelsTr", preprocessed):
+            folder.mkdir(parents=True)
+        (raw / "imagesTr" / "a_0000.nii.gz").touch()
+        (raw / "labelsTr" / "a.nii.gz").touch()
+        description = {
+            "channel_names": {str(i): channel for i, channel in enumerate(channels)},
+            "labels": {"background": 0, "organ": 1, "lesion": 2},
+            "numTraining": cases,
+            "file_ending": ".nii.gz",
+            "overwrite_image_reader_writer": "SimpleITKIO",
+        }
+        (raw / "dataset.json").write_text(json.dumps(description))
+        if fingerprint:
+            found = {
+                "spacings": [spacing],
+                "shapes_after_crop": [shape],
+                "foreground_intensity_properties_per_channel": {
+                    str(i): {"mean": 40.0, "std": 100.0} for i in range(len(channels))
+                },
+                "median_relative_size_after_cropping": 1.0,
+            }
+            (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(found))
+        return preprocessed / "PCTNetPlans.json"
+
+    return make
+
+
+@pytest.fixture
 def tiny(nnunet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A results folder of this test's own and a schedule of 2 epochs x 2 steps; returns nnU-Net's folder."""
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))

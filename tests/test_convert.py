@@ -162,14 +162,10 @@ def test_the_command_writes_an_artifact_that_nnunet_can_build(tmp_path, capsys):
     main(["convert", str(tmp_path / "release.pt"), "-o", str(tmp_path / "out.pth")])
     out = capsys.readouterr().out
     assert "resolution mode 1, 2 input channels, 3 classes" in out
-    hint = out.rpartition("arch_kwargs")[2]
-    assert f'"strides": {[list(stride) for stride in MODES[1]]}, "features_per_stage": {list(FEATURES)}' in hint
-    assert f'"window_sizes": {list(WINDOWS)}' in hint
-    assert "heads" not in hint, "as planned"
-    assert f"-pretrained_weights {tmp_path / 'out.pth'}" in hint
+    assert f"nnUNetv2_vf plan -d ID --like {tmp_path / 'out.pth'}" in out
     artifact = read_artifact(tmp_path / "out.pth")
     assert artifact["vf"]["converted_from"]["project"] == "MIS-FM"
-    target = network(1)  # as from a plan with what was printed
+    target = network(1)  # as from a plan of its architecture
     load_pretrained_weights(target, tmp_path / "out.pth")
     assert torch.equal(target.encoder.stem.weight, artifact["network_weights"]["encoder.stem.weight"])
     build(artifact).load_state_dict(artifact["network_weights"])
@@ -192,9 +188,9 @@ def build(artifact: dict, **kwargs) -> torch.nn.Module:
     ("content", "message"),
     [
         (None, "no file"),
-        (b"not a checkpoint", "is no PyTorch checkpoint"),
-        ({"state": {}}, "no 'model_state_dict'"),
-        ({"model_state_dict": {}, "written_by": Path("x")}, "needs code of its own"),  # would run code to load
+        (b"not a checkpoint", "is no file of PyTorch weights that can be trusted: it is damaged"),
+        ({"state": {}}, "neither 'model_state_dict' nor 'nnssl_adaptation_plan'"),
+        ({"model_state_dict": {}, "written_by": Path("x")}, "it would run pathlib"),  # would run code to load
     ],
 )
 def test_other_files_are_refused_and_nothing_is_written(tmp_path, content, message):

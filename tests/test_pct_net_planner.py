@@ -3,7 +3,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_vf.cli import main
 from nnunetv2_vf.memory import GIB, measure_step
 from nnunetv2_vf.pct_net import MODES, PUBLISHED_FEATURES, PCTNet, total_stride
-from nnunetv2_vf.planners.pct_net_planner import candidate_patches, resolution_mode
+from nnunetv2_vf.planners.pct_net_planner import resolution_mode
+from nnunetv2_vf.planning import candidate_patches
 
 CASES = {  # spacing in mm, median shape in voxels, cases, resolution mode
     "isotropic": ((1.0, 1.0, 1.0), (160, 200, 180), 100, 0),
@@ -26,43 +26,10 @@ CASES = {  # spacing in mm, median shape in voxels, cases, resolution mode
 }
 
 
-@pytest.fixture
-def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Makes a dataset that holds no images but a fingerprint; returns its plans file."""
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
-
-    def make(spacing, shape, cases=10, fingerprint=True) -> Path:
-        raw, preprocessed = (tmp_path / name / "Dataset042_Made" for name in ("raw", "preprocessed"))
-        for folder in (raw / "imagesTr", raw / "labelsTr", preprocessed):
-            folder.mkdir(parents=True)
-        (raw / "imagesTr" / "a_0000.nii.gz").touch()
-        (raw / "labelsTr" / "a.nii.gz").touch()
-        description = {
-            "channel_names": {"0": "CT"},
-            "labels": {"background": 0, "organ": 1, "lesion": 2},
-            "numTraining": cases,
-            "file_ending": ".nii.gz",
-            "overwrite_image_reader_writer": "SimpleITKIO",
-        }
-        (raw / "dataset.json").write_text(json.dumps(description))
-        if fingerprint:
-            found = {
-                "spacings": [spacing],
-                "shapes_after_crop": [shape],
-                "foreground_intensity_properties_per_channel": {"0": {}},
-                "median_relative_size_after_cropping": 1.0,
-            }
-            (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(found))
-        return preprocessed / "PCTNetPlans.json"
-
-    return make
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_plans_are_legal_and_fit_the_memory_target(dataset, name):
+def test_plans_are_legal_and_fit_the_memory_target(made_up, name):
     spacing, shape, cases, mode = CASES[name]
-    plans_file = dataset(spacing, shape, cases)
+    plans_file = made_up(spacing, shape, cases)
     main(["plan", "-d", "42", "-gpu_memory_target", "6"])
     plan = json.loads(plans_file.read_text())["configurations"]["3d_fullres"]
     divisor = total_stride(MODES[mode])
@@ -78,9 +45,9 @@ def test_plans_are_legal_and_fit_the_memory_target(dataset, name):
         assert measure_step(build, 2, 1, larger[-1]).total > 0.9 * 6 * GIB
 
 
-def test_everything_else_is_nnunets(dataset):
+def test_everything_else_is_nnunets(made_up):
     spacing, shape, cases, _ = CASES["anisotropic"]
-    plans_file = dataset(spacing, shape, cases)
+    plans_file = made_up(spacing, shape, cases)
     main(["plan", "-d", "Dataset042_Made"])
     ours = json.loads(plans_file.read_text())
     plan_experiment_dataset("Dataset042_Made")
@@ -98,9 +65,9 @@ def test_everything_else_is_nnunets(dataset):
         assert without(plan, *changed) == without(stock["configurations"][name], *changed)
 
 
-def test_a_larger_memory_target_gives_a_larger_patch(dataset):
+def test_a_larger_memory_target_gives_a_larger_patch(made_up):
     spacing, shape, cases, _ = CASES["large"]
-    plans_file = dataset(spacing, shape, cases)
+    plans_file = made_up(spacing, shape, cases)
     voxels = []
     for target in (4, 12):
         main(["plan", "-d", "42", "-gpu_memory_target", str(target), "-overwrite_plans_name", f"Plans{target}"])
@@ -110,8 +77,8 @@ def test_a_larger_memory_target_gives_a_larger_patch(dataset):
     assert voxels[1] > 2 * voxels[0]
 
 
-def test_the_target_spacing_can_be_set_and_the_next_commands_are_printed(dataset, capsys):
-    plans_file = dataset((1.0, 1.0, 1.0), (40, 60, 60))
+def test_the_target_spacing_can_be_set_and_the_next_commands_are_printed(made_up, capsys):
+    plans_file = made_up((1.0, 1.0, 1.0), (40, 60, 60))
     main(["plan", "-d", "42", "-overwrite_target_spacing", "4", "1", "1"])
     plans = PlansManager(str(plans_file))
     assert list(plans.get_configuration("3d_fullres").spacing) == [4.0, 1.0, 1.0]
@@ -138,21 +105,21 @@ def test_the_target_spacing_can_be_set_and_the_next_commands_are_printed(dataset
         (["-d", "42", "-overwrite_target_spacing", "1", "0", "1"], "three positive numbers"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_no_plans(dataset, arguments, message):
-    plans_file = dataset((1.0, 1.0, 1.0), (40, 60, 60))
+def test_mistakes_are_one_line_and_leave_no_plans(made_up, arguments, message):
+    plans_file = made_up((1.0, 1.0, 1.0), (40, 60, 60))
     with pytest.raises(SystemExit, match=f"^nnUNetv2_vf: error: .*{message}"):
         main(["plan", *arguments])
     assert not plans_file.exists()
 
 
-def test_a_missing_fingerprint_names_the_command_that_makes_it(dataset):
-    dataset((1.0, 1.0, 1.0), (40, 60, 60), fingerprint=False)
+def test_a_missing_fingerprint_names_the_command_that_makes_it(made_up):
+    made_up((1.0, 1.0, 1.0), (40, 60, 60), fingerprint=False)
     with pytest.raises(SystemExit, match="nnUNetv2_extract_fingerprint -d 42"):
         main(["plan", "-d", "42"])
 
 
-def test_two_dimensional_images_get_nnunets_plan(dataset, capsys):
-    dataset((999.0, 1.0, 1.0), (1, 256, 256))
+def test_two_dimensional_images_get_nnunets_plan(made_up, capsys):
+    made_up((999.0, 1.0, 1.0), (1, 256, 256))
     main(["plan", "-d", "42"])
     assert "only the configuration 2d" in capsys.readouterr().out
 

@@ -25,6 +25,7 @@ from torch._dynamo import OptimizedModule
 from nnunetv2_vf import weights
 from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.fusion import fuse_batch
+from nnunetv2_vf.model_card import CARD_NAME, write_model_card
 from nnunetv2_vf.optimizer import adaptive_optimizer, poly_decay
 from nnunetv2_vf.preflight import check_pretraining
 from nnunetv2_vf.preview import class_names, draw_confusion, draw_examples, make_examples, plane_names
@@ -285,9 +286,9 @@ class VFPretrainTrainer(nnUNetTrainer):
             len(self._cases[TRAINING].identifiers),
             self.logger.get_value("dice_per_class_or_region", step=-1),
         )
-        weights.write_artifact(
-            Path(self.output_folder) / weights.FILE_NAME, self._bare_network().state_dict(), metadata
-        )
+        folder = Path(self.output_folder)
+        weights.write_artifact(folder / weights.FILE_NAME, self._bare_network().state_dict(), metadata)
+        write_model_card(folder / CARD_NAME, metadata)
 
 
 def _with_fusion_labels(dataset_json: dict, settings: VFSettings) -> dict:

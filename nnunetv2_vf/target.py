@@ -1,0 +1,140 @@
+"""What a network is fine-tuned for: a configuration of a dataset's plans, where nnU-Net keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.host import require_variables
+
+
+@dataclass(frozen=True)
+class Target:
+    """A configuration of a dataset's plans."""
+
+    plans_manager: PlansManager
+    configuration_name: str
+    dataset_json: Mapping[str, Any]
+
+    @property
+    def configuration(self) -> ConfigurationManager:
+        return self.plans_manager.get_configuration(self.configuration_name)
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        entry: dict[str, Any] = self.configuration.configuration["architecture"]
+        return entry
+
+    @property
+    def channel_names(self) -> dict[str, str]:
+        names: dict[str, str] = self.dataset_json.get("channel_names", self.dataset_json.get("modality"))
+        return names
+
+    @property
+    def input_channels(self) -> int:
+        channels: int = determine_num_input_channels(self.plans_manager, self.configuration, self.dataset_json)
+        return channels
+
+    @property
+    def num_classes(self) -> int:
+        heads: int = self.plans_manager.get_label_manager(self.dataset_json).num_segmentation_heads
+        return heads
+
+    @property
+    def dataset_id(self) -> int:
+        number: int = convert_dataset_name_to_id(self.plans_manager.dataset_name)
+        return number
+
+    def __str__(self) -> str:
+        return f"{self.configuration_name} of {self.plans_manager.plans_name} of {self.plans_manager.dataset_name}"
+
+
+def build_network(
+    architecture: Mapping[str, Any],
+    channels: int,
+    classes: int,
+    device: str = "meta",
+    deep_supervision: bool | None = True,
+) -> nn.Module:
+    """The network of a plan's entry ``architecture``; on "meta" it has shapes, but no weights.
+
+    Args:
+        deep_supervision: None for networks that know no such thing.
+
+    Raises:
+        UserError: there is no such network, or it does not take these arguments.
+    """
+    try:
+        with torch.device(device):
+            network: nn.Module = get_network_from_plans(
+                architecture["network_class_name"],
+                architecture["arch_kwargs"],
+                architecture["_kw_requires_import"],
+                channels,
+                classes,
+                allow_init=device != "meta",
+                deep_supervision=deep_supervision,
+            )
+    except (ImportError, TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"cannot build the network {architecture['network_class_name']}: {error}") from error
+    return network
+
+
+def dataset_name(dataset: str) -> str:
+    """``7`` or ``Dataset007_Liver`` -> ``Dataset007_Liver``.
+
+    Raises:
+        UserError: nnU-Net finds no such dataset in any of its folders.
+    """
+    try:
+        name: str = maybe_convert_to_dataset_name(dataset)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"no dataset {dataset}: {error}") from error
+    return name
+
+
+def plans_file(dataset: str, plans_name: str) -> Path:
+    """The plans of a dataset, by its id or name.
+
+    Raises:
+        UserError: there are none of that name.
+    """
+    require_variables(nnUNet_preprocessed)
+    name = dataset_name(dataset)
+    path = Path(nnUNet_preprocessed) / name / f"{plans_name}.json"
+    if not path.is_file():
+        present = sorted(p.stem for p in path.parent.glob("*Plans*.json"))
+        number = convert_dataset_name_to_id(name)
+        raise UserError(
+            f"no plans {path} (there are: {', '.join(present) or 'none'}); make them: "
+            f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres"
+        )
+    return path
+
+
+def load_target(dataset: str, plans_name: str, configuration_name: str) -> Target:
+    """Read a dataset's plans.
+
+    Raises:
+        UserError: the dataset, its plans or their configuration is missing, or the configuration is the second
+            stage of a cascade, whose further channels are no images.
+    """
+    path = plans_file(dataset, plans_name)
+    plans_manager = PlansManager(path.as_posix())
+    target = Target(plans_manager, configuration_name, load_json(path.with_name("dataset.json").as_posix()))
+    legal = [n for n in plans_manager.available_configurations if n.startswith("3d") and "cascade" not in n]
+    if configuration_name not in legal:
+        raise UserError(f"{configuration_name!r} of {path}; legal: {', '.join(legal) or 'none, it has no 3D ones'}")
+    return target
