@@ -37,11 +37,11 @@ class Difference:
 def pretrained_weights_argument(arguments: Sequence[str]) -> Path | None:
     """The file that a command line of nnUNetv2_train names for ``-pretrained_weights``.
 
-    nnU-Net does not tell its trainers. An abbreviated flag counts, as it does for nnU-Net's parser.
+    nnU-Net does not tell its trainers.
     """
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("-pretrained_weights")
-    parser.add_argument("-p")  # or it would be taken for the abbreviation
+    parser.add_argument("-p")  # or it would be taken for an abbreviation
     try:
         found = parser.parse_known_args(list(arguments))[0].pretrained_weights
     except argparse.ArgumentError:  # of a program that is not nnUNetv2_train

@@ -39,7 +39,7 @@ class Finding:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.state:<5}{self.text}"
+        return f"{self.state:<5}{' '.join(self.text.split())}"
 
 
 def examine(
@@ -89,7 +89,8 @@ def _requirement(package: str) -> Requirement:
     for who in ("nnunetv2-vf", "nnunetv2"):
         with contextlib.suppress(PackageNotFoundError):
             for requirement in map(Requirement, requires(who) or ()):
-                if requirement.name == package:
+                of_an_extra = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
+                if requirement.name == package and not of_an_extra:
                     wanted.specifier &= requirement.specifier
     return wanted
 

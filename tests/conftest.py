@@ -16,6 +16,7 @@ from nnunetv2_vf.phantoms import write_dataset
 
 DATASET_ID, DATASET = 7, "Dataset007_Phantoms"
 NUM_CASES = 10
+PLANS_OF_NETWORKS = {"U-Net": "nnUNetPlans", "ResEnc-M": "nnUNetResEncUNetMPlans", "PCT-Net": "PCTNetPlans"}
 SPACING_MM = 10.0  # about 24x22x32 voxels a case
 
 os.environ.update(nnUNet_def_n_proc="1", nnUNet_n_proc_DA="1")  # nnU-Net reads these when it is imported
@@ -84,6 +85,29 @@ def pct_plans(nnunet: Path) -> str:
     configuration["architecture"]["arch_kwargs"]["features_per_stage"] = [4, 8, 8, 16, 32]
     plans_file.write_text(json.dumps(plans))
     return "PCTNetPlans"
+
+
+@pytest.fixture(scope="session")
+def artifacts(nnunet: Path, pct_plans: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An artifact of each network, pretrained for a step on the one dataset."""
+    results = tmp_path_factory.mktemp("pretrained")
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
+    from nnunetv2.run.run_training import run_training
+
+    plan_experiments([DATASET_ID], "nnUNetPlannerResEncM")  # takes the default plans' preprocessed data
+    shrink_network(nnunet / "preprocessed" / DATASET / f"{PLANS_OF_NETWORKS['ResEnc-M']}.json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnUNet_results", str(results))
+        patch.setenv("nnUNet_n_proc_DA", "0")
+        for name in ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
+            patch.setenv(f"nnUNet_vf_{name}", "1")
+        for plans in PLANS_OF_NETWORKS.values():
+            run_training(str(DATASET_ID), "3d_fullres", "all", "VFPretrainTrainer", plans, device=torch.device("cpu"))
+    folder = results / DATASET
+    return {
+        network: folder / f"VFPretrainTrainer__{plans}__3d_fullres" / "fold_all" / "vf_pretrained.pth"
+        for network, plans in PLANS_OF_NETWORKS.items()
+    }
 
 
 @pytest.fixture

@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
-from conftest import DATASET, DATASET_ID, edit_json, shrink_network
-from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
-from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint, run_training
+from conftest import edit_json
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
 from nnunetv2_vf.cli import main
+from nnunetv2_vf.target import Target, load_target
 from nnunetv2_vf.weights import HEADS, read_artifact
 
 CPU = torch.device("cpu")
-RES_ENC = "nnUNetResEncUNetMPlans"
-PLANS = {"U-Net": "nnUNetPlans", "ResEnc-M": RES_ENC, "PCT-Net": "PCTNetPlans"}
 SHAPES = {  # by spacing (slices first, mm): smaller than any patch, and larger than most
     (1.0, 1.0, 1.0): {"tiny": (11, 14, 12), "large": (48, 80, 72)},
     (5.0, 1.0, 1.0): {"tiny": (5, 20, 22), "large": (20, 96, 88)},
@@ -30,26 +29,6 @@ TARGETS = [
     for channels, spacing in itertools.product((1, 4), SHAPES)
     for shape in SHAPES[spacing].values()
 ]
-
-
-@pytest.fixture(scope="session")
-def artifacts(nnunet: Path, pct_plans: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An artifact of each network, pretrained for a step on the one dataset."""
-    results = tmp_path_factory.mktemp("pretrained")
-    plan_experiments([DATASET_ID], "nnUNetPlannerResEncM")  # takes the default plans' preprocessed data
-    shrink_network(nnunet / "preprocessed" / DATASET / f"{RES_ENC}.json")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("nnUNet_results", str(results))
-        patch.setenv("nnUNet_n_proc_DA", "0")
-        for name in ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
-            patch.setenv(f"nnUNet_vf_{name}", "1")
-        for plans in PLANS.values():
-            run_training(str(DATASET_ID), "3d_fullres", "all", "VFPretrainTrainer", plans, device=CPU)
-    folder = results / DATASET
-    return {
-        network: folder / f"VFPretrainTrainer__{plans}__3d_fullres" / "fold_all" / "vf_pretrained.pth"
-        for network, plans in PLANS.items()
-    }
 
 
 def write_target(raw: Path, dataset_id: int, channels: int, spacing, shape) -> None:
@@ -74,6 +53,30 @@ def write_target(raw: Path, dataset_id: int, channels: int, spacing, shape) -> N
     (folder / "dataset.json").write_text(json.dumps(description))
 
 
+def write_fingerprint(folder: Path, channels: int, spacing, shape) -> None:
+    """What nnU-Net's extraction finds, but for intensities, which MR does not use and which take it half a minute."""
+    folder.mkdir()
+    found = {
+        "spacings": [spacing] * 2,
+        "shapes_after_crop": [shape] * 2,
+        "foreground_intensity_properties_per_channel": {str(c): {} for c in range(channels)},
+        "median_relative_size_after_cropping": 1.0,
+    }
+    (folder / "dataset_fingerprint.json").write_text(json.dumps(found))
+
+
+def preprocess(raw: Path, target: Target, folder: Path) -> None:
+    """nnU-Net's preprocessing of every case, without its pool of processes."""
+    out = folder / target.configuration.data_identifier
+    out.mkdir()
+    for labels in (raw / "labelsTr").iterdir():
+        case = labels.name.removesuffix(".nii.gz")
+        images = [str(path) for path in sorted((raw / "imagesTr").glob(f"{case}_*"))]
+        DefaultPreprocessor(verbose=False).run_case_save(
+            str(out / case), images, str(labels), target.plans_manager, target.configuration, target.dataset_json
+        )
+
+
 def write(array: np.ndarray, spacing, path: Path) -> None:
     image = sitk.GetImageFromArray(array)
     image.SetSpacing(spacing[::-1])
@@ -86,13 +89,13 @@ def test_one_artifact_serves_every_target(index, tiny, artifacts, tmp_path, monk
     dataset_id = 50 + index
     folder = tiny / "preprocessed" / f"Dataset{dataset_id:03d}_Target"
     write_target(tiny / "raw", dataset_id, channels, spacing, shape)
-    extract_fingerprints([dataset_id], num_processes=1)
+    write_fingerprint(folder, channels, spacing, shape)
     for network, artifact in artifacts.items():
         plans = f"Like{network}"
         monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # planning divides by it
         main(["plan", "-d", str(dataset_id), "--like", str(artifact), "-overwrite_plans_name", plans])
         if network == "U-Net":
-            preprocess([dataset_id], plans, configurations=["3d_fullres"], num_processes=[1])
+            preprocess(tiny / "raw" / folder.name, load_target(str(dataset_id), plans, "3d_fullres"), folder)
         else:  # the same spacing and normalisation: the same data
 
             def share_data(content: dict) -> None:

@@ -88,12 +88,10 @@ class VFFinetuneTrainer(nnUNetTrainer):
         }
         save_whole(checkpoint, Path(filename))
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """As nnU-Net's; a continued training keeps the record of the weights that it began with."""
-        checkpoint = filename_or_checkpoint
-        if isinstance(checkpoint, str):
-            checkpoint = torch.load(checkpoint, map_location=self.device, weights_only=False)
-        super().load_checkpoint(checkpoint)
+        super().load_checkpoint(filename_or_checkpoint)
+        checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", mmap=True, weights_only=False)
         self.pretrained = checkpoint.get(_PROVENANCE, {}).get("pretrained")
 
 

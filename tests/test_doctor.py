@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import pytest
+from conftest import DATASET, edit_json
+
+from nnunetv2_vf import doctor
+from nnunetv2_vf.cli import main
+
+
+def examined(capsys, *arguments: str) -> tuple[int, list[str]]:
+    """Exit code and lines; each line has a state."""
+    capsys.readouterr()
+    try:
+        main(["doctor", *arguments])
+        code = 0
+    except SystemExit as error:
+        code = int(error.code)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert all(line.startswith(("ok   ", "note ", "FAIL ")) for line in lines)
+    assert code == any(line.startswith("FAIL") for line in lines)
+    return code, lines
+
+
+@pytest.fixture
+def healthy(tiny, own_dataset, tmp_path):
+    (tmp_path / "results").mkdir()
+    return own_dataset
+
+
+def test_all_is_well(healthy, artifacts, capsys):
+    code, lines = examined(capsys, "-d", "7", "-w", str(artifacts["U-Net"]))
+    text = "\n".join(lines)
+    assert code == 0
+    assert "ok   nnunetv2 2.8" in text
+    assert "ok   nnU-Net finds VFPretrainTrainer" in text
+    assert "ok   nnU-Net finds VFFinetuneTrainer" in text
+    assert f"ok   3d_fullres of nnUNetPlans of {DATASET}: PlainConvUNet, patch 16 x 16 x 24, batch 2" in text
+    assert "ok   10 of 10 cases preprocessed" in text
+    assert f"ok   {artifacts['U-Net']} fits 3d_fullres of nnUNetPlans" in text
+
+
+def test_differences_are_notes(healthy, artifacts, capsys):
+    edit_json(healthy / "dataset.json", lambda description: description.update(channel_names={"0": "T1"}))
+    code, lines = examined(capsys, "-d", "7", "-w", str(artifacts["U-Net"]))
+    assert code == 0
+    assert any(line.startswith("note channels: CT in pretraining, T1 here") for line in lines)
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"])
+def test_missing_variables_and_folders(healthy, capsys, monkeypatch, variable):
+    monkeypatch.setenv(variable, "/no/such/folder")
+    code, lines = examined(capsys)
+    assert code == 1
+    assert f"FAIL {variable} = /no/such/folder, which does not exist; make it: mkdir -p /no/such/folder" in lines
+    monkeypatch.delenv(variable)
+    code, lines = examined(capsys)
+    assert code == 1
+    assert f"FAIL {variable} is not set; set it: export {variable}=/path/to/{variable}" in lines
+
+
+def test_trainers_that_nnunet_does_not_find(healthy, capsys, monkeypatch):
+    monkeypatch.delenv("nnUNet_extTrainer")
+    code, lines = examined(capsys)
+    assert code == 1
+    assert any('nnUNet_extTrainer is not set); in every shell: eval "$(nnUNetv2_vf env)"' in line for line in lines)
+
+
+def test_a_setting_that_is_not_legal(healthy, capsys, monkeypatch):
+    monkeypatch.setenv("nnUNet_vf_num_epochs", "many")
+    code, lines = examined(capsys)
+    assert code == 1
+    assert any(line.startswith("FAIL setting nnUNet_vf_num_epochs = 'many'") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-d", "99"], "no dataset 99"),
+        (["-d", "7", "-p", "NoPlans"], "no plans"),
+        (["-d", "7", "-c", "2d"], "'2d' of .*; legal: 3d_fullres"),
+        (["-w", "/nowhere.pth"], "no file /nowhere.pth"),
+    ],
+)
+def test_what_is_not_there(healthy, capsys, arguments, message):
+    code, lines = examined(capsys, *arguments)
+    assert code == 1
+    assert any(message.split(".*")[0] in line and line.startswith("FAIL") for line in lines)
+
+
+def test_weights_that_do_not_fit(healthy, artifacts, capsys):
+    code, lines = examined(capsys, "-d", "7", "-w", str(artifacts["PCT-Net"]))
+    assert code == 1
+    (line,) = [line for line in lines if line.startswith("FAIL")]
+    assert "does not fit" in line
+    assert "nnUNetv2_vf adapt" in line
+
+
+def test_weights_alone(healthy, artifacts, capsys):
+    code, lines = examined(capsys, "-w", str(artifacts["PCT-Net"]))
+    assert code == 0
+    assert lines[-1] == "note no dataset to compare the weights with; name one: -d ID -p PLANS"
+
+
+def test_cases_that_are_not_preprocessed(healthy, capsys):
+    edit_json(healthy / "dataset.json", lambda description: description.update(numTraining=12))
+    _, lines = examined(capsys, "-d", "7")
+    assert (
+        "note 10 of 12 cases preprocessed; preprocess again: nnUNetv2_preprocess -d 7 -plans_name nnUNetPlans"
+        in (lines[-1])
+    )
+
+
+def test_versions_that_do_not_work(healthy, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "version", lambda package: {"nnunetv2": "2.5", "torch": "2.9.1"}[package])
+    code, lines = examined(capsys)
+    assert code == 1
+    assert any(line.startswith("FAIL nnunetv2 2.5, which does not work: pip install 'nnunetv2") for line in lines)

@@ -1,0 +1,211 @@
+"""The bridge to DKFZ's nnssl, both ways."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from test_adapt import unet
+
+from nnunetv2_vf import nnssl
+from nnunetv2_vf.cli import main
+from nnunetv2_vf.target import build_network
+from nnunetv2_vf.weights import read_artifact
+
+SMALL = {  # nnssl's plan of a residual encoder U-Net of another size than ResEnc-L
+    "n_stages": 3,
+    "features_per_stage": [4, 4, 4],
+    "conv_op": "torch.nn.modules.conv.Conv3d",
+    "kernel_sizes": [[3, 3, 3]] * 3,
+    "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
+    "n_blocks_per_stage": [2, 2, 2],
+    "n_conv_per_stage_decoder": [1, 1],
+    "conv_bias": True,
+    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+    "dropout_op": None,
+    "dropout_op_kwargs": None,
+    "nonlin": "torch.nn.LeakyReLU",
+    "nonlin_kwargs": None,
+}
+
+
+def checkpoint(arch_class_name="ResidualEncoderUNet", weights=None, patch=(32, 32, 32)) -> dict:
+    """As nnssl's AbstractBaseTrainer.save_checkpoint and AdaptationPlan.serialize write it."""
+    dynamic = arch_class_name == "ResidualEncoderUNet"
+    configuration = {
+        "data_identifier": "nnsslPlans_onemmiso",
+        "preprocessor_name": "DefaultPreprocessor",
+        "spacing_style": "onemmiso",
+        "normalization_schemes": ["ZScoreNormalization"],
+        "use_mask_for_norm": False,
+        "resampling_fn_data": "resample_data_or_seg_to_shape",
+        "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None},
+        "resampling_fn_mask": "resample_data_or_seg_to_shape",
+        "resampling_fn_mask_kwargs": {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None},
+        "spacing": [1, 1, 1],
+        "patch_size": patch,
+    }
+    plan = {
+        "architecture_plans": {
+            "arch_class_name": arch_class_name,
+            "arch_kwargs": SMALL if dynamic else None,
+            "arch_kwargs_requiring_import": ["conv_op", "norm_op", "nonlin", "dropout_op"] if dynamic else None,
+        },
+        "pretrain_plan": {
+            "dataset_name": "Dataset745_OpenMind",
+            "plans_name": "nnsslPlans",
+            "original_median_spacing_after_transp": [1.0, 1.0, 1.0],
+            "image_reader_writer": "SimpleITKIO",
+            "transpose_forward": [0, 1, 2],
+            "transpose_backward": [0, 1, 2],
+            "configurations": {"onemmiso": configuration},
+            "experiment_planner_used": "ExperimentPlanner",
+        },
+        "pretrain_num_input_channels": 1,
+        "recommended_downstream_patchsize": [160, 160, 160],
+        "key_to_encoder": "encoder.stages",
+        "key_to_stem": "encoder.stem",
+        "keys_to_in_proj": ("encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0"),
+        "key_to_lpe": None,
+    }
+    return {
+        "network_weights": unet(residual=True).state_dict() if weights is None else weights,
+        "optimizer_state": {},
+        "grad_scaler_state": None,
+        "logging": {"train_losses": [1.0]},
+        "_best_ema": 0.5,
+        "current_epoch": 1000,
+        "init_args": {"fold": "all", "configuration_name": "onemmiso"},
+        "trainer_name": "VolumeFusionTrainer_BS8",
+        "nnssl_adaptation_plan": plan,
+    }
+
+
+def without_memory(architecture: dict, classes: int, deep_supervision: bool | None = True) -> dict:
+    """Weights of a network in their shapes, all views of one number."""
+    network = build_network(architecture, 1, classes, deep_supervision=deep_supervision)
+    return {name: torch.zeros(()).expand(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def test_its_residual_encoder_unet_becomes_an_artifact(tmp_path, capsys):
+    original = checkpoint()
+    torch.save(original, tmp_path / "checkpoint_final.pth")
+    main(["convert", str(tmp_path / "checkpoint_final.pth"), "-o", str(tmp_path / "out.pth")])
+    assert "ResidualEncoderUNet of nnssl, 1 input channels, 5 classes" in capsys.readouterr().out
+    artifact = read_artifact(tmp_path / "out.pth")
+    vf = artifact["vf"]
+    assert vf["converted_from"] == {
+        "project": "nnssl",
+        "trainer": "VolumeFusionTrainer_BS8",
+        "file": "checkpoint_final.pth",
+    }
+    assert (vf["spacing"], vf["normalization_schemes"]) == ([1, 1, 1], ["ZScoreNormalization"])
+    assert artifact["nnssl_adaptation_plan"] == original["nnssl_adaptation_plan"]
+    network = get_network_from_plans(
+        vf["architecture"]["network_class_name"],
+        vf["architecture"]["arch_kwargs"],
+        vf["architecture"]["_kw_requires_import"],
+        1,
+        5,
+        deep_supervision=True,
+    )
+    network.load_state_dict(artifact["network_weights"])
+
+
+def test_res_enc_l_can_be_planned_like(tmp_path, made_up, capsys):
+    weights = without_memory(nnssl._RES_ENC_L, 5)
+    torch.save(checkpoint("ResEncL", weights, (160, 160, 160)), tmp_path / "checkpoint_final.pth")
+    main(["convert", str(tmp_path / "checkpoint_final.pth"), "-o", str(tmp_path / "out.pth")])
+    plans_file = made_up((1.0, 1.0, 1.0), (160, 200, 180))
+    main(["plan", "-d", "42", "--like", str(tmp_path / "out.pth"), "--normalization", "pretrained"])
+    plan = json.loads(plans_file.with_name("VFPlans.json").read_text())["configurations"]["3d_fullres"]
+    assert plan["architecture"]["arch_kwargs"]["n_blocks_per_stage"] == [1, 3, 4, 6, 6, 6]
+    assert plan["normalization_schemes"] == ["ZScoreNormalization"]
+
+
+def primus(patch: list[int]) -> dict:
+    return {
+        "network_class_name": "dynamic_network_architectures.architectures.primus.Primus",
+        "arch_kwargs": {**nnssl._PRIMUS_M, "input_shape": patch},
+        "_kw_requires_import": [],
+    }
+
+
+def test_primus_m_becomes_an_artifact_that_cannot_be_planned_like(tmp_path, made_up, capsys):
+    weights = without_memory(primus([32, 32, 32]), 5, deep_supervision=None)
+    assert {"down_projection.proj.weight", "eva.pos_embed", "mask_token"} <= weights.keys()
+    torch.save(checkpoint("PrimusM", weights), tmp_path / "checkpoint_final.pth")
+    main(["convert", str(tmp_path / "checkpoint_final.pth"), "-o", str(tmp_path / "out.pth")])
+    main(["info", str(tmp_path / "out.pth")])
+    assert "network: Primus, " in capsys.readouterr().out
+    made_up((1.0, 1.0, 1.0), (160, 200, 180))
+    with pytest.raises(SystemExit, match="Primus, which takes patches of one size"):
+        main(["plan", "-d", "42", "--like", str(tmp_path / "out.pth")])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["network_weights"].popitem(), "1 tensors differ, .*missing"),
+        (lambda c: c["network_weights"].update(extra=torch.zeros(1)), "1 tensors differ, extra.*nothing"),
+        (
+            lambda c: c["nnssl_adaptation_plan"]["architecture_plans"].update(arch_class_name="NoSkipResEncL"),
+            "network NoSkipResEncL cannot be converted; legal: ResEncL",
+        ),
+    ],
+)
+def test_what_is_not_as_planned_is_refused(tmp_path, change, message):
+    content = checkpoint()
+    change(content)
+    torch.save(content, tmp_path / "checkpoint_final.pth")
+    with pytest.raises(SystemExit, match=message):
+        main(["convert", str(tmp_path / "checkpoint_final.pth"), "-o", str(tmp_path / "out.pth")])
+    with pytest.raises(SystemExit, match=r"--mode 1, but .* is a checkpoint of nnssl"):
+        main(["convert", str(tmp_path / "checkpoint_final.pth"), "-o", str(tmp_path / "out.pth"), "--mode", "1"])
+    assert not (tmp_path / "out.pth").exists()
+
+
+# ---------------------------------------------------------------- the other way: nnU-Net's nnssl commands
+
+
+PLAN_FIELDS = {  # of nnssl's dataclasses AdaptationPlan, ArchitecturePlans, Plan and ConfigurationPlan
+    "": {
+        "architecture_plans", "pretrain_plan", "pretrain_num_input_channels", "recommended_downstream_patchsize",
+        "key_to_encoder", "key_to_stem", "keys_to_in_proj", "key_to_lpe",
+    },
+    "architecture_plans": {"arch_class_name", "arch_kwargs", "arch_kwargs_requiring_import"},
+    "pretrain_plan": {
+        "dataset_name", "plans_name", "original_median_spacing_after_transp", "image_reader_writer",
+        "transpose_forward", "transpose_backward", "configurations", "experiment_planner_used",
+    },
+    "median": {
+        "data_identifier", "preprocessor_name", "spacing_style", "normalization_schemes", "use_mask_for_norm",
+        "resampling_fn_data", "resampling_fn_data_kwargs", "resampling_fn_mask", "resampling_fn_mask_kwargs",
+        "spacing", "patch_size",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["U-Net", "ResEnc-M", "PCT-Net"])
+def test_an_artifact_carries_a_plan_with_nnssls_fields_and_keys_of_its_weights(artifacts, name):
+    artifact = torch.load(artifacts[name], weights_only=True)  # as nnU-Net's commands read it
+    plan, weights = artifact["nnssl_adaptation_plan"], artifact["network_weights"]
+    configuration = plan["pretrain_plan"]["configurations"]["median"]
+    parts = {"": plan, "median": configuration} | {key: plan[key] for key in ("architecture_plans", "pretrain_plan")}
+    assert {part: set(content) for part, content in parts.items()} == PLAN_FIELDS
+    for key in (plan["key_to_encoder"], plan["key_to_stem"]):
+        assert any(weight.startswith(f"{key}.") for weight in weights)
+    assert all(f"{key}.weight" in weights for key in plan["keys_to_in_proj"])
+    described = plan["architecture_plans"]
+    class_name = described["arch_class_name"]
+    if "." not in class_name:  # nnU-Net looks it up there
+        class_name = f"dynamic_network_architectures.architectures.unet.{class_name}"
+    network = get_network_from_plans(
+        class_name, described["arch_kwargs"], described["arch_kwargs_requiring_import"], 1, 2, deep_supervision=False
+    )
+    for key in (plan["key_to_encoder"], plan["key_to_stem"]):  # as nnU-Net's PretrainedTrainer loads them
+        inner = {k.removeprefix(f"{key}."): w for k, w in weights.items() if k.startswith(f"{key}.")}
+        network.get_submodule(key).load_state_dict(inner)
