@@ -14,17 +14,23 @@ The pipeline, and the module of each step::
         | fusion     X = a * foreground + (1 - a) * background; the target of a voxel is Y = K * a
         v
     trainers.VFPretrainTrainer: nnU-Net's own network, loss, schedule, logging and checkpoints, K + 1 classes
-        | weights    vf_pretrained.pth
+        | weights    vf_pretrained.pth, and a model_card
         v
-    nnUNetv2_train ... -pretrained_weights vf_pretrained.pth
+    any target: its plans and dataset are a target
+        | planners.LikePlanner   its plans take the pretrained topology; or:
+        | adapt                  the weights take its plans' topology
+        v
+    nnUNetv2_train ... -tr VFFinetuneTrainer -pretrained_weights vf_pretrained.pth
+        compatibility   says what differs, and refuses what cannot work
 
 PCT-Net, the network of the paper::
 
-    planners.PCTNetPlanner   nnU-Net's planning; patch and batch fit what memory counts for a training step
+    planners.PCTNetPlanner   decides the topology; planning fits patch and batch to what memory counts
         | plans name pct_net (and its window_attention) as the architecture
         v
     any nnU-Net trainer; trainers.VFFinetuneTrainer has the recipe (optimizer) it needs
-    convert   released MIS-FM weights -> vf_pretrained.pth
+
+Beside the road: convert and nnssl read other projects' weights, info tells what a file is, doctor whether all is well.
 
 Importing the package imports neither torch nor nnU-Net.
 """

@@ -17,6 +17,8 @@ from nnunetv2_vf.weights import FILE_NAME
 
 _UNLABELLED, _LABELLED = "Dataset901_VFDemoUnlabelled", "Dataset902_VFDemoLabelled"
 _PRETRAIN, _FINETUNE = "VFPretrainTrainer", "VFFinetuneTrainer"
+_PLANS = "VFPlans"  # of the labelled dataset, made like the artifact
+_CPU_MEMORY_TARGET = 0.05  # GB: gives the reduced network a patch of 32x32x48 voxels
 # Seeds of the phantoms. nnU-Net splits off nothing here: fold 'all' trains on all labelled ones.
 _POOL, _FEW, _HELD_OUT = range(24), range(100, 104), range(200, 208)
 _PRETRAINING = {
@@ -58,6 +60,7 @@ def demo(folder: Path | None, device: str | None) -> None:
 
     _prepare(host, small=device == "cpu")
     pretrained = _pretrain(host, device)
+    _plan_target(host, pretrained / FILE_NAME, small=device == "cpu")
     arms = {"pretrained": pretrained / FILE_NAME, "scratch": None}
     dice = {arm: _finetune(host, device, arm, weights) for arm, weights in arms.items()}
     _print_results(pretrained, dice)
@@ -65,7 +68,7 @@ def demo(folder: Path | None, device: str | None) -> None:
 
 
 def _prepare(host: Host, small: bool) -> None:
-    """Make both datasets, give both the unlabelled one's plans, preprocess."""
+    """Make both datasets; plan and preprocess the unlabelled one."""
     write_images(host.folder / "unlabelled", _POOL)
     write_dataset(host.raw / _LABELLED, _FEW)
     write_images(host.folder / "test_images", _HELD_OUT)
@@ -73,11 +76,10 @@ def _prepare(host: Host, small: bool) -> None:
     name = _UNLABELLED.partition("_")[2]
     host.run("nnUNetv2_vf", "import", "-d", 901, "-n", name, host.folder / "unlabelled", "-np", 2)
     host.run("nnUNetv2_extract_fingerprint", "-d", 901, 902)
-    host.run("nnUNetv2_plan_experiment", "-d", 901, 902)
+    host.run("nnUNetv2_plan_experiment", "-d", 901)
     if small:
         _shrink(host.preprocessed / _UNLABELLED / "nnUNetPlans.json")
-    host.run("nnUNetv2_move_plans_between_datasets", "-s", 901, "-t", 902, "-sp", "nnUNetPlans")
-    host.run("nnUNetv2_preprocess", "-d", 901, 902, "-c", "3d_fullres", "-np", 2)
+    host.run("nnUNetv2_preprocess", "-d", 901, "-c", "3d_fullres", "-np", 2)
 
 
 def _shrink(plans_file: Path) -> None:
@@ -104,6 +106,13 @@ def _pretrain(host: Host, device: str) -> Path:
     return host.fold_folder(_UNLABELLED, _PRETRAIN, "all")
 
 
+def _plan_target(host: Host, artifact: Path, small: bool) -> None:
+    """Plan the labelled dataset with the pretrained network, and preprocess it."""
+    memory = ["-gpu_memory_target", _CPU_MEMORY_TARGET] if small else []
+    host.run("nnUNetv2_vf", "plan", "-d", 902, "--like", artifact, *memory)
+    host.run("nnUNetv2_preprocess", "-d", 902, "-plans_name", _PLANS, "-c", "3d_fullres", "-np", 2)
+
+
 def _finetune(host: Host, device: str, arm: str, weights: Path | None) -> dict[str, float]:
     """Fine-tune on the labelled phantoms and predict held-out ones; returns their Dice per organ."""
     images, labels, predictions = (host.folder / f"test_{name}" for name in ("images", "labels", arm))
@@ -111,12 +120,13 @@ def _finetune(host: Host, device: str, arm: str, weights: Path | None) -> dict[s
     variables = {f"nnUNet_vf_finetune_{name}": value for name, value in _FINETUNING.items()}
     given = ["-pretrained_weights", weights] if weights else []
     host.run(
-        "nnUNetv2_train", 902, "3d_fullres", "all", "-tr", _FINETUNE, "-device", device, *given,
+        "nnUNetv2_train", 902, "3d_fullres", "all", "-p", _PLANS, "-tr", _FINETUNE, "-device", device, *given,
         nnUNet_results=results, **variables,
     )  # fmt: skip
     host.run(
-        "nnUNetv2_predict", "-d", 902, "-c", "3d_fullres", "-tr", _FINETUNE, "-f", "all", "-device", device,
-        "-i", images, "-o", predictions, "-npp", 1, "-nps", 1, "--disable_tta", nnUNet_results=results,
+        "nnUNetv2_predict", "-d", 902, "-c", "3d_fullres", "-p", _PLANS, "-tr", _FINETUNE, "-f", "all",
+        "-device", device, "-i", images, "-o", predictions, "-npp", 1, "-nps", 1, "--disable_tta",
+        nnUNet_results=results,
     )  # fmt: skip
     return host.evaluate(labels, predictions)
 

@@ -14,6 +14,7 @@ from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.pct_net import PCTNet
 from nnunetv2_vf.planning import TopologyPlanner, planned_configurations
 
+_RECORD = "volume_fusion_like"  # of the plans: what they were made like
 _T = TypeVar("_T")
 
 
@@ -117,7 +118,8 @@ class LikePlanner(TopologyPlanner):
         return [pretrained[0]] * channels
 
     def save_plans(self, plans: dict[str, Any]) -> None:
-        plans["like"] = {"file": str(self.like), "spacing": self.spacing, "normalization": self.normalization}
+        options = {"spacing": self.spacing, "normalization": self.normalization}
+        plans[_RECORD] = {"file": str(self.like), **options}
         super().save_plans(plans)
 
 
@@ -132,7 +134,7 @@ def next_steps(plans: dict[str, Any], name: str, pretrained: Mapping[str, Any]) 
     planned = planned_configurations(plans)
     if not planned:
         return f"{name} of {plans['dataset_name']}: only the configuration 2d: the images are two-dimensional"
-    dataset_id, weights = convert_dataset_name_to_id(plans["dataset_name"]), plans["like"]["file"]
+    dataset_id, weights = convert_dataset_name_to_id(plans["dataset_name"]), plans[_RECORD]["file"]
     channels = len(plans["configurations"]["3d_fullres"]["normalization_schemes"])
     lines = [
         f"{name} of {plans['dataset_name']}, with the network of {weights}:",

@@ -100,7 +100,7 @@ def test_a_plan_takes_the_topology_whatever_the_target(made_up, pretrained, caps
             misfits(fresh.state_dict(), build_network(load_target("42", name, configuration).architecture, 1, 3)) == []
         )
     assert list(PlansManager(plans).get_configuration("3d_fullres").spacing) == list(TARGETS[target][0])
-    assert plans["like"] == {"file": str(path), "spacing": "target", "normalization": "target"}
+    assert plans["volume_fusion_like"] == {"file": str(path), "spacing": "target", "normalization": "target"}
     out = capsys.readouterr().out
     assert f"nnUNetv2_preprocess -d 42 -plans_name {name} -c 3d_fullres" in out
     assert f"nnUNetv2_train 42 3d_fullres 0 -p {name} -tr VFFinetuneTrainer -pretrained_weights {path}\n" in out

@@ -209,3 +209,22 @@ def test_an_artifact_carries_a_plan_with_nnssls_fields_and_keys_of_its_weights(a
     for key in (plan["key_to_encoder"], plan["key_to_stem"]):  # as nnU-Net's PretrainedTrainer loads them
         inner = {k.removeprefix(f"{key}."): w for k, w in weights.items() if k.startswith(f"{key}.")}
         network.get_submodule(key).load_state_dict(inner)
+
+
+@pytest.mark.parametrize("name", ["U-Net", "ResEnc-M"])
+def test_nnunets_nnssl_commands_take_an_artifact(artifacts, name, tiny, own_dataset, monkeypatch):
+    """Where nnU-Net has them: 2.8.1 does not, its development version of autumn 2026 does."""
+    like_nnssl = pytest.importorskip("nnunetv2.experiment_planning.like_nnssl")
+    from nnunetv2.run.run_training_from_pretrained import get_trainer_from_args
+
+    artifact, base = str(artifacts[name]), {"U-Net": "nnUNetPlans", "ResEnc-M": "nnUNetResEncUNetMPlans"}[name]
+    like_nnssl.preprocess_like_nnssl(7, "like", artifact, "like_pretrained", None, 1, False)
+    like_nnssl.plan_like_dynamic(7, "like", artifact, base, 1)
+    (planned,) = own_dataset.glob("ptPlans__like*.json")
+    trainers = {planned.stem: "PretrainedTrainer", "ptPlans_dynamic__like": "DynamicPretrainedTrainer"}
+    for plans, trainer_name in trainers.items():
+        trainer = get_trainer_from_args("7", "3d_fullres", "all", trainer_name, plans, device=torch.device("cpu"))
+        trainer.on_train_start()
+        trainer.on_train_epoch_start()
+        assert torch.isfinite(torch.as_tensor(trainer.train_step(next(trainer.dataloader_train))["loss"]))
+        trainer.on_train_end()
