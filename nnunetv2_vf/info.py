@@ -11,7 +11,8 @@ from torch import Tensor
 from nnunetv2_vf import nnssl
 from nnunetv2_vf.convert import convert_state_dict
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.weights import describe_checkpoint, is_checkpoint, load_safely, storage_key
+from nnunetv2_vf.settings import VFSettings
+from nnunetv2_vf.weights import FILE_NAME, describe_checkpoint, is_checkpoint, load_safely, storage_key
 
 
 def describe_file(path: Path) -> str:
@@ -73,7 +74,12 @@ def _checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> list[str]:
     ]
     if ours and ours["pretrained"]:
         lines.append(f"pretrained: {ours['pretrained']['file']}, on {ours['pretrained']['dataset']}")
-    lines.append("use: nnUNetv2_predict; or as pretrained weights: nnUNetv2_vf plan -d ID --like, nnUNetv2_vf adapt")
+    if VFSettings.section in vf["plans"]:
+        lines.append(f"use: {FILE_NAME} beside it; this one is for nnUNetv2_train --c")
+    else:
+        lines.append(
+            "use: nnUNetv2_predict; or as pretrained weights: nnUNetv2_vf plan -d ID --like, nnUNetv2_vf adapt"
+        )
     return lines
 
 

@@ -59,6 +59,12 @@ def test_a_checkpoint_of_nnunet(tiny, own_dataset, tmp_path, capsys, monkeypatch
     assert "6 classes" in text
 
 
+def test_a_checkpoint_of_pretraining(artifacts, capsys):
+    lines = described(capsys, artifacts["U-Net"].with_name("checkpoint_final.pth"))
+    assert "VFPretrainTrainer, after 1 epochs" in lines[0]
+    assert lines[-1] == "use: vf_pretrained.pth beside it; this one is for nnUNetv2_train --c"
+
+
 def test_a_release_of_mis_fm(tmp_path, capsys):
     path = tmp_path / "release.pt"
     torch.save({"model_state_dict": release(1)}, path)
