@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -41,6 +42,62 @@ def test_pretrain_finetune_predict_with_stock_commands(tmp_path):
     )  # fmt: skip
     segmentation = sitk.ReadImage(str(tmp_path / "out" / "torso_0050.nii.gz"))
     assert sitk.GetArrayFromImage(segmentation).shape == make_phantom(50, 12).image.shape
+
+
+@pytest.mark.slow
+def test_one_artifact_serves_two_targets_and_is_shared(tmp_path):
+    """Import, pretrain, plan like it, adapt, fine-tune, predict, export, install elsewhere, predict: every command."""
+    host = Host(tmp_path, processes=1)
+    write_images(tmp_path / "unlabelled", range(4), spacing=10)
+    write_dataset(host.raw / DATASET, range(50, 53), spacing=14)
+    two_channels(host.raw / DATASET, host.raw / "Dataset009_TwoChannels")
+    host.run("nnUNetv2_vf", "import", "-d", 7, "-n", "Unlabelled", tmp_path / "unlabelled", "-np", 1)
+    host.run("nnUNetv2_plan_and_preprocess", "-d", 7, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
+    narrow_network(host.preprocessed / "Dataset007_Unlabelled" / "nnUNetPlans.json", [4, 8, 16])
+    pretraining = {f"nnUNet_vf_{name}": value for name, value in SCHEDULE.items()}
+    host.run("nnUNetv2_train", 7, "3d_fullres", "all", "-tr", "VFPretrainTrainer", "-device", "cpu", **pretraining)
+    artifact = host.fold_folder("Dataset007_Unlabelled", "VFPretrainTrainer", "all") / "vf_pretrained.pth"
+    adapted = tmp_path / "adapted.pth"
+    finetuning = {f"nnUNet_vf_finetune_{name}": value for name, value in SCHEDULE.items()}
+    like = ("-p", "VFPlans", "-tr", "VFFinetuneTrainer")
+    for target, weights in ((8, artifact), (9, adapted)):
+        host.run("nnUNetv2_extract_fingerprint", "-d", target, "-np", 1)
+        host.run("nnUNetv2_vf", "plan", "-d", target, "--like", artifact, "--normalization", "pretrained")
+        host.run("nnUNetv2_preprocess", "-d", target, "-plans_name", "VFPlans", "-c", "3d_fullres", "-np", 1)
+        if weights == adapted:
+            refused = ("-device", "cpu", "-pretrained_weights", artifact)
+            with pytest.raises(UserError, match="does not fit 3d_fullres of VFPlans .*input channels 1 against 2"):
+                host.run("nnUNetv2_train", target, "3d_fullres", "all", *like, *refused, **finetuning)
+            host.run("nnUNetv2_vf", "adapt", artifact, "-d", target, "-p", "VFPlans", "-o", adapted)
+        host.run("nnUNetv2_vf", "doctor", "-d", target, "-p", "VFPlans", "-w", weights)
+        host.run(
+            "nnUNetv2_train", target, "3d_fullres", "all", *like, "-device", "cpu", "-pretrained_weights", weights,
+            **finetuning,
+        )  # fmt: skip
+        host.run(
+            "nnUNetv2_export_model_to_zip", "-d", target, "-o", tmp_path / f"{target}.zip", "-c", "3d_fullres",
+            "-f", "all", *like,
+        )  # fmt: skip
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for target in (8, 9):
+        plain = {"nnUNet_results": elsewhere, "nnUNet_extTrainer": ""}
+        host.run("nnUNetv2_install_pretrained_model_from_zip", tmp_path / f"{target}.zip", **plain)
+        images = next(host.raw.glob(f"Dataset{target:03d}_*")) / "imagesTr"
+        host.run(
+            "nnUNetv2_predict", "-d", target, "-c", "3d_fullres", *like, "-f", "all", "-device", "cpu", "-i", images,
+            "-o", tmp_path / f"out{target}", "-npp", 1, "-nps", 1, "--disable_tta", **plain,
+        )  # fmt: skip
+        assert len(list((tmp_path / f"out{target}").glob("torso_*.nii.gz"))) == 3
+
+
+def two_channels(original: Path, copy: Path) -> None:
+    """The dataset with every image twice."""
+    shutil.copytree(original, copy)
+    for path in list((copy / "imagesTr").iterdir()):
+        shutil.copy(path, path.with_name(path.name.replace("_0000.nii.gz", "_0001.nii.gz")))
+    description = json.loads((copy / "dataset.json").read_text())
+    (copy / "dataset.json").write_text(json.dumps({**description, "channel_names": {"0": "CT", "1": "CT"}}))
 
 
 def test_a_user_error_in_a_stock_command_is_one_line_and_exit_status_1(tiny):
