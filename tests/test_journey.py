@@ -66,7 +66,7 @@ def test_one_artifact_serves_two_targets_and_is_shared(tmp_path):
         host.run("nnUNetv2_preprocess", "-d", target, "-plans_name", "VFPlans", "-c", "3d_fullres", "-np", 1)
         if weights == adapted:
             refused = ("-device", "cpu", "-pretrained_weights", artifact)
-            with pytest.raises(UserError, match="does not fit 3d_fullres of VFPlans .*input channels 1 against 2"):
+            with pytest.raises(UserError, match=r"does not fit 3d_fullres of VFPlans .*input channels 1 against 2"):
                 host.run("nnUNetv2_train", target, "3d_fullres", "all", *like, *refused, **finetuning)
             host.run("nnUNetv2_vf", "adapt", artifact, "-d", target, "-p", "VFPlans", "-o", adapted)
         host.run("nnUNetv2_vf", "doctor", "-d", target, "-p", "VFPlans", "-w", weights)
