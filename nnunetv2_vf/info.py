@@ -22,18 +22,23 @@ def describe_file(path: Path) -> str:
         UserError: there is no such file, or it would have to run code to be read.
     """
     content = load_safely(path)
+    try:
+        return "\n".join(_describe(path, content))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not what its entries say: {type(error).__name__} {error}") from error
+
+
+def _describe(path: Path, content: Mapping[str, Any]) -> list[str]:
     if "vf" in content and "network_weights" in content:
-        lines = _artifact(path, content)
-    elif is_checkpoint(content):
-        lines = _checkpoint(path, content)
-    elif nnssl.is_checkpoint(content):
-        lines = _nnssl(path, content)
-    elif isinstance(content.get("model_state_dict"), dict):
-        lines = _mis_fm(path, content["model_state_dict"])
-    else:
-        keys = ", ".join(sorted(map(str, content))[:10])
-        lines = [f"{path}: no file of weights that this program knows; a dict of {len(content)} entries: {keys}"]
-    return "\n".join(lines)
+        return _artifact(path, content)
+    if is_checkpoint(content):
+        return _checkpoint(path, content)
+    if nnssl.is_checkpoint(content):
+        return _nnssl(path, content)
+    if isinstance(content.get("model_state_dict"), dict):
+        return _mis_fm(path, content["model_state_dict"])
+    keys = ", ".join(sorted(map(str, content))[:10])
+    return [f"{path}: no file of weights that this program knows; a dict of {len(content)} entries: {keys}"]
 
 
 def _artifact(path: Path, content: Mapping[str, Any]) -> list[str]:
