@@ -15,6 +15,7 @@ from nnunetv2_vf.pct_net import PCTNet
 from nnunetv2_vf.planning import TopologyPlanner, planned_configurations
 
 _RECORD = "volume_fusion_like"  # of the plans: what they were made like
+_CT = "CTNormalization"  # the scheme that uses statistics of the dataset
 _T = TypeVar("_T")
 
 
@@ -29,8 +30,8 @@ class LikePlanner(TopologyPlanner):
             any, so that a voxel value means what it meant in pretraining.
 
     Raises:
-        UserError: the weights do not tell the spacing or normalisation that is asked for, or are of a network
-            without strides.
+        UserError: the weights do not tell the spacing or normalisation that is asked for, or are of a 2D
+            network or one without strides.
     """
 
     def __init__(
@@ -58,27 +59,27 @@ class LikePlanner(TopologyPlanner):
             overwrite_target_spacing,
             suppress_transpose,
         )
-        if normalization == "pretrained" and "CTNormalization" in pretrained["normalization_schemes"]:
+        if normalization == "pretrained" and _CT in pretrained["normalization_schemes"]:
             properties = pretrained["plans"]["foreground_intensity_properties_per_channel"]
             every_channel = self._per_channel([properties[str(i)] for i in range(len(properties))])
             key = "foreground_intensity_properties_per_channel"
             self.dataset_fingerprint[key] = {str(i): p for i, p in enumerate(every_channel)}  # of this object alone
 
     def _check(self) -> None:
-        name = self.pretrained["architecture"]["network_class_name"]
-        if "strides" not in self.pretrained["architecture"]["arch_kwargs"]:
+        architecture = self.pretrained["architecture"]
+        if any(len(stride) != 3 for stride in architecture["arch_kwargs"].get("strides", [()])):
             raise UserError(
-                f"{self.like} holds weights of {name}, which takes patches of one size and which nnUNetv2_train cannot "
-                "train; legal: U-Nets, residual encoder U-Nets and PCT-Net"
+                f"{self.like} holds weights of {architecture['network_class_name']}, which is two-dimensional or takes "
+                "patches of one size only; legal: 3D U-Nets, residual encoder U-Nets and PCT-Net"
             )
-        for option, asked, needed in (
-            ("--spacing", self.spacing, ["spacing"]),
-            ("--normalization", self.normalization, ["normalization_schemes"]),
+        for option, asked, key in (
+            ("--spacing", self.spacing, "spacing"),
+            ("--normalization", self.normalization, "normalization_schemes"),
         ):
-            if asked == "pretrained" and any(not self.pretrained.get(key) for key in needed):
-                raise UserError(f"{option} pretrained, but {self.like} does not tell its {needed[0]}; legal: target")
+            if asked == "pretrained" and not self.pretrained.get(key):
+                raise UserError(f"{option} pretrained, but {self.like} does not tell its {key}; legal: target")
         schemes = self.pretrained.get("normalization_schemes") or []
-        if self.normalization == "pretrained" and "CTNormalization" in schemes and "plans" not in self.pretrained:
+        if self.normalization == "pretrained" and _CT in schemes and "plans" not in self.pretrained:
             raise UserError(f"--normalization pretrained, but {self.like} does not tell its intensities; legal: target")
 
     def topology(self, spacing: Sequence[float]) -> dict[str, Any]:

@@ -195,7 +195,18 @@ def test_weights_that_do_not_tell_their_network_are_refused(made_up, tmp_path):
         (
             {"architecture": {"network_class_name": "a.Primus", "arch_kwargs": {}, "_kw_requires_import": []}},
             [],
-            "a.Primus, which takes patches of one size",
+            "a.Primus, which is two-dimensional or takes patches of one size",
+        ),
+        (
+            {
+                "architecture": {
+                    "network_class_name": "a.UNet",
+                    "arch_kwargs": {"strides": [[1, 1], [2, 2]]},
+                    "_kw_requires_import": [],
+                }
+            },
+            [],
+            "a.UNet, which is two-dimensional",
         ),
     ],
 )

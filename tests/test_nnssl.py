@@ -142,7 +142,7 @@ def test_primus_m_becomes_an_artifact_that_cannot_be_planned_like(tmp_path, made
     main(["info", str(tmp_path / "out.pth")])
     assert "network: Primus, " in capsys.readouterr().out
     made_up((1.0, 1.0, 1.0), (160, 200, 180))
-    with pytest.raises(SystemExit, match="Primus, which takes patches of one size"):
+    with pytest.raises(SystemExit, match="Primus, which is two-dimensional or takes patches of one size"):
         main(["plan", "-d", "42", "--like", str(tmp_path / "out.pth")])
 
 
