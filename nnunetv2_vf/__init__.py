@@ -4,7 +4,8 @@ The pipeline, and the module of each step::
 
     folders of unlabelled volumes: NIfTI, NRRD, MetaImage, DICOM
         | sources     what there is
-        | volumes     read it, decide whether it is fit
+        | readers     read it, whatever its format
+        | volumes     decide whether it is fit
         | body        find the body: label 1
         | unlabelled  the raw dataset, with a report; nnU-Net's own commands plan and preprocess it
         v

@@ -206,7 +206,8 @@ _EXPORT: dict[str, Callable[[str, str], str]] = {
 def _import(args: argparse.Namespace) -> None:
     from nnunetv2.configuration import default_num_processes
 
-    from nnunetv2_vf.unlabelled import ImportSettings, import_volumes
+    from nnunetv2_vf.import_worker import ImportSettings
+    from nnunetv2_vf.unlabelled import import_volumes
     from nnunetv2_vf.volumes import Selection
 
     keep = tuple(sorted(filter(None, args.keep.split(","))))

@@ -27,8 +27,9 @@ from unlabelled_data import (
 )
 
 from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.readers import read_volumes
 from nnunetv2_vf.sources import find_sources
-from nnunetv2_vf.volumes import Rejected, Selection, Volume, examine, read_volumes
+from nnunetv2_vf.volumes import Rejected, Selection, Volume, examine
 
 FORMATS = ("nii", "nii.gz", "nrrd", "mha", "mhd")
 
