@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from nnunetv2_vf.compatibility import like_command
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.target import Target, build_network
 from nnunetv2_vf.weights import HEADS, check_output, package_versions, read_described, storage_key, write_artifact
@@ -57,7 +58,7 @@ def adapt_file(
     artifact = read_described(pretrained_file)
     pretrained = artifact["vf"]
     theirs, ours = pretrained["architecture"]["network_class_name"], target.architecture["network_class_name"]
-    like = f"nnUNetv2_vf plan -d {target.dataset_id} --like {pretrained_file}"
+    like = like_command(pretrained_file, target)
     if theirs != ours and not partial:
         raise UserError(
             f"{pretrained_file} holds weights of {theirs}, but {target} has {ours}; plan with the pretrained network: "

@@ -269,7 +269,8 @@ def _convert(args: argparse.Namespace) -> None:
     from nnunetv2_vf.convert import convert_file
 
     about = convert_file(args.release, args.o, args.mode)
-    print(f"wrote {args.o}: {about}\nNext: nnUNetv2_vf info {args.o}; nnUNetv2_vf plan -d ID --like {args.o}")
+    written = shlex.quote(str(args.o))
+    print(f"wrote {args.o}: {about}\nNext: nnUNetv2_vf info {written}; nnUNetv2_vf plan -d ID --like {written}")
 
 
 def _adapt(args: argparse.Namespace) -> None:
@@ -283,7 +284,7 @@ def _adapt(args: argparse.Namespace) -> None:
     print("\n  ".join(["Pretraining and these plans:", *fit_in_words(read_artifact(args.o)["vf"], target)]))
     print(
         f"wrote {args.o}\nNext: nnUNetv2_train {target.dataset_id} {args.c} 0 -p {args.p} -tr VFFinetuneTrainer "
-        f"-pretrained_weights {args.o}"
+        f"-pretrained_weights {shlex.quote(str(args.o))}"
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ from nnunetv2_vf.weights import HEADS
 _HU = "CTNormalization"
 # Differences in the normalisation of HU that are worth a word: of the means, in standard deviations, and between those.
 _SHIFT, _STRETCH = 0.25, 1.5
+_MR = "mr"  # what unspecified magnetic resonance images are called, with or without numbers: MR, MRI, MRI2
+_MR_CONTRAST = re.compile(r"(mri?|adc|pd)(?![a-z])|t[12]|flair|dwi|swi")
 
 
 @dataclass(frozen=True)
@@ -68,28 +72,53 @@ def require_fit(file: Path, pretrained: Mapping[str, Any], target: Target) -> No
     wrong = misfits(pretrained["network_weights"], network)
     if not wrong:
         return
-    plans, configuration = target.plans_manager.plans_name, target.configuration_name
-    raise UserError(
-        f"{file} does not fit {target}: {_why(pretrained['vf'], target, wrong)}. Adapt it: nnUNetv2_vf adapt {file} "
-        f"-d {target.dataset_id} -p {plans} -c {configuration} -o adapted.pth; or plan with its network: "
-        f"nnUNetv2_vf plan -d {target.dataset_id} --like {file}"
+    different = _network_differences(pretrained["vf"], target)
+    why = "; ".join(f"{name} {old} against {new}" for name, (old, new) in different.items())
+    why = why or f"{len(wrong)} tensors are missing or of another shape, {wrong[0]} for one"
+    ways = []
+    if different and not different.keys() & _NOT_ADAPTABLE:
+        ways.append(f"adapt it: {adapt_command(file, target)}")
+    if different and different.keys() != {_INPUT_CHANNELS}:
+        ways.append(f"plan with its network: {like_command(file, target)}")
+    ways = ways or [f"what it is: nnUNetv2_vf info {shlex.quote(str(file))}"]
+    raise UserError(f"{file} does not fit {target}: {why}; {'; or '.join(ways)}")
+
+
+_NETWORK, _INPUT_CHANNELS = "network", "input channels"
+_NOT_ADAPTABLE = {_NETWORK, "conv_op", "features_per_stage", "num_heads"}
+
+
+def _network_differences(pretrained: Mapping[str, Any], target: Target) -> dict[str, tuple[Any, Any]]:
+    """The settings of the networks that differ: (pretrained value, the target's); none if it does not tell its own."""
+    if "architecture" not in pretrained:
+        return {}
+    theirs, ours = pretrained["architecture"], target.architecture
+    pairs = {
+        _NETWORK: (theirs["network_class_name"], ours["network_class_name"]),
+        _INPUT_CHANNELS: (pretrained["num_input_channels"], target.input_channels),
+    }
+    if theirs["network_class_name"] == ours["network_class_name"]:
+        names = sorted({*theirs["arch_kwargs"], *ours["arch_kwargs"]})
+        pairs |= {name: (theirs["arch_kwargs"].get(name), ours["arch_kwargs"].get(name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def adapt_command(file: Path, target: Target) -> str:
+    """The command that adapts a file of weights to a target's plans."""
+    return (
+        f"nnUNetv2_vf adapt {shlex.quote(str(file))} -d {target.dataset_id} -p {target.plans_manager.plans_name} "
+        f"-c {target.configuration_name} -o {adapted_name(file, target.dataset_id)}"
     )
 
 
-def _why(pretrained: Mapping[str, Any], target: Target, wrong: Sequence[str]) -> str:
-    """The settings of the networks that differ, each with the pretrained value and the target's."""
-    different = []
-    if "architecture" in pretrained:
-        theirs, ours = pretrained["architecture"], target.architecture
-        pairs = {
-            "network": (theirs["network_class_name"], ours["network_class_name"]),
-            "input channels": (pretrained["num_input_channels"], target.input_channels),
-        }
-        if theirs["network_class_name"] == ours["network_class_name"]:
-            names = sorted({*theirs["arch_kwargs"], *ours["arch_kwargs"]})
-            pairs |= {name: (theirs["arch_kwargs"].get(name), ours["arch_kwargs"].get(name)) for name in names}
-        different = [f"{name} {old} against {new}" for name, (old, new) in pairs.items() if old != new]
-    return "; ".join(different) or f"{len(wrong)} tensors are missing or of another shape, {wrong[0]} for one"
+def adapted_name(file: Path, dataset_id: int) -> str:
+    """What weights adapted to a dataset are called where it is ours to say; never the name they had."""
+    return shlex.quote(f"{file.stem}_for_{dataset_id}.pth")
+
+
+def like_command(file: Path | str, target: Target) -> str:
+    """The command that plans a target with the network of a file of weights."""
+    return f"nnUNetv2_vf plan -d {target.dataset_id} --like {shlex.quote(str(file))}"
 
 
 def differences(pretrained: Mapping[str, Any], target: Target) -> list[Difference]:
@@ -113,17 +142,29 @@ def differences(pretrained: Mapping[str, Any], target: Target) -> list[Differenc
 
 def _channels(pretrained: Mapping[str, Any], target: Target) -> Difference | None:
     theirs, ours = list(pretrained.get("channel_names", {}).values()), list(target.channel_names.values())
-    if not theirs or [n.lower() for n in theirs] == [n.lower() for n in ours]:
+    if not theirs or _same_modality(theirs, ours):
         return None
     cost = "the first layers meet other images; expect to gain less than within a modality"
     return Difference("channels", ", ".join(theirs), ", ".join(ours), cost)
+
+
+def _same_modality(theirs: Sequence[str], ours: Sequence[str]) -> bool:
+    """Whether the names are alike, or both of magnetic resonance images of which one does not say the contrast."""
+    kinds = [{_kind(name) for name in names} for names in (theirs, ours)]
+    return kinds[0] == kinds[1] or ({_MR} in kinds and all(_MR_CONTRAST.match(kind) for kind in kinds[0] | kinds[1]))
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"^mri?[\W_\d]*$", _MR, name.lower())
 
 
 def _normalization(pretrained: Mapping[str, Any], target: Target) -> Difference | None:
     theirs, ours = pretrained["normalization_schemes"], list(target.configuration.normalization_schemes)
     if set(theirs) == set(ours):
         return None
-    cost = "intensities mean something else than in pretraining, the costliest of all; plan --normalization pretrained"
+    cost = "intensities mean something else than in pretraining, the costliest of all; " + _again(
+        target, "normalization"
+    )
     return Difference("normalisation", ", ".join(theirs), ", ".join(ours), cost)
 
 
@@ -141,7 +182,7 @@ def _intensities(pretrained: Mapping[str, Any], target: Target) -> Difference | 
     if shift <= _SHIFT and ratio <= _STRETCH:
         return None
     before, here = (f"(HU - {p['mean']:.0f}) / {p['std']:.0f}" for p in (theirs, ours))
-    cost = "the same tissue has another value than in pretraining; plan --normalization pretrained"
+    cost = "the same tissue has another value than in pretraining; " + _again(target, "normalization")
     return Difference("intensities", before, here, cost)
 
 
@@ -155,9 +196,13 @@ def _spacing(pretrained: Mapping[str, Any], target: Target) -> Difference | None
         return None
     cost = (
         f"structures are {' x '.join(f'{scale:.2g}' for scale in scales)} times as long in voxels, beyond the scales "
-        "of pretraining's crops; plan --spacing pretrained"
+        f"of pretraining's crops; {_again(target, 'spacing')}"
     )
     return Difference("spacing", _millimetres(theirs), _millimetres(ours), cost)
+
+
+def _again(target: Target, option: str) -> str:
+    return f"plan with pretraining's: {like_command('FILE', target)} --{option} pretrained"
 
 
 def _axes(pretrained: Mapping[str, Any], target: Target) -> Difference | None:
@@ -175,7 +220,13 @@ def _millimetres(spacing: Sequence[float]) -> str:
 
 
 def fit_in_words(pretrained: Mapping[str, Any], target: Target) -> list[str]:
-    """A line for each difference, or that there is none."""
-    return [str(difference) for difference in differences(pretrained, target)] or [
+    """A line for each difference, or that there is none; and what of the weights is not from pretraining."""
+    lines = [str(difference) for difference in differences(pretrained, target)] or [
         "channels, normalisation, spacing and axis order are as in pretraining"
     ]
+    share = pretrained.get("adapted", {}).get("transferred_share", 1)
+    if share < 1:
+        lines.append(
+            f"of the weights (but the heads) {share:.1%} are from pretraining; adapt left the others at random"
+        )
+    return lines

@@ -65,6 +65,8 @@ def examine(
             yield from _dataset(target)
         except UserError as error:
             yield Finding(FAIL, str(error))
+            if target is None:
+                return  # there is nothing to compare weights with
     if weights is not None:
         yield from _weights(weights, target)
 
@@ -114,7 +116,8 @@ def _trainers() -> Iterator[Finding]:
             with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net tells where it looks
                 recursive_find_trainer_class_by_name(name)
         except Exception as error:  # whatever importing a folder of trainers may raise
-            why = type(error).__name__ if os.environ.get(TRAINER_VARIABLE) else f"{TRAINER_VARIABLE} is not set"
+            value = os.environ.get(TRAINER_VARIABLE)
+            why = f"{TRAINER_VARIABLE} = {value}: {type(error).__name__}" if value else f"{TRAINER_VARIABLE} is not set"
             yield Finding(FAIL, f'nnU-Net does not find {name} ({why}); in every shell: eval "$(nnUNetv2_vf env)"')
         else:
             yield Finding(OK, f"nnU-Net finds {name}")

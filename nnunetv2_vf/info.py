@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def _artifact(path: Path, content: Mapping[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in vf.get("versions", {}).items())
     origin = vf.get("converted_from")
     kind = f"converted from {origin['project']}" if origin else "pretrained with Volume Fusion"
+    if "adapted" in vf:
+        kind += f", adapted to other plans: {vf['adapted']['transferred_share']:.1%} of them kept"
     lines = [f"{path}: weights {kind} ({versions})", _network(vf, content["network_weights"]), *_data(vf)]
     if "settings" in vf:
         s = vf["settings"]
@@ -60,9 +63,14 @@ def _artifact(path: Path, content: Mapping[str, Any]) -> list[str]:
         part = "encoder only, " if vf["adapted"]["encoder_only"] else ""
         lines.append(
             f"adapted: for {target['configuration']} of {target['plans']} of {target['dataset']}, {part}"
-            f"{vf['adapted']['transferred_share']:.1%} of the parameters from pretraining"
+            f"from {vf['adapted']['from']}"
         )
-    lines.append(f"use: nnUNetv2_vf plan -d ID --like {path}")
+        lines.append(
+            f"use: nnUNetv2_train {target['dataset']} {target['configuration']} FOLD -p {target['plans']} "
+            f"-tr VFFinetuneTrainer -pretrained_weights {shlex.quote(str(path))}"
+        )
+    else:
+        lines.append(f"use: nnUNetv2_vf plan -d ID --like {shlex.quote(str(path))}")
     return lines
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -50,11 +51,11 @@ def preprocessed_cases(plans_manager: PlansManager, configuration_name: str) -> 
     """Return the preprocessed cases of a configuration, sorted.
 
     Raises:
-        UserError: there are none, or files of another kind among them.
+        UserError: there are none, files of another kind among them, or the first is not of the plans' spacing.
     """
     require_variables(nnUNet_preprocessed)
-    identifier = plans_manager.get_configuration(configuration_name).data_identifier
-    folder = Path(nnUNet_preprocessed) / plans_manager.dataset_name / identifier
+    configuration = plans_manager.get_configuration(configuration_name)
+    folder = Path(nnUNet_preprocessed) / plans_manager.dataset_name / configuration.data_identifier
     command = (
         f"nnUNetv2_preprocess -d {convert_dataset_name_to_id(plans_manager.dataset_name)} "
         f"-plans_name {plans_manager.plans_name} -c {configuration_name}"
@@ -62,10 +63,28 @@ def preprocessed_cases(plans_manager: PlansManager, configuration_name: str) -> 
     if not folder.is_dir() or not any(folder.iterdir()):
         raise UserError(f"no preprocessed cases in {folder}; make them: {command}")
     try:
-        cases = infer_dataset_class(str(folder)).get_identifiers(str(folder))
-    except (AssertionError, KeyError, IndexError) as error:
+        dataset_class = infer_dataset_class(str(folder))
+        cases = sorted(dataset_class.get_identifiers(str(folder)))
+        image, *_, properties = dataset_class(str(folder), cases[:1]).load_case(cases[0])
+        found, expected = image.shape[1:], _resampled_shape(properties, plans_manager, configuration)
+    except (AssertionError, KeyError, IndexError, OSError, RuntimeError) as error:
         raise UserError(f"{folder} holds files that are no preprocessed cases; empty it and run: {command}") from error
-    return sorted(cases)
+    if found != expected:
+        raise UserError(
+            f"{folder} was preprocessed for other plans: case {cases[0]} has {found} voxels, of which "
+            f"{plans_manager.plans_name} make {expected}; preprocess again: {command}"
+        )
+    return cases
+
+
+def _resampled_shape(
+    properties: Mapping[str, Any], plans_manager: PlansManager, configuration: ConfigurationManager
+) -> tuple[int, ...]:
+    """The shape that nnU-Net's preprocessing resamples a case to."""
+    spacing = [properties["spacing"][axis] for axis in plans_manager.transpose_forward]
+    target = [*spacing[: len(spacing) - len(configuration.spacing)], *configuration.spacing]  # 2d leaves the slices
+    cropped = properties["shape_after_cropping_and_before_resampling"]
+    return tuple(map(int, compute_new_shape(cropped, spacing, target)))
 
 
 def check_pretraining(plans: Mapping[str, Any], configuration_name: str, fold: int | str, settings: VFSettings) -> None:

@@ -19,6 +19,12 @@ from torch import nn
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.host import require_variables
 
+_PLAN_COMMANDS = {  # that make plans of these names
+    "nnUNetPlans": "nnUNetv2_plan_and_preprocess -d {} -c 3d_fullres",
+    "PCTNetPlans": "nnUNetv2_vf plan -d {}",
+    "VFPlans": "nnUNetv2_vf plan -d {} --like FILE",
+}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -112,15 +118,15 @@ def plans_file(dataset: str, plans_name: str) -> Path:
         UserError: there are none of that name.
     """
     require_variables(nnUNet_preprocessed)
+    if plans_name != Path(plans_name).name or plans_name.endswith(".json"):
+        raise UserError(f"{plans_name!r} is no name of plans; legal: the file's name without folder and .json")
     name = dataset_name(dataset)
     path = Path(nnUNet_preprocessed) / name / f"{plans_name}.json"
     if not path.is_file():
-        present = sorted(p.stem for p in path.parent.glob("*Plans*.json"))
-        number = convert_dataset_name_to_id(name)
-        raise UserError(
-            f"no plans {path} (there are: {', '.join(present) or 'none'}); make them: "
-            f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres"
-        )
+        present = ", ".join(sorted(p.stem for p in path.parent.glob("*Plans*.json"))) or "none"
+        command = _PLAN_COMMANDS.get(plans_name)
+        make = f"; make them: {command.format(convert_dataset_name_to_id(name))}" if command else ""
+        raise UserError(f"no plans {path}; there are: {present}{make}")
     return path
 
 
@@ -128,13 +134,20 @@ def load_target(dataset: str, plans_name: str, configuration_name: str) -> Targe
     """Read a dataset's plans.
 
     Raises:
-        UserError: the dataset, its plans or their configuration is missing, or the configuration is the second
-            stage of a cascade, whose further channels are no images.
+        UserError: the dataset, its plans or their configuration is missing or cannot be read, or the configuration
+            is 2D, or the second stage of a cascade, whose further channels are no images.
     """
     path = plans_file(dataset, plans_name)
-    plans_manager = PlansManager(path.as_posix())
-    target = Target(plans_manager, configuration_name, load_json(path.with_name("dataset.json").as_posix()))
-    legal = [n for n in plans_manager.available_configurations if n.startswith("3d") and "cascade" not in n]
+    try:
+        plans_manager = PlansManager(path.as_posix())
+        available = plans_manager.available_configurations
+        target = Target(plans_manager, configuration_name, load_json(path.with_name("dataset.json").as_posix()))
+    except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: no JSON
+        raise UserError(f"{path}, or dataset.json beside it, cannot be read: {error!r}; plan again") from error
+    legal = [name for name in available if name.startswith("3d") and "cascade" not in name]
     if configuration_name not in legal:
-        raise UserError(f"{configuration_name!r} of {path}; legal: {', '.join(legal) or 'none, it has no 3D ones'}")
+        raise UserError(
+            f"configuration {configuration_name!r} of {path} cannot be used; legal: "
+            f"{', '.join(legal) or 'none, it has no 3D ones'}"
+        )
     return target

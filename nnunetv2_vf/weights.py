@@ -7,6 +7,7 @@ known, ``nnssl_adaptation_plan`` (:mod:`nnunetv2_vf.nnssl`), readable with ``tor
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -59,8 +60,12 @@ def write_artifact(
 
 def check_output(output: Path, source: Path) -> None:
     """Raise UserError unless ``output`` can be written beside or instead of what is there, and is not the source."""
-    if not output.parent.is_dir() or output.is_dir() or output.resolve() == source.resolve():
-        raise UserError(f"cannot write {output}; legal: a file in a folder that exists, other than {source}")
+    if not output.parent.is_dir():
+        raise UserError(f"the folder {output.parent} does not exist; make it: mkdir -p {output.parent}")
+    if output.is_dir():
+        raise UserError(f"{output} is a folder; name a file in it: -o {output / 'OUT.pth'}")
+    if output.resolve() == source.resolve():
+        raise UserError(f"{output} is the file that is read; give the result another name")
 
 
 def save_whole(content: Any, path: Path) -> None:
@@ -142,13 +147,19 @@ def load_safely(path: Path) -> dict[str, Any]:
         UserError: there is no such file, it is damaged, no dict, or needs code of its own to load.
     """
     if not path.is_file():
-        raise UserError(f"no file {path}; pretraining writes {FILE_NAME} into its fold folder")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"no file {path}: it {what}; pretraining writes {FILE_NAME} into its fold folder")
     try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+        with torch.serialization.safe_globals(_NUMPY_SCALARS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch thinks of pickles that it did not write
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         needed = _unsafe_globals(path)
-        why = f"it would run {', '.join(needed)} to load" if needed else f"it is damaged ({type(error).__name__})"
+        why = (
+            f"it would run {', '.join(needed)} to load"
+            if needed
+            else f"it is damaged, or never was one ({type(error).__name__})"
+        )
         raise UserError(f"{path} is no file of PyTorch weights that can be trusted: {why}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of weights")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ import numpy as np
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_vf.compatibility import adapted_name
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.pct_net import PCTNet
 from nnunetv2_vf.planning import TopologyPlanner, planned_configurations
@@ -135,7 +137,7 @@ def next_steps(plans: dict[str, Any], name: str, pretrained: Mapping[str, Any]) 
     planned = planned_configurations(plans)
     if not planned:
         return f"{name} of {plans['dataset_name']}: only the configuration 2d: the images are two-dimensional"
-    dataset_id, weights = convert_dataset_name_to_id(plans["dataset_name"]), plans[_RECORD]["file"]
+    dataset_id, weights = convert_dataset_name_to_id(plans["dataset_name"]), shlex.quote(plans[_RECORD]["file"])
     channels = len(plans["configurations"]["3d_fullres"]["normalization_schemes"])
     lines = [
         f"{name} of {plans['dataset_name']}, with the network of {weights}:",
@@ -144,8 +146,9 @@ def next_steps(plans: dict[str, Any], name: str, pretrained: Mapping[str, Any]) 
         f"  nnUNetv2_preprocess -d {dataset_id} -plans_name {name} -c 3d_fullres",
     ]
     if channels != pretrained["num_input_channels"]:
-        lines.append(f"  nnUNetv2_vf adapt {weights} -d {dataset_id} -p {name} -c 3d_fullres -o adapted.pth")
-        weights = "adapted.pth"
+        adapted = adapted_name(Path(plans[_RECORD]["file"]), dataset_id)
+        lines.append(f"  nnUNetv2_vf adapt {weights} -d {dataset_id} -p {name} -c 3d_fullres -o {adapted}")
+        weights = adapted
     lines.append(
         f"  nnUNetv2_train {dataset_id} 3d_fullres 0 -p {name} -tr VFFinetuneTrainer -pretrained_weights {weights}"
     )

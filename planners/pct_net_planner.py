@@ -81,6 +81,6 @@ def next_steps(plans: dict[str, Any], name: str) -> str:
             "Next:",
             f"  nnUNetv2_preprocess -d {dataset_id} -plans_name {name} -c 3d_fullres",
             f"  {train} all -p {name} -tr VFPretrainTrainer      # if it is to pretrain on",
-            f"  {train} 0 -p {name} {finetune}      # or another dataset's: plan --like",
+            f"  {train} 0 -p {name} {finetune}      # its labels; for another dataset: plan --like",
         ]
     )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -8,11 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DATASET, DATASET_ID, edit_json
+from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint, run_training
 
 from nnunetv2_vf.cli import main
-from nnunetv2_vf.compatibility import differences, misfits, pretrained_weights_argument, require_fit
+from nnunetv2_vf.compatibility import (
+    adapt_command,
+    adapted_name,
+    differences,
+    like_command,
+    misfits,
+    pretrained_weights_argument,
+    require_fit,
+)
 from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.preflight import preprocessed_cases
 from nnunetv2_vf.target import Target, build_network, load_target
 from nnunetv2_vf.weights import read_artifact
 
@@ -85,6 +96,25 @@ def test_other_spelling_of_a_channel_is_no_difference(artifact, target):
     assert differences(vf, target) == []
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours", "told"),
+    [
+        (["MR"], ["MRI"], False),
+        (["MR"], ["MRI", "MRI1", "mr_2"], False),
+        (["MR"], ["T1", "T2w", "FLAIR"], False),
+        (["T1"], ["T2"], True),
+        (["MR"], ["CT"], True),
+        (["MR"], ["T1", "PET"], True),
+        (["CT"], ["CT", "CT"], False),
+    ],
+)
+def test_names_of_one_modality_are_no_difference(artifact, target, theirs, ours, told):
+    vf = {**read_artifact(artifact)["vf"], "channel_names": dict(enumerate(theirs))}
+    names = {str(i): name for i, name in enumerate(ours)}
+    target = Target(target.plans_manager, "3d_fullres", {**target.dataset_json, "channel_names": names})
+    assert ("channels" in [difference.what for difference in differences(vf, target)]) == told
+
+
 def test_weights_that_tell_nothing_of_their_data_are_said_to(target):
     (found,) = differences({}, target)
     assert "not recorded" in str(found)
@@ -116,8 +146,29 @@ def test_a_misfit_names_both_values_and_the_commands_that_mend_it(artifact, targ
         require_fit(artifact, read_artifact(artifact), wider)
     message = str(error.value)
     assert f"features_per_stage {features} against {[2 * f for f in features]}" in message
-    assert f"nnUNetv2_vf adapt {artifact} -d 7 -p nnUNetPlans -c 3d_fullres -o adapted.pth" in message
+    assert "nnUNetv2_vf adapt" not in message, "it would refuse them"
     assert f"nnUNetv2_vf plan -d 7 --like {artifact}" in message
+
+    flatter = another_architecture(target, kernel_sizes=[[1, 3, 3]] * len(features))
+    with pytest.raises(UserError) as error:
+        require_fit(artifact, read_artifact(artifact), flatter)
+    message = str(error.value)
+    assert f"nnUNetv2_vf adapt {artifact} -d 7 -p nnUNetPlans -c 3d_fullres -o vf_pretrained_for_7.pth" in message
+    assert f"nnUNetv2_vf plan -d 7 --like {artifact}" in message
+
+
+def test_other_channels_need_no_other_plans(artifact, target):
+    two = Target(target.plans_manager, "3d_fullres", {**target.dataset_json, "channel_names": {"0": "CT", "1": "PET"}})
+    with pytest.raises(UserError, match=r"input channels 1 against 2; adapt it: nnUNetv2_vf adapt [^;]*$"):
+        require_fit(artifact, read_artifact(artifact), two)
+
+
+def test_printed_commands_survive_the_shell_and_spare_the_file(target):
+    words = shlex.split(adapt_command(Path("my weights.pth"), target))
+    assert words[:3] == ["nnUNetv2_vf", "adapt", "my weights.pth"]
+    assert words[-2:] == ["-o", "my weights_for_7.pth"]
+    assert shlex.split(like_command("my weights.pth", target))[-1] == "my weights.pth"
+    assert adapted_name(Path("w_for_7.pth"), 7) != "w_for_7.pth"
 
 
 def test_bare_weights_name_a_tensor(artifact, target):
@@ -138,11 +189,43 @@ def trainer(monkeypatch, weights) -> object:
 def test_a_misfit_ends_training_in_one_line_before_anything_is_written(
     artifacts, tiny, own_dataset, tmp_path, monkeypatch
 ):
-    with pytest.raises(SystemExit, match=r"^nnUNetv2_vf: error: .* does not fit 3d_fullres of nnUNetPlans.*adapt"):
+    with pytest.raises(SystemExit, match=r"^nnUNetv2_vf: error: .* does not fit 3d_fullres of nnUNetPlans.*--like"):
         trainer(monkeypatch, artifacts["PCT-Net"])
     with pytest.raises(SystemExit, match=r"^nnUNetv2_vf: error: no file /nowhere.pth"):
         trainer(monkeypatch, "/nowhere.pth")
     assert not (tmp_path / "results").exists()
+
+
+def test_without_preprocessed_cases_nothing_is_written(artifact, tiny, own_dataset, tmp_path, monkeypatch):
+    edit_json(
+        own_dataset / "nnUNetPlans.json",
+        lambda plans: plans["configurations"]["3d_fullres"].update(data_identifier="nowhere"),
+    )
+    with pytest.raises(SystemExit, match=r"no preprocessed cases in .*: nnUNetv2_preprocess -d 7 -plans_name nnUNet"):
+        trainer(monkeypatch, artifact)
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("name", ["VFFinetuneTrainer", "VFPretrainTrainer"])
+def test_cases_of_former_plans_are_refused(tiny, own_dataset, tmp_path, monkeypatch, name):
+    def replan(plans):
+        spacing = plans["configurations"]["3d_fullres"]["spacing"]
+        plans["configurations"]["3d_fullres"]["spacing"] = [2 * mm for mm in spacing]
+
+    edit_json(own_dataset / "nnUNetPlans.json", replan)
+    monkeypatch.setattr(sys, "argv", TRAIN)
+    with pytest.raises(SystemExit, match=r"preprocessed for other plans: .* preprocess again: nnUNetv2_preprocess"):
+        get_trainer_from_args(str(DATASET_ID), "3d_fullres", 0, name, device=CPU)
+    assert not (tmp_path / "results").exists()
+
+
+def test_two_dimensional_plans_train_without_weights(tiny, own_dataset, monkeypatch):
+    """Nothing of the checks stands in the way of what is nnU-Net's own."""
+    plans = load_target(str(DATASET_ID), "nnUNetPlans", "3d_fullres").plans_manager
+    preprocess([DATASET_ID], "nnUNetPlans", configurations=["2d"], num_processes=[1])
+    assert len(preprocessed_cases(plans, "2d")) == 10
+    monkeypatch.setattr(sys, "argv", TRAIN)
+    assert get_trainer_from_args(str(DATASET_ID), "2d", 0, "VFFinetuneTrainer", device=CPU).pretrained is None
 
 
 def test_differences_are_logged_and_the_weights_recorded(artifact, tiny, own_dataset, tmp_path, monkeypatch):
@@ -245,14 +328,18 @@ def test_adapt_takes_a_checkpoint_of_nnunet(tiny, own_dataset, tmp_path, monkeyp
     ("network", "arguments", "message"),
     [
         ("PCT-Net", [], "holds weights of nnunetv2_vf.pct_net.PCTNet, but 3d_fullres of nnUNetPlans.*--partial"),
-        ("U-Net", ["-c", "2d"], "'2d' of .*; legal: 3d_fullres"),
-        ("U-Net", ["-p", "NoPlans"], "no plans .*there are: .*nnUNetPlans"),
+        ("U-Net", ["-c", "2d"], "configuration '2d' of .* cannot be used; legal: 3d_fullres"),
+        ("U-Net", ["-p", "NoPlans"], "no plans .*there are: [^;]*nnUNetPlans[^;]*$"),
+        ("U-Net", ["-p", "VFPlans"], "no plans .*make them: nnUNetv2_vf plan -d 7 --like FILE"),
+        ("U-Net", ["-p", "nnUNetPlans.json"], "'nnUNetPlans.json' is no name of plans; legal"),
+        ("U-Net", ["-p", "BrokenPlans"], "BrokenPlans.json, or dataset.json beside it, cannot be read"),
         ("U-Net", ["-d", "99"], "no dataset 99"),
-        ("U-Net", ["-o", "/nowhere/adapted.pth"], "cannot write /nowhere/adapted.pth"),
+        ("U-Net", ["-o", "/nowhere/adapted.pth"], "the folder /nowhere does not exist; make it: mkdir -p /nowhere"),
     ],
 )
 def test_adapts_mistakes_are_one_line(artifacts, tiny, own_dataset, tmp_path, network, arguments, message):
     out = tmp_path / "adapted.pth"
+    (own_dataset / "BrokenPlans.json").write_text("{bad")
     with pytest.raises(SystemExit, match=f"^nnUNetv2_vf: error: .*{message}"):
         main(["adapt", str(artifacts[network]), "-d", "7", "-o", str(out), *arguments])
     assert not out.exists()

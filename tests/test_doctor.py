@@ -78,7 +78,7 @@ def test_a_setting_that_is_not_legal(healthy, capsys, monkeypatch):
     [
         (["-d", "99"], "no dataset 99"),
         (["-d", "7", "-p", "NoPlans"], "no plans"),
-        (["-d", "7", "-c", "2d"], "'2d' of .*; legal: 3d_fullres"),
+        (["-d", "7", "-c", "2d"], "configuration '2d' of .*; legal: 3d_fullres"),
         (["-w", "/nowhere.pth"], "no file /nowhere.pth"),
     ],
 )
@@ -93,7 +93,17 @@ def test_weights_that_do_not_fit(healthy, artifacts, capsys):
     assert code == 1
     (line,) = [line for line in lines if line.startswith("FAIL")]
     assert "does not fit" in line
-    assert "nnUNetv2_vf adapt" in line
+    assert "nnUNetv2_vf plan -d 7 --like" in line
+
+
+def test_cases_of_former_plans(healthy, artifacts, capsys):
+    def replan(plans):
+        plans["configurations"]["3d_fullres"]["spacing"] = [4.0, 4.0, 4.0]
+
+    edit_json(healthy / "nnUNetPlans.json", replan)
+    code, lines = examined(capsys, "-d", "7", "-w", str(artifacts["U-Net"]))
+    assert code == 1
+    assert any(line.startswith("FAIL") and "preprocess again: nnUNetv2_preprocess -d 7" in line for line in lines)
 
 
 def test_weights_alone(healthy, artifacts, capsys):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -38,7 +39,12 @@ def test_an_artifact(artifacts, capsys):
 def test_an_adapted_artifact(artifacts, tiny, tmp_path, capsys):
     out = tmp_path / "adapted.pth"
     main(["adapt", str(artifacts["U-Net"]), "-d", "7", "-o", str(out), "--encoder-only"])
-    assert f"adapted: for 3d_fullres of nnUNetPlans of {DATASET}, encoder only, " in "\n".join(described(capsys, out))
+    lines = described(capsys, out)
+    assert re.search(r"pretrained with Volume Fusion, adapted to other plans: \d\d\.\d% of them kept", lines[0])
+    assert f"adapted: for 3d_fullres of nnUNetPlans of {DATASET}, encoder only, from vf_pretrained.pth" in lines
+    assert lines[-1] == (
+        f"use: nnUNetv2_train {DATASET} 3d_fullres FOLD -p nnUNetPlans -tr VFFinetuneTrainer -pretrained_weights {out}"
+    )
 
 
 @pytest.mark.parametrize("trainer", ["nnUNetTrainer", "VFFinetuneTrainer"])
@@ -97,7 +103,7 @@ def test_another_file(tmp_path, capsys):
         ([1, 2], "holds a list"),
         ({"network_weights": {}, "vf": {}}, "is not what its entries say: KeyError 'architecture'"),
         ({"network_weights": {}, "init_args": {"plans": {}}, "trainer_name": "T"}, "is not what its entries say"),
-        (b"junk", "it is damaged"),
+        (b"junk", "it is damaged, or never was one"),
         (None, "no file"),
     ],
 )

@@ -156,7 +156,7 @@ def test_the_pretrained_normalisation_brings_its_statistics(made_up, pretrained,
     assert plans["foreground_intensity_properties_per_channel"] == {"0": CT, "1": CT, "2": CT}
     out = capsys.readouterr().out
     assert "nnUNetv2_vf adapt" in out, "one input channel cannot become three by itself"
-    assert "-pretrained_weights adapted.pth" in out
+    assert "-pretrained_weights vf_pretrained_for_42.pth" in out
 
 
 def test_the_targets_normalisation_is_the_default_and_the_difference_is_told(made_up, pretrained, capsys):

@@ -16,6 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_vf.compatibility import fit_in_words, pretrained_weights_argument, require_fit
 from nnunetv2_vf.errors import one_line_errors
 from nnunetv2_vf.optimizer import adaptive_optimizer, clip_gradients, poly_decay
+from nnunetv2_vf.preflight import preprocessed_cases
 from nnunetv2_vf.settings import FINETUNE_RECIPES, FinetuneSettings
 from nnunetv2_vf.target import Target
 from nnunetv2_vf.weights import read_pretrained, save_whole
@@ -47,6 +48,7 @@ class VFFinetuneTrainer(nnUNetTrainer):
         plans_manager = PlansManager(plans)
         network = plans_manager.get_configuration(configuration).network_arch_class_name
         self.settings = FinetuneSettings.resolve(plans, os.environ, FINETUNE_RECIPES.get(network))
+        preprocessed_cases(plans_manager, configuration)
         self.pretrained: dict[str, Any] | None = None
         weights_file = pretrained_weights_argument(sys.argv[1:])
         if weights_file is not None:
@@ -66,9 +68,10 @@ class VFFinetuneTrainer(nnUNetTrainer):
     def on_train_start(self) -> None:
         super().on_train_start()
         self.print_to_log_file(f"Fine-tuning settings:\n{self.settings}\n", add_timestamp=False)
+        lines = ["Pretrained weights: none, this training began from scratch"]
         if self.pretrained is not None:
             lines = [f"Pretrained weights: {self.pretrained['file']}", *self.pretrained["compared"]]
-            self.print_to_log_file("\n  ".join(lines) + "\n", add_timestamp=False)
+        self.print_to_log_file("\n  ".join(lines) + "\n", add_timestamp=False)
 
     def save_checkpoint(self, filename: str) -> None:
         """As nnU-Net's, under the name of nnU-Net's trainer; ours, settings and weights are in a field of their own."""
