@@ -18,8 +18,9 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
+from nnunetv2_vf.augment import augment
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.fusion import fuse_batch
+from nnunetv2_vf.fusion import fuse_batch, to_device
 from nnunetv2_vf.preflight import preprocessed_cases, pretraining_configuration
 from nnunetv2_vf.sampling import VALIDATION, FusionDataset, collate
 from nnunetv2_vf.settings import VFSettings
@@ -180,11 +181,13 @@ def make_examples(
         batch: of :func:`nnunetv2_vf.sampling.collate`.
         answer: the network: (B, C, D, H, W) to classes (B, D, H, W).
     """
-    fused_batch = fuse_batch(batch["tensors"], settings.coefficient_steps, device)
+    tensors = to_device(batch["tensors"], device)
+    fused_batch = fuse_batch(tensors, settings.coefficient_steps, device)
     answers: Sequence[np.ndarray | None] = [None] * len(batch["cases"])
     if answer is not None:
         answers = list(answer(fused_batch.fused).cpu().numpy())
-    images = [t[:, 0].cpu().numpy() for t in (fused_batch.foreground, fused_batch.background, fused_batch.fused)]
+    foreground, background = augment(tensors["subvolumes"], tensors).unbind(1)
+    images = [t[:, 0].cpu().numpy() for t in (foreground, background, fused_batch.fused)]
     maps = fused_batch.fusion_map.cpu().numpy()
     titles = [" + ".join(cases) for cases in batch["cases"]]
     return [Example(*fields) for fields in zip(titles, *images, maps, answers, strict=True)]

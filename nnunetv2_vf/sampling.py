@@ -6,6 +6,7 @@ any resume, gives the same sequence. Nothing is drawn from a global random state
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ from nnunetv2_vf.settings import VFSettings
 # The two streams of samples; the validation stream ignores the seed setting, so that runs compare.
 TRAINING, VALIDATION = 0, 1
 
+_SPACE = (1, 2, 3)
 _CROPS = 100  # drawn from a case before giving it up: enough where a fifth of a scan is not air
 _CASES = 100  # tried for a sample before giving up
 
@@ -98,7 +100,8 @@ class FusionDataset(Dataset):
         for _ in range(_CROPS):
             box = self._draw_box(volume.shape[1:], rng)
             crop = torch.from_numpy(crop_and_pad_nd(volume, box, 0)).float()
-            lowest, highest = _without_padding(crop, box, volume.shape[1:]).flatten(1).aminmax(dim=1)
+            inside = _without_padding(crop, box, volume.shape[1:])
+            lowest, highest = inside.amin(_SPACE), inside.amax(_SPACE)  # aminmax takes ten times as long
             if not (lowest.isfinite().all() and highest.isfinite().all()):  # NaN and infinity show in the extremes
                 rejected.append((case, "holds voxels that are not finite (NaN or infinite)"))
                 return []
@@ -132,10 +135,31 @@ def _without_padding(crop: Tensor, box: list[list[int]], shape: Sequence[int]) -
 
 
 def resize(crop: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """Resize (C, d, h, w) to (C, *size), trilinear."""
-    if crop.shape[1:] == size:
+    """Resize (C, d, h, w) to (C, *size), trilinear: within the slices and across them, the smaller one last.
+
+    Takes MEASURED of the time of ``F.interpolate(mode="trilinear")``, on one CPU core.
+    """
+    if crop.shape[1] < size[0]:
+        return _across_slices(_within_slices(crop, size[1:]), size[0])
+    return _within_slices(_across_slices(crop, size[0]), size[1:])
+
+
+def _within_slices(crop: Tensor, size: tuple[int, int]) -> Tensor:
+    if crop.shape[2:] == size:
         return crop
-    return F.interpolate(crop[None], size, mode="trilinear", align_corners=False)[0]
+    return F.interpolate(crop, size, mode="bilinear", align_corners=False)
+
+
+def _across_slices(crop: Tensor, size: int) -> Tensor:
+    if crop.shape[1] == size:
+        return crop
+    return torch.matmul(_linear_weights(crop.shape[1], size), crop.flatten(2)).unflatten(2, crop.shape[2:])
+
+
+@functools.lru_cache(maxsize=1024)
+def _linear_weights(old: int, new: int) -> Tensor:
+    """The matrix (new, old) of linear interpolation from one number of slices to another."""
+    return F.interpolate(torch.eye(old)[None], new, mode="linear", align_corners=False)[0].T.contiguous()
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_vf.augment import adjust_intensity, augment, draw_augmentation, flip
+from nnunetv2_vf.augment import Augmentation, adjust_intensity, augment, draw_augmentation, flip
 from nnunetv2_vf.settings import VFSettings
 
 SPACE = (-3, -2, -1)
@@ -44,6 +44,23 @@ def test_every_channel_of_every_subvolume_keeps_its_mean_and_standard_deviation(
     torch.testing.assert_close(y.mean(SPACE), x.mean(SPACE), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(y.std(SPACE), x.std(SPACE), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(y, x)
+
+
+def test_large_channels_keep_them_nearly():
+    """They are measured on a regular subset."""
+    x = volume(1, 48, 64, 56).pow(2)  # skewed
+    y = adjust_intensity(x, torch.tensor([[1.0, 99.0]]), torch.tensor([1.4]), torch.tensor([True]))
+    torch.testing.assert_close(y.mean(SPACE), x.mean(SPACE), rtol=0.02, atol=0)
+    torch.testing.assert_close(y.std(SPACE), x.std(SPACE), rtol=0.02, atol=0)
+
+
+def test_slices_are_those_of_the_whole():
+    x = volume(2, 2, 3, 7, 8, 9)
+    drawn = [draw_augmentation(3, VFSettings(), np.random.default_rng(seed)) for seed in range(2)]
+    batch = {name: torch.stack([sample[name] for sample in drawn]) for name in drawn[0]}
+    augmentation = Augmentation(x, batch)
+    pieces = [augmentation.slices(start, stop) for start, stop in ((0, 3), (3, 4), (4, 7))]
+    assert torch.equal(torch.cat(pieces, dim=3), augment(x, batch))
 
 
 def test_nothing_drawn_is_nothing_done():

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_vf.fusion import draw_blocks, draw_boxes, draw_fusion_map, fuse
+from nnunetv2_vf import fusion
+from nnunetv2_vf.augment import augment, draw_augmentation
+from nnunetv2_vf.fusion import draw_blocks, draw_boxes, draw_fusion_map, fuse, fuse_batch
 from nnunetv2_vf.settings import VFSettings
 
 PAPER_PATCH = (64, 128, 128)
@@ -33,6 +35,25 @@ def test_the_fused_image_is_exactly_the_mix(steps, channels):
     assert torch.equal(fused[pure], background[pure])
     pure = (fusion_map == steps)[:, None].expand_as(fused)
     assert torch.equal(fused[pure], foreground[pure])
+
+
+@pytest.mark.parametrize("piece", [1, 500, 10**9])
+def test_a_batch_is_augmented_and_fused_alike_in_pieces_of_any_size(piece, monkeypatch):
+    monkeypatch.setattr(fusion, "_CACHED_VOXELS", piece)
+    generator = torch.Generator().manual_seed(0)
+    settings = VFSettings()
+    drawn = [draw_augmentation(2, settings, rng(seed)) for seed in range(3)]
+    batch = {
+        "subvolumes": torch.randn(3, 2, 2, 9, 10, 11, generator=generator),
+        "fusion_map": torch.stack([draw_boxes((9, 10, 11), settings, rng(seed)) for seed in range(3)]),
+        **{name: torch.stack([sample[name] for sample in drawn]) for name in drawn[0]},
+    }
+    before = batch["subvolumes"].clone()
+    fused = fuse_batch(batch, 4, torch.device("cpu"))
+    expected = fuse(*augment(before, batch).unbind(1), batch["fusion_map"], 4)
+    assert torch.equal(fused.fused, expected)
+    assert torch.equal(batch["subvolumes"], before)
+    assert fused.fusion_map is batch["fusion_map"]
 
 
 @pytest.mark.parametrize("steps", [1, 4, 7])

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnunetv2_vf.errors import UserError
@@ -125,6 +126,13 @@ def test_crops_are_cut_from_the_volume_and_resized(cases):
         assert len(corners) == 1
         z, y, x = corners[0]
         assert torch.equal(crop, volume[:, z : z + PATCH[0], y : y + PATCH[1], x : x + PATCH[2]])
+
+
+@pytest.mark.parametrize("size", [(9, 14, 11), (6, 20, 7), (13, 9, 16), (1, 30, 8), (12, 14, 14), (12, 9, 17)])
+def test_resizing_is_trilinear(size):
+    crop = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    expected = F.interpolate(crop[None], PATCH, mode="trilinear", align_corners=False)[0]
+    torch.testing.assert_close(resize(crop, PATCH), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_crop_sizes_span_the_scales(cases):
