@@ -98,11 +98,17 @@ def tasks(volume: np.ndarray, pymic: Path | None, nnssl: Path | None) -> dict[st
 
 
 def ours(volume: np.ndarray, settings: VFSettings) -> Callable[[], Any]:
-    """What a worker and the training step on a CPU do."""
+    """What a worker and the training step on a CPU do; without collating, which has no counterpart in the others."""
     dataset = FusionDataset(VolumeInMemory(volume), PATCH, settings, TRAINING)
     index = itertools.count()
     cpu = torch.device("cpu")
-    return lambda: fuse_batch(collate([dataset[next(index)]])["tensors"], settings.coefficient_steps, cpu)
+
+    def run() -> Any:
+        sample = dataset[next(index)]
+        batch_of_one = {name: x[None] for name, x in sample.items() if isinstance(x, torch.Tensor)}
+        return fuse_batch(batch_of_one, settings.coefficient_steps, cpu)
+
+    return run
 
 
 def ours_fusion(foreground: np.ndarray, background: np.ndarray) -> Callable[[], Any]:

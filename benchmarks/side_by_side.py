@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import platform
 import statistics
@@ -31,7 +30,6 @@ def alternate(
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warm_up + repeats):
         for name, run in contenders.items():
-            gc.collect()
             start = clock()
             result = run()
             elapsed = clock() - start

@@ -31,7 +31,7 @@ def draw_augmentation(num_channels: int, settings: VFSettings, rng: np.random.Ge
 
     Returns:
         ``flip`` (2, 3) bool, per axis; ``percentiles`` (2, C, 2), lower and upper, NaN where the contrast is left
-        alone; ``gamma`` (2, C); ``invert`` () bool, common to both.
+        alone; ``gamma`` (2, C); ``invert`` (2, C) bool, all alike.
     """
     per_channel = (2, num_channels)
     flip = rng.random((2, 3)) < settings.flip_probability
@@ -45,46 +45,45 @@ def draw_augmentation(num_channels: int, settings: VFSettings, rng: np.random.Ge
         "flip": torch.from_numpy(flip),
         "percentiles": torch.from_numpy(percentiles).float(),
         "gamma": torch.from_numpy(gamma).float(),
-        "invert": torch.tensor(bool(invert)),
+        "invert": torch.full(per_channel, bool(invert)),
     }
 
 
 class Augmentation:
-    """What :func:`draw_augmentation` drew for a batch of sub-volumes, ready to be applied to any of their slices.
+    """What :func:`draw_augmentation` drew, ready to be applied to any slices of the images that it was drawn for.
 
     Args:
-        subvolumes: (B, 2, C, D, H, W), finite.
-        parameters: ``flip`` (B, 2, 3), ``percentiles`` (B, 2, C, 2), ``gamma`` (B, 2, C), ``invert`` (B,); all
-            on the device of ``subvolumes`` but ``flip``, on the CPU.
+        images: (..., C, D, H, W), finite.
+        parameters: ``flip`` (..., 3), ``percentiles`` (..., C, 2), ``gamma`` and ``invert`` (..., C); all on the
+            device of the images but ``flip``, on the CPU.
     """
 
     @torch.no_grad()
-    def __init__(self, subvolumes: Tensor, parameters: Mapping[str, Tensor]):
-        self.subvolumes = subvolumes
+    def __init__(self, images: Tensor, parameters: Mapping[str, Tensor]):
+        self.images = images
         self.flip = parameters["flip"]
-        invert = parameters["invert"][:, None, None].expand_as(parameters["gamma"])
-        self.adjust = intensity_map(subvolumes, parameters["percentiles"], parameters["gamma"], invert)
+        self.adjust = intensity_map(images, *(parameters[name] for name in ("percentiles", "gamma", "invert")))
 
     @torch.no_grad()
     def slices(self, start: int, stop: int) -> Tensor:
-        """Slices [start, stop) of the augmented sub-volumes, (B, 2, C, stop - start, H, W)."""
-        return self.adjust(flip(self.subvolumes, self.flip, start, stop))
+        """Slices [start, stop) of the augmented images, (..., C, stop - start, H, W)."""
+        return self.adjust(flip(self.images, self.flip, start, stop))
 
 
-def augment(subvolumes: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+def augment(images: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
     """All slices of an :class:`Augmentation`."""
-    return Augmentation(subvolumes, parameters).slices(0, subvolumes.shape[3])
+    return Augmentation(images, parameters).slices(0, images.shape[-3])
 
 
 def flip(x: Tensor, axes: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-    """Mirror the spatial axes of x (B, 2, C, D, H, W) where ``axes`` (B, 2, 3) is true; slices [start, stop) of that.
+    """Mirror the spatial axes of x (..., C, D, H, W) where ``axes`` (..., 3) is true; slices [start, stop) of that.
 
     ``axes`` stays on the CPU, whatever the device of x: reading it must not wait for a GPU.
     """
-    depth, *in_plane = x.shape[3:]
+    depth, *in_plane = x.shape[-3:]
     stop = depth if stop is None else stop
-    mirrored = x.new_empty(*x.shape[:3], stop - start, *in_plane)
-    for index in np.ndindex(*axes.shape[:2]):
+    mirrored = x.new_empty(*x.shape[:-3], stop - start, *in_plane)
+    for index in np.ndindex(*axes.shape[:-1]):
         dims = [dim for dim, yes in zip(_SPACE, axes[index].tolist(), strict=True) if yes]
         source = slice(depth - stop, depth - start) if axes[index][0] else slice(start, stop)
         mirrored[index] = x[index][:, source].flip(dims)
@@ -109,12 +108,15 @@ def intensity_map(x: Tensor, percentiles: Tensor, gamma: Tensor, invert: Tensor)
         gamma, invert: (...).
     """
     channels = x.reshape(-1, *x.shape[-3:])  # M, D, H, W
-    lowest, highest = channels.amin(_SPACE)[:, None], channels.amax(_SPACE)[:, None]
+    # both in one pass for each channel: 0.5 ms instead of 1.2 for a pair of 64x128x128 voxels on one CPU core
+    lowest, highest = torch.tensor_split(torch.stack([torch.stack(c.aminmax()) for c in channels]), 2, dim=1)
     subset = _regular_subset(channels)  # M, at most _SUBSET_VOXELS
     v0, v1 = _knots(subset, lowest, highest, percentiles.reshape(-1, 2)).split(1, dim=1)
     curve = _Curve.through(lowest, v0, v1, highest, gamma.reshape(-1, 1))
 
-    (std, mean), (unit_std, unit_mean) = (torch.std_mean(v, 1, keepdim=True) for v in (subset, curve(subset)))
+    unit = curve(subset)
+    mean, unit_mean = (v.mean(1, keepdim=True) for v in (subset, unit))
+    std, unit_std = (v.std(1, keepdim=True) for v in (subset, unit))
     gain = torch.where(unit_std > 0, std / unit_std, 0.0)
     gain = torch.where(invert.reshape(-1, 1), -gain, gain)  # u to 1 - u: a change of sign, about the mean
     return IntensityMap(curve, gain, offset=mean - gain * unit_mean)
@@ -185,7 +187,8 @@ def _slope(rise: float, low: Tensor, high: Tensor) -> Tensor:
 
 def _knots(subset: Tensor, lowest: Tensor, highest: Tensor, percentiles: Tensor) -> Tensor:
     """v0 and v1 (M, 2): the percentiles, linear between ranks; where they are NaN those that change nothing."""
-    ranked = subset.sort(1).values
+    # numpy sorts 16,384 numbers in a tenth of the time that torch takes on a CPU
+    ranked = torch.from_numpy(np.sort(subset.numpy(), 1)) if subset.device.type == "cpu" else subset.sort(1).values
     rank = percentiles.nan_to_num(50.0) / 100 * (ranked.shape[1] - 1)
     below, above = rank.floor(), rank.ceil()
     found = torch.lerp(ranked.gather(1, below.long()), ranked.gather(1, above.long()), rank - below)

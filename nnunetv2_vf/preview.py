@@ -18,9 +18,8 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
-from nnunetv2_vf.augment import augment
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.fusion import fuse_batch, to_device
+from nnunetv2_vf.fusion import augmentations, fuse_batch, to_device
 from nnunetv2_vf.preflight import preprocessed_cases, pretraining_configuration
 from nnunetv2_vf.sampling import VALIDATION, FusionDataset, collate
 from nnunetv2_vf.settings import VFSettings
@@ -186,7 +185,7 @@ def make_examples(
     answers: Sequence[np.ndarray | None] = [None] * len(batch["cases"])
     if answer is not None:
         answers = list(answer(fused_batch.fused).cpu().numpy())
-    foreground, background = augment(tensors["subvolumes"], tensors).unbind(1)
+    foreground, background = (each.slices(0, each.images.shape[-3]) for each in augmentations(tensors))
     images = [t[:, 0].cpu().numpy() for t in (foreground, background, fused_batch.fused)]
     maps = fused_batch.fusion_map.cpu().numpy()
     titles = [" + ".join(cases) for cases in batch["cases"]]

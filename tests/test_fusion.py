@@ -43,16 +43,17 @@ def test_a_batch_is_augmented_and_fused_alike_in_pieces_of_any_size(piece, monke
     generator = torch.Generator().manual_seed(0)
     settings = VFSettings()
     drawn = [draw_augmentation(2, settings, rng(seed)) for seed in range(3)]
+    subvolumes = torch.randn(2, 3, 2, 9, 10, 11, generator=generator)
     batch = {
-        "subvolumes": torch.randn(3, 2, 2, 9, 10, 11, generator=generator),
+        "foreground": subvolumes[0].clone(),
+        "background": subvolumes[1].clone(),
         "fusion_map": torch.stack([draw_boxes((9, 10, 11), settings, rng(seed)) for seed in range(3)]),
         **{name: torch.stack([sample[name] for sample in drawn]) for name in drawn[0]},
     }
-    before = batch["subvolumes"].clone()
     fused = fuse_batch(batch, 4, torch.device("cpu"))
-    expected = fuse(*augment(before, batch).unbind(1), batch["fusion_map"], 4)
-    assert torch.equal(fused.fused, expected)
-    assert torch.equal(batch["subvolumes"], before)
+    pair = augment(subvolumes.transpose(0, 1), batch).unbind(1)
+    torch.testing.assert_close(fused.fused, fuse(*pair, batch["fusion_map"], 4))
+    assert torch.equal(torch.stack([batch["foreground"], batch["background"]]), subvolumes), "the batch is left alone"
     assert fused.fusion_map is batch["fusion_map"]
 
 

@@ -212,7 +212,7 @@ def test_validation_samples_are_the_same_in_every_epoch_and_run(tiny, monkeypatc
     assert len(samples) == 4  # 2 epochs x 2 steps
     for batch, other in ((samples[0], samples[2]), (samples[1], samples[3]), (samples[0], other_run[0])):
         assert all(torch.equal(batch[name], other[name]) for name in batch)
-    assert not torch.equal(samples[0]["subvolumes"], samples[1]["subvolumes"])
+    assert not torch.equal(samples[0]["foreground"], samples[1]["foreground"])
 
 
 def test_the_network_learns_the_pretext_task(tiny, monkeypatch):

@@ -104,11 +104,12 @@ def test_a_sample_has_two_subvolumes_of_one_or_two_cases(cases, pairing):
     samples = FusionDataset(cases, PATCH, VFSettings(pairing=pairing), TRAINING)
     for index in range(8):
         sample = samples[index]
-        assert sample["subvolumes"].shape == (2, 2, *PATCH)
-        assert sample["subvolumes"].dtype == torch.float32
+        for name in ("foreground", "background"):
+            assert sample[name].shape == (2, *PATCH)
+            assert sample[name].dtype == torch.float32
         assert sample["fusion_map"].shape == PATCH
         assert len(sample["cases"]) == (2 if pairing == "different" else 1)
-        assert not torch.equal(*sample["subvolumes"])
+        assert not torch.equal(sample["foreground"], sample["background"])
 
 
 def test_all_cases_are_drawn(cases):
@@ -121,7 +122,7 @@ def test_crops_are_cut_from_the_volume_and_resized(cases):
     samples = FusionDataset(cases, PATCH, VFSettings(crop_scale=(1, 1)), TRAINING)
     sample = samples[0]
     volume = torch.from_numpy(cases.load_case(sample["cases"][0])[0][:])
-    for crop in sample["subvolumes"]:
+    for crop in (sample["foreground"], sample["background"]):
         corners = (volume[0] == crop[0, 0, 0, 0]).nonzero()
         assert len(corners) == 1
         z, y, x = corners[0]
@@ -150,7 +151,7 @@ def test_crop_sizes_span_the_scales(cases):
 def test_small_volumes_are_centred_and_padded_with_zero_as_nnunet_does(tmp_path):
     cases = save_cases(tmp_path, small=1 + np.abs(noise(1, 6, 20, 16)))
     samples = FusionDataset(cases, PATCH, VFSettings(crop_scale=(1, 1)), TRAINING)
-    subvolume = samples[0]["subvolumes"][0, 0]
+    subvolume = samples[0]["foreground"][0]
     assert (subvolume[:3] == 0).all()
     assert (subvolume[9:] == 0).all()
     assert (subvolume[3:9] > 0).all()
@@ -204,7 +205,7 @@ def test_volumes_with_nan_and_constant_volumes_are_skipped_and_reported(tmp_path
     samples = FusionDataset(cases, PATCH, VFSettings(), TRAINING)
     drawn = [samples[i] for i in range(20)]
     assert all(sample["cases"] == ["good"] for sample in drawn)
-    assert all(sample["subvolumes"].isfinite().all() for sample in drawn)
+    assert all(sample[name].isfinite().all() for sample in drawn for name in ("foreground", "background"))
     rejected = {pair for sample in drawn for pair in sample["rejected"]}
     assert rejected == {
         ("holed", "holds voxels that are not finite (NaN or infinite)"),
@@ -217,7 +218,7 @@ def test_air_is_drawn_again_without_a_word(tmp_path):
     mostly_air[:, :10] = noise(1, 10, 20, 20)
     samples = FusionDataset(save_cases(tmp_path, scan=mostly_air), PATCH, VFSettings(), TRAINING)
     drawn = [samples[i] for i in range(10)]
-    assert all(sample["subvolumes"].flatten(1).std(1).min() > 0 for sample in drawn)
+    assert all(sample[name].std() > 0 for sample in drawn for name in ("foreground", "background"))
     assert not any(sample["rejected"] for sample in drawn)
 
 
@@ -235,7 +236,7 @@ def test_a_volume_of_almost_nothing_but_air_is_skipped_and_reported(tmp_path):
 
 def test_a_small_constant_volume_is_no_image_because_of_its_padding(tmp_path):
     cases = save_cases(tmp_path, flat=np.full((1, 6, 6, 6), 5.0))
-    assert "subvolumes" not in FusionDataset(cases, PATCH, VFSettings(), TRAINING)[0]
+    assert "foreground" not in FusionDataset(cases, PATCH, VFSettings(), TRAINING)[0]
 
 
 def test_a_batch_without_a_usable_volume_says_so(tmp_path):
@@ -252,7 +253,7 @@ def test_one_usable_pair_among_many_bad_cases_is_always_found(tmp_path, pairing)
     bad = {f"bad_{i}": np.zeros((1, 20, 20, 20)) for i in range(12)}
     cases = save_cases(tmp_path, **bad, one=noise(1, 20, 20, 20), two=noise(1, 20, 20, 20, seed=1))
     samples = FusionDataset(cases, PATCH, VFSettings(pairing=pairing), TRAINING)
-    assert all("subvolumes" in samples[i] for i in range(30))
+    assert all("foreground" in samples[i] for i in range(30))
 
 
 def test_pairing_different_needs_two_cases(tmp_path):
