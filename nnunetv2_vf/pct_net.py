@@ -64,6 +64,8 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
         norm_op: ``nn.BatchNorm3d`` (published) or ``nn.InstanceNorm3d``.
         norm_op_kwargs: for ``norm_op``.
         activation_checkpointing: recompute every block in the backward pass instead of keeping its activations.
+        channels_last: keep weights, and so the maps, channels-last in memory (same shapes, same results): on 2 CPU
+            cores that saves MEASURED of a training step.
 
     Raises:
         ValueError: an argument is not legal; with the legal ones.
@@ -84,6 +86,7 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
         norm_op: type[nn.Module] = nn.BatchNorm3d,
         norm_op_kwargs: dict[str, Any] | None = None,
         activation_checkpointing: bool = False,
+        channels_last: bool = True,
     ):
         super().__init__()
         self.input_channels = input_channels
@@ -129,6 +132,8 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
             deep_supervision,
         )
         self.encoder.checkpointing = self.decoder.checkpointing = activation_checkpointing
+        if channels_last:
+            _store_channels_last(self)
         # where nnU-Net's own fine-tuning of foreign weights looks
         self.key_to_encoder = "encoder"
         self.key_to_stem = "encoder.stem"
@@ -292,6 +297,14 @@ def conv_block(features: int, kernel: _Triple, dropout: float, norm: _Norm) -> n
     """Twice norm, PReLU, convolution, with dropout before the second convolution; no residual."""
     norm2, act2, conv2 = norm_act_conv(features, features, kernel, norm)
     return nn.Sequential(*norm_act_conv(features, features, kernel, norm), norm2, act2, nn.Dropout(dropout), conv2)
+
+
+def _store_channels_last(network: nn.Module) -> None:
+    """Store the kernels channels-last, after which the maps follow; Module.to does not do that on fake tensors."""
+    for conv in network.modules():
+        if isinstance(conv, nn.Conv3d | nn.ConvTranspose3d):
+            stored = conv.weight.detach().contiguous(memory_format=torch.channels_last_3d)
+            conv.weight = nn.Parameter(stored, conv.weight.requires_grad)
 
 
 def total_stride(strides: Sequence[_Triple]) -> _Triple:
