@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nnunetv2_vf.compatibility import like_command
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.target import Target, build_network
+from nnunetv2_vf.trust import can_be_planned
 from nnunetv2_vf.weights import HEADS, check_output, package_versions, read_described, storage_key, write_artifact
 
 TRANSFERRED, ADAPTED, RANDOM = "transferred", "adapted", "left at random"
@@ -59,35 +60,37 @@ def adapt_file(
     pretrained = artifact["vf"]
     theirs, ours = pretrained["architecture"]["network_class_name"], target.architecture["network_class_name"]
     like = like_command(pretrained_file, target)
+    mend = f"plan with the pretrained network: {like}; or " if can_be_planned(pretrained["architecture"]) else ""
     if theirs != ours and not partial:
         raise UserError(
-            f"{pretrained_file} holds weights of {theirs}, but {target} has {ours}; plan with the pretrained network: "
-            f"{like}; or transfer what fits: --partial"
+            f"{pretrained_file} holds weights of {theirs}, but {target} has {ours}; {mend}transfer what fits: --partial"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         network = build_network(target.architecture, target.input_channels, pretrained["num_classes"], device="cpu")
-    fates = transfer(artifact["network_weights"], network, encoder_only)
+    before = pretrained.get("adapted", {})
+    fates = transfer(artifact["network_weights"], network, encoder_only, frozenset(before.get("left_at_random", ())))
     misfits = [fate for fate in fates if not fate.fits]
     if misfits and not partial:
         raise UserError(
             f"{len(misfits)} tensors of {target} have other features than in {pretrained_file}, {misfits[0].name} for "
-            f"one ({misfits[0].how}); plan with the pretrained network: {like}; or transfer what fits: --partial"
+            f"one ({misfits[0].how}); {mend}transfer what fits: --partial"
         )
     metadata = {
         **pretrained,
         "architecture": target.architecture,
         "num_input_channels": target.input_channels,
         "adapted": {
-            "from": pretrained_file.name,
+            "from": before.get("from", pretrained_file.name),
             "for": {
                 "dataset": target.plans_manager.dataset_name,
                 "plans": target.plans_manager.plans_name,
                 "configuration": target.configuration_name,
             },
-            "pretrained_input_channels": pretrained["num_input_channels"],
-            "encoder_only": encoder_only,
+            "pretrained_input_channels": before.get("pretrained_input_channels", pretrained["num_input_channels"]),
+            "encoder_only": encoder_only or before.get("encoder_only", False),
             "transferred_share": transferred_share(fates),
+            "left_at_random": [fate.name for fate in fates if fate.what == RANDOM],
         },
         "versions": package_versions(),
     }
@@ -95,13 +98,19 @@ def adapt_file(
     return table(fates)
 
 
-def transfer(pretrained: Mapping[str, Tensor], network: nn.Module, encoder_only: bool = False) -> list[Fate]:
+def transfer(
+    pretrained: Mapping[str, Tensor],
+    network: nn.Module,
+    encoder_only: bool = False,
+    at_random: frozenset[str] = frozenset(),
+) -> list[Fate]:
     """Copy pretrained weights into a network, adapted to its shapes; each tensor once, whatever its names.
 
     Args:
         pretrained: weights of a network of the same kind.
         network: changed in place; what has no counterpart stays as it is.
         encoder_only: whether the decoder stays as it is.
+        at_random: names of the pretrained weights that no pretraining has seen.
     """
     modules = dict(network.named_modules(remove_duplicate=False))
     inputs = {f"{key}.weight" for key in getattr(network, "keys_to_in_proj", ())}
@@ -116,7 +125,8 @@ def transfer(pretrained: Mapping[str, Tensor], network: nn.Module, encoder_only:
         if encoder_only and not name.startswith(encoder) and HEADS not in name:
             fates.append(Fate(name, tensor.numel(), RANDOM, "decoder"))
             continue
-        source = pretrained.get(_same_level(name, deeper))
+        source_name = _same_level(name, deeper)
+        source = pretrained.get(source_name)
         if source is None:
             fates.append(Fate(name, tensor.numel(), RANDOM, "not in the pretrained network"))
             continue
@@ -126,6 +136,9 @@ def transfer(pretrained: Mapping[str, Tensor], network: nn.Module, encoder_only:
             fates.append(Fate(name, tensor.numel(), RANDOM, how, fits=False))
             continue
         tensor.copy_(adapted)
+        if source_name in at_random:
+            fates.append(Fate(name, tensor.numel(), RANDOM, "at random in the pretrained file already"))
+            continue
         fates.append(Fate(name, tensor.numel(), ADAPTED if how else TRANSFERRED, how))
     return fates
 

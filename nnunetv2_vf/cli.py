@@ -255,7 +255,7 @@ def _plan_like(args: argparse.Namespace) -> None:
         normalization=args.normalization or "target",
     )
     for plans, name in plan_datasets(args.d, planner, *_stock_arguments(args)):
-        print(next_steps(plans, name, pretrained))
+        print(next_steps(plans, name, pretrained, args.like))
         if "3d_fullres" in plans["configurations"]:
             compared = fit_in_words(pretrained, load_target(plans["dataset_name"], name, "3d_fullres"))
             print("\n  ".join(["Pretraining and these plans:", *compared]))
@@ -267,10 +267,14 @@ def _stock_arguments(args: argparse.Namespace) -> tuple[Any, ...]:
 
 def _convert(args: argparse.Namespace) -> None:
     from nnunetv2_vf.convert import convert_file
+    from nnunetv2_vf.trust import can_be_planned
+    from nnunetv2_vf.weights import read_artifact
 
     about = convert_file(args.release, args.o, args.mode)
     written = shlex.quote(str(args.o))
-    print(f"wrote {args.o}: {about}\nNext: nnUNetv2_vf info {written}; nnUNetv2_vf plan -d ID --like {written}")
+    print(f"wrote {args.o}: {about}\nNext: nnUNetv2_vf info {written}", end="")
+    plannable = can_be_planned(read_artifact(args.o)["vf"]["architecture"])
+    print(f"; nnUNetv2_vf plan -d ID --like {written}" if plannable else "")
 
 
 def _adapt(args: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,16 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
-from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.errors import UserError, printable
 from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.target import Target, build_network
+from nnunetv2_vf.trust import can_be_planned
 from nnunetv2_vf.weights import HEADS
 
 _HU = "CTNormalization"
 # Differences in the normalisation of HU that are worth a word: of the means, in standard deviations, and between those.
 _SHIFT, _STRETCH = 0.25, 1.5
+_TRAINING_COMMANDS, _OPTION = ("nnUNetv2_train", "run_training"), "-pretrained_weights"
 _MR = "mr"  # what unspecified magnetic resonance images are called, with or without numbers: MR, MRI, MRI2
 _MR_CONTRAST = re.compile(r"(mri?|adc|pd)(?![a-z])|t[12]|flair|dwi|swi")
 
@@ -35,22 +37,22 @@ class Difference:
     cost: str
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.pretrained} in pretraining, {self.target} here: {self.cost}"
+        return printable(f"{self.what}: {self.pretrained} in pretraining, {self.target} here: {self.cost}")
 
 
-def pretrained_weights_argument(arguments: Sequence[str]) -> Path | None:
-    """The file that a command line of nnUNetv2_train names for ``-pretrained_weights``.
+def pretrained_weights_argument(command: Sequence[str]) -> Path | None:
+    """The file that a command line names for ``-pretrained_weights``, if it is one of nnUNetv2_train.
 
     nnU-Net does not tell its trainers.
     """
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    parser.add_argument("-pretrained_weights")
-    parser.add_argument("-p")  # or it would be taken for an abbreviation
-    try:
-        found = parser.parse_known_args(list(arguments))[0].pretrained_weights
-    except argparse.ArgumentError:  # of a program that is not nnUNetv2_train
+    if Path(command[0]).stem not in _TRAINING_COMMANDS:
         return None
-    return None if found is None else Path(found)
+    for word, following in itertools.zip_longest(command[1:], command[2:]):
+        if word == _OPTION and following is not None:
+            return Path(following)
+        if word.startswith(f"{_OPTION}="):
+            return Path(word.removeprefix(f"{_OPTION}="))
+    return None
 
 
 def misfits(weights: Mapping[str, Tensor], network: nn.Module) -> list[str]:
@@ -76,16 +78,22 @@ def require_fit(file: Path, pretrained: Mapping[str, Any], target: Target) -> No
     why = "; ".join(f"{name} {old} against {new}" for name, (old, new) in different.items())
     why = why or f"{len(wrong)} tensors are missing or of another shape, {wrong[0]} for one"
     ways = []
-    if different and not different.keys() & _NOT_ADAPTABLE:
+    if different and _adaptable(different) and target.configuration.previous_stage_name is None:
         ways.append(f"adapt it: {adapt_command(file, target)}")
-    if different and different.keys() != {_INPUT_CHANNELS}:
+    if different and different.keys() != {_INPUT_CHANNELS} and can_be_planned(pretrained["vf"]["architecture"]):
         ways.append(f"plan with its network: {like_command(file, target)}")
     ways = ways or [f"what it is: nnUNetv2_vf info {shlex.quote(str(file))}"]
     raise UserError(f"{file} does not fit {target}: {why}; {'; or '.join(ways)}")
 
 
 _NETWORK, _INPUT_CHANNELS = "network", "input channels"
-_NOT_ADAPTABLE = {_NETWORK, "conv_op", "features_per_stage", "num_heads"}
+_NOT_ADAPTABLE = {_NETWORK, "conv_op", "num_heads"}
+_WITHOUT_SHAPE = ("norm_op", "norm_op_kwargs", "nonlin", "nonlin_kwargs")  # ... and no say in what fits
+
+
+def _adaptable(different: Mapping[str, tuple[Any, Any]]) -> bool:
+    theirs, ours = different.get("features_per_stage", ((), ()))
+    return not different.keys() & _NOT_ADAPTABLE and all(a == b for a, b in zip(theirs, ours, strict=False))
 
 
 def _network_differences(pretrained: Mapping[str, Any], target: Target) -> dict[str, tuple[Any, Any]]:
@@ -134,8 +142,10 @@ def differences(pretrained: Mapping[str, Any], target: Target) -> list[Differenc
         _channels(pretrained, target),
         _normalization(pretrained, target),
         _intensities(pretrained, target),
+        _mask(pretrained, target),
         _spacing(pretrained, target),
         _axes(pretrained, target),
+        *_layers(pretrained, target),
     ]
     return [difference for difference in found if difference is not None]
 
@@ -150,8 +160,10 @@ def _channels(pretrained: Mapping[str, Any], target: Target) -> Difference | Non
 
 def _same_modality(theirs: Sequence[str], ours: Sequence[str]) -> bool:
     """Whether the names are alike, or both of magnetic resonance images of which one does not say the contrast."""
-    kinds = [{_kind(name) for name in names} for names in (theirs, ours)]
-    return kinds[0] == kinds[1] or ({_MR} in kinds and all(_MR_CONTRAST.match(kind) for kind in kinds[0] | kinds[1]))
+    pair = [[_kind(name) for name in names] for names in (theirs, ours)]
+    alike = pair[0] == pair[1] if len(theirs) == len(ours) else set(pair[0]) == set(pair[1])
+    kinds = [set(names) for names in pair]
+    return alike or ({_MR} in kinds and all(_MR_CONTRAST.match(kind) for kind in kinds[0] | kinds[1]))
 
 
 def _kind(name: str) -> str:
@@ -160,7 +172,7 @@ def _kind(name: str) -> str:
 
 def _normalization(pretrained: Mapping[str, Any], target: Target) -> Difference | None:
     theirs, ours = pretrained["normalization_schemes"], list(target.configuration.normalization_schemes)
-    if set(theirs) == set(ours):
+    if list(theirs) == ours if len(theirs) == len(ours) else set(theirs) == set(ours):
         return None
     cost = "intensities mean something else than in pretraining, the costliest of all; " + _again(
         target, "normalization"
@@ -170,20 +182,46 @@ def _normalization(pretrained: Mapping[str, Any], target: Target) -> Difference 
 
 def _intensities(pretrained: Mapping[str, Any], target: Target) -> Difference | None:
     """For CT, what water and muscle become: the mean and standard deviation by which both normalise HU."""
+    if "plans" not in pretrained:
+        return None
     schemes = pretrained["normalization_schemes"], target.configuration.normalization_schemes
-    if "plans" not in pretrained or any(scheme[0] != _HU for scheme in schemes):
+    managers = PlansManager(pretrained["plans"]), target.plans_manager
+    channels = [str(i) for i, pair in enumerate(zip(*schemes, strict=False)) if pair == (_HU, _HU)]
+    theirs, ours = (manager.foreground_intensity_properties_per_channel for manager in managers)
+    far = [(theirs[i], ours[i]) for i in channels if _far_apart(theirs[i], ours[i])]
+    if not far:
         return None
-    theirs, ours = (
-        manager.foreground_intensity_properties_per_channel["0"]
-        for manager in (PlansManager(pretrained["plans"]), target.plans_manager)
-    )
-    shift = abs(theirs["mean"] - ours["mean"]) / max(theirs["std"], ours["std"])
-    ratio = max(theirs["std"], ours["std"]) / max(min(theirs["std"], ours["std"]), 1e-8)
-    if shift <= _SHIFT and ratio <= _STRETCH:
-        return None
-    before, here = (f"(HU - {p['mean']:.0f}) / {p['std']:.0f}" for p in (theirs, ours))
+    before, here = (f"(HU - {p['mean']:.0f}) / {p['std']:.0f}" for p in far[0])
     cost = "the same tissue has another value than in pretraining; " + _again(target, "normalization")
     return Difference("intensities", before, here, cost)
+
+
+def _far_apart(theirs: Mapping[str, float], ours: Mapping[str, float]) -> bool:
+    shift = abs(theirs["mean"] - ours["mean"]) / max(theirs["std"], ours["std"])
+    ratio = max(theirs["std"], ours["std"]) / max(min(theirs["std"], ours["std"]), 1e-8)
+    return shift > _SHIFT or ratio > _STRETCH
+
+
+def _mask(pretrained: Mapping[str, Any], target: Target) -> Difference | None:
+    if "plans" not in pretrained:
+        return None
+    configuration = PlansManager(pretrained["plans"]).get_configuration(pretrained["configuration"])
+    theirs, ours = configuration.use_mask_for_norm, target.configuration.use_mask_for_norm
+    if set(theirs) == set(ours):
+        return None
+    cost = "zero outside the body is a background value in one and not in the other; " + _again(target, "normalization")
+    return Difference("normalisation within the mask only", str(theirs), str(ours), cost)
+
+
+def _layers(pretrained: Mapping[str, Any], target: Target) -> list[Difference]:
+    """What fits whatever it is, and changes what the weights compute."""
+    cost = f"the same weights compute something else; {like_command('FILE', target)}"
+    different = _network_differences(pretrained, target)
+    return [
+        Difference(name, str(different[name][0]), str(different[name][1]), cost)
+        for name in _WITHOUT_SHAPE
+        if name in different
+    ]
 
 
 def _spacing(pretrained: Mapping[str, Any], target: Target) -> Difference | None:

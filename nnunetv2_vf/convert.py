@@ -18,6 +18,7 @@ from torch import Tensor
 from nnunetv2_vf import nnssl
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.pct_net import MODES, PUBLISHED_FEATURES, PCTNet
+from nnunetv2_vf.trust import as_described
 from nnunetv2_vf.weights import check_output, load_safely, package_versions, write_artifact
 
 _TABLE = "attn.relative_position_bias_table"
@@ -103,7 +104,8 @@ def convert_file(release: Path, output: Path, mode: int | None = None) -> str:
     if nnssl.is_checkpoint(checkpoint):
         if mode is not None:
             raise UserError(f"--mode {mode}, but {release} is a checkpoint of nnssl; leave --mode out")
-        weights, metadata = nnssl.convert_checkpoint(checkpoint)
+        with as_described(release):
+            weights, metadata = nnssl.convert_checkpoint(checkpoint)
         metadata["converted_from"]["file"] = release.name
         write_artifact(output, weights, {**metadata, "versions": package_versions()}, checkpoint[nnssl.PLAN_KEY])
         network = metadata["architecture"]["network_class_name"].rpartition(".")[2]

@@ -7,7 +7,7 @@ import importlib.util
 import io
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -20,11 +20,12 @@ from packaging.requirements import Requirement
 
 from nnunetv2_vf import __version__
 from nnunetv2_vf.compatibility import differences, require_fit
-from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.errors import UserError, printable
 from nnunetv2_vf.host import TRAINER_VARIABLE
 from nnunetv2_vf.preflight import preprocessed_cases
 from nnunetv2_vf.settings import FinetuneSettings, VFSettings
 from nnunetv2_vf.target import Target, dataset_name, load_target
+from nnunetv2_vf.trust import as_described
 from nnunetv2_vf.weights import read_pretrained
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"
@@ -39,7 +40,7 @@ class Finding:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.state:<5}{' '.join(self.text.split())}"
+        return f"{self.state:<5}{printable(self.text, limit=2000)}"
 
 
 def examine(
@@ -160,7 +161,7 @@ def _dataset(target: Target) -> Iterator[Finding]:
     network = target.architecture["network_class_name"].rpartition(".")[2]
     yield Finding(OK, f"{target}: {network}, patch {patch}, batch {target.configuration.batch_size}")
     cases = preprocessed_cases(target.plans_manager, target.configuration_name)
-    planned = target.dataset_json["numTraining"]
+    planned = target.dataset_json.get("numTraining", len(cases))
     text = f"{len(cases)} of {planned} cases preprocessed"
     mend = f"; preprocess again: nnUNetv2_preprocess -d {number} -plans_name {plans} -c {target.configuration_name}"
     yield Finding(OK, text) if len(cases) == planned else Finding(NOTE, text + mend)
@@ -176,14 +177,10 @@ def _weights(file: Path, target: Target | None) -> Iterator[Finding]:
     if target is None:
         yield Finding(NOTE, "no dataset to compare the weights with; name one: -d ID -p PLANS")
         return
-    yield _finding(lambda: require_fit(file, pretrained, target), f"{file} fits {target}")
-    for difference in differences(pretrained["vf"], target):
-        yield Finding(NOTE, str(difference))
-
-
-def _finding(check: Callable[[], None], text: str) -> Finding:
     try:
-        check()
+        require_fit(file, pretrained, target)
+        yield Finding(OK, f"{file} fits {target}")
+        with as_described(file):
+            yield from [Finding(NOTE, str(difference)) for difference in differences(pretrained["vf"], target)]
     except UserError as error:
-        return Finding(FAIL, str(error))
-    return Finding(OK, text)
+        yield Finding(FAIL, str(error))

@@ -20,5 +20,10 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        message = " ".join(str(error).split())
-        raise SystemExit(f"nnUNetv2_vf: error: {message}") from None
+        raise SystemExit(f"nnUNetv2_vf: error: {printable(str(error), limit=2000)}") from None
+
+
+def printable(text: str, limit: int = 500) -> str:
+    """One line of at most ``limit`` characters: what a file says of itself must not steer a terminal."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return line if len(line) <= limit else line[: limit - 3] + "..."

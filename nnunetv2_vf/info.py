@@ -11,8 +11,9 @@ from torch import Tensor
 
 from nnunetv2_vf import nnssl
 from nnunetv2_vf.convert import convert_state_dict
-from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.errors import UserError, printable
 from nnunetv2_vf.settings import VFSettings
+from nnunetv2_vf.trust import as_described, can_be_planned
 from nnunetv2_vf.weights import FILE_NAME, describe_checkpoint, is_checkpoint, load_safely, storage_key
 
 
@@ -23,10 +24,8 @@ def describe_file(path: Path) -> str:
         UserError: there is no such file, or it would have to run code to be read.
     """
     content = load_safely(path)
-    try:
-        return "\n".join(_describe(path, content))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not what its entries say: {type(error).__name__} {error}") from error
+    with as_described(path):
+        return "\n".join(printable(line) for line in _describe(path, content))
 
 
 def _describe(path: Path, content: Mapping[str, Any]) -> list[str]:
@@ -69,8 +68,10 @@ def _artifact(path: Path, content: Mapping[str, Any]) -> list[str]:
             f"use: nnUNetv2_train {target['dataset']} {target['configuration']} FOLD -p {target['plans']} "
             f"-tr VFFinetuneTrainer -pretrained_weights {shlex.quote(str(path))}"
         )
-    else:
+    elif can_be_planned(vf["architecture"]):
         lines.append(f"use: nnUNetv2_vf plan -d ID --like {shlex.quote(str(path))}")
+    else:
+        lines.append("use: with your own plans of this network; it takes patches of one size, so none are made for it")
     return lines
 
 
@@ -102,7 +103,7 @@ def _nnssl(path: Path, checkpoint: Mapping[str, Any]) -> list[str]:
         weights, vf = nnssl.convert_checkpoint(checkpoint)
     except UserError as error:
         return [first, f"cannot be converted: {error}"]
-    return [first, _network(vf, weights), *_data(vf), f"use: nnUNetv2_vf convert {path} -o OUT.pth"]
+    return [first, _network(vf, weights), *_data(vf), f"use: nnUNetv2_vf convert {shlex.quote(str(path))} -o OUT.pth"]
 
 
 def _mis_fm(path: Path, state_dict: Mapping[str, Any]) -> list[str]:

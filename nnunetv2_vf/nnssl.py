@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.target import build_network
+from nnunetv2_vf.trust import require_known_architecture
 
 PLAN_KEY = "nnssl_adaptation_plan"
 _ARCHITECTURES = "dynamic_network_architectures.architectures."
@@ -53,8 +54,8 @@ _PRIMUS_M: dict[str, Any] = {
 
 
 def adaptation_plan(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The ``nnssl_adaptation_plan`` of an artifact, from its ``vf`` metadata; None where its plans are not known."""
-    if "plans" not in metadata:
+    """The ``nnssl_adaptation_plan`` of an artifact, from its ``vf`` metadata; None without plans of its own."""
+    if "plans" not in metadata or "adapted" in metadata:  # adapted weights are for one target, and have its shapes
         return None
     plans, architecture = metadata["plans"], metadata["architecture"]
     configuration = PlansManager(plans).get_configuration(metadata["configuration"]).configuration
@@ -145,11 +146,13 @@ def _architecture(described: Mapping[str, Any], patch_size: list[int]) -> dict[s
             "_kw_requires_import": [],
         }
     if name == "ResidualEncoderUNet" and described["arch_kwargs"]:
-        return {
+        architecture = {
             "network_class_name": _RES_ENC_L["network_class_name"],
             "arch_kwargs": described["arch_kwargs"],
             "_kw_requires_import": described["arch_kwargs_requiring_import"] or [],
         }
+        require_known_architecture(architecture, "the checkpoint")
+        return architecture
     raise UserError(f"nnssl's network {name} cannot be converted; legal: ResEncL, ResidualEncoderUNet, PrimusM")
 
 

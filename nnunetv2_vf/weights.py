@@ -22,6 +22,7 @@ from nnunetv2_vf import __version__
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnssl import PLAN_KEY, adaptation_plan
 from nnunetv2_vf.settings import VFSettings
+from nnunetv2_vf.trust import as_described, require_known_architecture
 
 FILE_NAME = "vf_pretrained.pth"
 HEADS = ".seg_layers."  # in the names of the weights that nnU-Net does not transfer
@@ -201,25 +202,34 @@ def read_pretrained(path: Path) -> dict[str, Any]:
             f"{path} has no 'network_weights'; what it is: nnUNetv2_vf info {path}; releases of MIS-FM become a "
             f"{FILE_NAME}: nnUNetv2_vf convert {path} -o OUT.pth"
         )
-    if is_checkpoint(content):
-        return {"network_weights": content["network_weights"], "vf": describe_checkpoint(content)}
-    return {"vf": {}, **content}
+    weights = content["network_weights"]
+    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise UserError(f"{path} has 'network_weights' that are not named tensors")
+    with as_described(path):
+        vf = describe_checkpoint(content) if is_checkpoint(content) else dict(content.get("vf", {}))
+    return {"network_weights": weights, "vf": vf}
 
 
 def read_described(path: Path) -> dict[str, Any]:
-    """As :func:`read_pretrained`; raises UserError also where the file does not tell which network it is for."""
+    """As :func:`read_pretrained`; raises UserError also where the file does not tell a known network that it is for."""
     content = read_pretrained(path)
-    if "architecture" not in content["vf"]:
+    if not content["vf"].keys() >= {"architecture", "num_input_channels", "num_classes"}:
         raise UserError(
             f"{path} does not tell which network its weights are for; legal: a {FILE_NAME}, or a checkpoint of "
             f"nnU-Net; checkpoints of nnssl become one: nnUNetv2_vf convert {path} -o OUT.pth"
         )
+    require_known_architecture(content["vf"]["architecture"], path)
     return content
 
 
 def is_checkpoint(content: Mapping[str, Any]) -> bool:
     """Whether a file's content is a checkpoint of nnU-Net."""
-    return content.keys() >= _CHECKPOINT_KEYS and "plans" in content["init_args"]
+    arguments = content.get("init_args")
+    return (
+        content.keys() >= _CHECKPOINT_KEYS
+        and isinstance(arguments, dict)
+        and all(isinstance(arguments.get(name), dict) for name in ("plans", "dataset_json"))  # no path to open
+    )
 
 
 def describe_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,7 +250,7 @@ def describe_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def count_classes(state_dict: Mapping[str, Tensor]) -> int:
     """Output channels of the heads."""
-    heads = [tensor for name, tensor in state_dict.items() if HEADS in name and tensor.ndim == 5]
+    heads = [tensor for name, tensor in state_dict.items() if HEADS in name and tensor.ndim >= 4]
     return heads[-1].shape[0] if heads else 0
 
 

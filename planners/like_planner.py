@@ -15,6 +15,7 @@ from nnunetv2_vf.compatibility import adapted_name
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.pct_net import PCTNet
 from nnunetv2_vf.planning import TopologyPlanner, planned_configurations
+from nnunetv2_vf.trust import can_be_planned
 
 _RECORD = "volume_fusion_like"  # of the plans: what they were made like
 _CT = "CTNormalization"  # the scheme that uses statistics of the dataset
@@ -69,7 +70,7 @@ class LikePlanner(TopologyPlanner):
 
     def _check(self) -> None:
         architecture = self.pretrained["architecture"]
-        if any(len(stride) != 3 for stride in architecture["arch_kwargs"].get("strides", [()])):
+        if not can_be_planned(architecture):
             raise UserError(
                 f"{self.like} holds weights of {architecture['network_class_name']}, which is two-dimensional or takes "
                 "patches of one size only; legal: 3D U-Nets, residual encoder U-Nets and PCT-Net"
@@ -122,7 +123,7 @@ class LikePlanner(TopologyPlanner):
 
     def save_plans(self, plans: dict[str, Any]) -> None:
         options = {"spacing": self.spacing, "normalization": self.normalization}
-        plans[_RECORD] = {"file": str(self.like), **options}
+        plans[_RECORD] = {"file": self.like.name, "dataset": self.pretrained.get("dataset"), **options}
         super().save_plans(plans)
 
 
@@ -132,12 +133,12 @@ def default_plans_name(pretrained: Mapping[str, Any]) -> str:
     return "PCTNetPlans" if is_pct_net else "VFPlans"
 
 
-def next_steps(plans: dict[str, Any], name: str, pretrained: Mapping[str, Any]) -> str:
+def next_steps(plans: dict[str, Any], name: str, pretrained: Mapping[str, Any], like: Path) -> str:
     """What was planned, and the commands that come next."""
     planned = planned_configurations(plans)
     if not planned:
         return f"{name} of {plans['dataset_name']}: only the configuration 2d: the images are two-dimensional"
-    dataset_id, weights = convert_dataset_name_to_id(plans["dataset_name"]), shlex.quote(plans[_RECORD]["file"])
+    dataset_id, weights = convert_dataset_name_to_id(plans["dataset_name"]), shlex.quote(str(like))
     channels = len(plans["configurations"]["3d_fullres"]["normalization_schemes"])
     lines = [
         f"{name} of {plans['dataset_name']}, with the network of {weights}:",
@@ -146,7 +147,7 @@ def next_steps(plans: dict[str, Any], name: str, pretrained: Mapping[str, Any]) 
         f"  nnUNetv2_preprocess -d {dataset_id} -plans_name {name} -c 3d_fullres",
     ]
     if channels != pretrained["num_input_channels"]:
-        adapted = adapted_name(Path(plans[_RECORD]["file"]), dataset_id)
+        adapted = adapted_name(like, dataset_id)
         lines.append(f"  nnUNetv2_vf adapt {weights} -d {dataset_id} -p {name} -c 3d_fullres -o {adapted}")
         weights = adapted
     lines.append(

@@ -15,6 +15,7 @@ from conftest import edit_json
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
+from nnunetv2_vf.adapt import fit_channels
 from nnunetv2_vf.cli import main
 from nnunetv2_vf.target import Target, load_target
 from nnunetv2_vf.weights import HEADS, read_artifact
@@ -108,9 +109,21 @@ def test_one_artifact_serves_every_target(index, tiny, artifacts, tmp_path, monk
             weights = tmp_path / f"{network}.pth"
             main(["adapt", str(artifact), "-d", str(dataset_id), "-p", plans, "-o", str(weights)])
             share = read_artifact(weights)["vf"]["adapted"]["transferred_share"]
+            assert share == 1
+            require_transferred(artifact, weights, channels)
         step_from(weights, dataset_id, plans, monkeypatch)
         with capsys.disabled():
             print(f"\n{network}, {channels} channels, {spacing} mm, {shape} voxels: {share:.1%} transferred", end="")
+
+
+def require_transferred(artifact: Path, adapted: Path, channels: int) -> None:
+    """Everything is pretraining's, the first convolution repeated."""
+    before, after = (read_artifact(path)["network_weights"] for path in (artifact, adapted))
+    inputs = {name for name in before if HEADS not in name and before[name].shape != after[name].shape}
+    assert inputs
+    for name in before:
+        expected = fit_channels(before[name], channels) if name in inputs else before[name]
+        assert HEADS in name or torch.equal(after[name], expected)
 
 
 def step_from(weights: Path, dataset_id: int, plans: str, monkeypatch) -> None:

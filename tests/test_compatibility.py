@@ -44,12 +44,14 @@ def target(tiny, own_dataset) -> Target:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["7", "3d_fullres", "0", "-pretrained_weights", "w.pth", "-p", "PCTNetPlans"], "w.pth"),
-        (["7", "3d_fullres", "0", "-p", "PCTNetPlans", "-pretrained_weights=w.pth", "--npz"], "w.pth"),
-        (["7", "3d_fullres", "0", "-p", "PCTNetPlans", "-tr", "T", "--c"], None),
-        (["-p", "no:cacheprovider", "tests"], None),
-        (["-pretrained_weights"], None),
-        ([], None),
+        (["nnUNetv2_train", "7", "3d_fullres", "0", "-pretrained_weights", "w.pth", "-p", "PCTNetPlans"], "w.pth"),
+        (["/bin/nnUNetv2_train", "7", "-p", "PCTNetPlans", "-pretrained_weights=w.pth", "--npz"], "w.pth"),
+        (["run_training.py", "7", "-pretrained_weights", "w.pth"], "w.pth"),
+        (["nnUNetv2_train", "7", "3d_fullres", "0", "-p", "PCTNetPlans", "-tr", "T", "--c"], None),
+        (["nnUNetv2_train", "-pretrained_weights"], None),
+        (["another_program", "-pretrained_weights", "w.pth"], None),
+        (["another_program", "-pretrained", "w.pth", "-p", "x"], None),
+        ([""], None),
     ],
 )
 def test_the_weights_are_found_on_the_command_line(arguments, expected):
@@ -75,12 +77,38 @@ def test_each_difference_is_told_with_both_values_and_its_cost(artifact, target)
         "intensities": {"plans": {**vf["plans"], "foreground_intensity_properties_per_channel": shifted}},
         "spacing": {"spacing": [2 * mm for mm in vf["spacing"]]},
         "axis order": {"plans": {**vf["plans"], "transpose_forward": [2, 0, 1]}},
+        "nonlin": {"architecture": with_kwargs(vf["architecture"], nonlin="torch.nn.ReLU")},
+        "norm_op": {"architecture": with_kwargs(vf["architecture"], norm_op="torch.nn.modules.batchnorm.BatchNorm3d")},
+        "normalisation within the mask only": {"plans": with_mask(vf["plans"])},
     }
     for what, change in cases.items():
         (found,) = differences({**vf, **change}, target)
         assert found.what == what
         assert found.pretrained != found.target
         assert str(found) == f"{what}: {found.pretrained} in pretraining, {found.target} here: {found.cost}"
+
+
+def with_kwargs(architecture: dict, **changes) -> dict:
+    return {**architecture, "arch_kwargs": {**architecture["arch_kwargs"], **changes}}
+
+
+def with_mask(plans: dict) -> dict:
+    plans = copy.deepcopy(plans)
+    plans["configurations"]["3d_fullres"]["use_mask_for_norm"] = [True]
+    return plans
+
+
+def test_channels_in_another_order_are_a_difference(artifact, target):
+    vf = {
+        **read_artifact(artifact)["vf"],
+        "channel_names": {"0": "CT", "1": "PET"},
+        "normalization_schemes": ["CTNormalization", "ZScoreNormalization"],
+    }
+    names = {**target.dataset_json, "channel_names": {"0": "PET", "1": "CT"}}
+    plans = copy.deepcopy(target.plans_manager.plans)
+    plans["configurations"]["3d_fullres"]["normalization_schemes"] = vf["normalization_schemes"][::-1]
+    swapped = Target(type(target.plans_manager)(plans), "3d_fullres", names)
+    assert {"channels", "normalisation"} <= {difference.what for difference in differences(vf, swapped)}
 
 
 @pytest.mark.parametrize(("factor", "told"), [(0.72, False), (1.0, False), (1.45, False), (0.6, True), (1.6, True)])
@@ -106,6 +134,7 @@ def test_other_spelling_of_a_channel_is_no_difference(artifact, target):
         (["MR"], ["CT"], True),
         (["MR"], ["T1", "PET"], True),
         (["CT"], ["CT", "CT"], False),
+        (["T1", "T2"], ["T2", "T1"], True),
     ],
 )
 def test_names_of_one_modality_are_no_difference(artifact, target, theirs, ours, told):
@@ -148,6 +177,12 @@ def test_a_misfit_names_both_values_and_the_commands_that_mend_it(artifact, targ
     assert f"features_per_stage {features} against {[2 * f for f in features]}" in message
     assert "nnUNetv2_vf adapt" not in message, "it would refuse them"
     assert f"nnUNetv2_vf plan -d 7 --like {artifact}" in message
+
+    kwargs = target.architecture["arch_kwargs"]
+    names = ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage", "n_conv_per_stage_decoder")
+    shallower = {name: kwargs[name][:-1] for name in names} | {"n_stages": kwargs["n_stages"] - 1}
+    with pytest.raises(UserError, match="nnUNetv2_vf adapt"):
+        require_fit(artifact, read_artifact(artifact), another_architecture(target, **shallower))
 
     flatter = another_architecture(target, kernel_sizes=[[1, 3, 3]] * len(features))
     with pytest.raises(UserError) as error:
@@ -238,13 +273,13 @@ def test_differences_are_logged_and_the_weights_recorded(artifact, tiny, own_dat
     tuned.run_training()
     fold = Path(tuned.output_folder)
     (log,) = fold.glob("training_log_*.txt")
-    assert f"Pretrained weights: {edited}\n  channels: T1 in pretraining, CT here" in log.read_text()
+    assert f"Pretrained weights: edited.pth of {DATASET}\n  channels: T1 in pretraining, CT here" in log.read_text()
     checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=False)
     assert checkpoint["trainer_name"] == "nnUNetTrainer"
     provenance = checkpoint["volume_fusion"]
     assert provenance["trainer"] == "VFFinetuneTrainer"
     assert provenance["settings"]["num_epochs"] == 2
-    assert provenance["pretrained"]["file"] == str(edited)
+    assert provenance["pretrained"]["file"] == "edited.pth", "without its folder: models are shared"
     assert provenance["pretrained"]["dataset"] == DATASET
 
 
@@ -258,7 +293,7 @@ def test_a_continued_training_keeps_the_record(artifact, tiny, own_dataset, tmp_
     monkeypatch.setattr(sys, "argv", [*TRAIN, "--c"])
     run_training(*run, continue_training=True, device=CPU)
     final = torch.load(Path(first.output_folder) / "checkpoint_final.pth", weights_only=False)
-    assert final["volume_fusion"]["pretrained"]["file"] == str(artifact)
+    assert final["volume_fusion"]["pretrained"]["file"] == "vf_pretrained.pth"
     assert final["current_epoch"] == 2
 
 
@@ -322,6 +357,16 @@ def test_adapt_takes_a_checkpoint_of_nnunet(tiny, own_dataset, tmp_path, monkeyp
     out = tmp_path / "adapted.pth"
     main(["adapt", str(tmp_path / "checkpoint_final.pth"), "-d", "7", "-o", str(out), "--encoder-only"])
     assert 0 < read_artifact(out)["vf"]["adapted"]["transferred_share"] < 1
+
+
+def test_what_was_at_random_stays_known_to_be(artifact, tiny, own_dataset, tmp_path, capsys):
+    one, two = tmp_path / "one.pth", tmp_path / "two.pth"
+    main(["adapt", str(artifact), "-d", "7", "-o", str(one), "--encoder-only"])
+    main(["adapt", str(one), "-d", "7", "-o", str(two)])
+    first, second = (read_artifact(path)["vf"]["adapted"] for path in (one, two))
+    assert first == second
+    assert "are from pretraining; adapt left the others at random" in capsys.readouterr().out
+    assert "nnssl_adaptation_plan" not in torch.load(one, weights_only=True)
 
 
 @pytest.mark.parametrize(

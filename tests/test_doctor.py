@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from conftest import DATASET, edit_json
+from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
+from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnunetv2_vf import doctor
 from nnunetv2_vf.cli import main
@@ -119,6 +122,30 @@ def test_cases_that_are_not_preprocessed(healthy, capsys):
         "note 10 of 12 cases preprocessed; preprocess again: nnUNetv2_preprocess -d 7 -plans_name nnUNetPlans"
         in (lines[-1])
     )
+
+
+def test_weights_of_a_two_dimensional_network(healthy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["nnUNetv2_train"])
+    preprocess([7], "nnUNetPlans", configurations=["2d"], num_processes=[1])
+    trainer = get_trainer_from_args("7", "2d", 0, "nnUNetTrainer", device=torch.device("cpu"))
+    trainer.initialize()
+    path = tmp_path / "flat.pth"
+    trainer.save_checkpoint(str(path))
+    code, lines = examined(capsys, "-d", "7", "-w", str(path))
+    assert code == 1
+    assert any(line.startswith("FAIL") and "does not fit" in line for line in lines)
+    for command in (["plan", "--like", str(path)], ["adapt", str(path), "-o", str(tmp_path / "out.pth")]):
+        with pytest.raises(SystemExit, match=r"Conv2d; legal: 3D networks"):
+            main([*command, "-d", "7"])
+    main(["info", str(path)])
+    assert "1 input channels, 6 classes" in capsys.readouterr().out
+
+
+def test_a_dataset_that_does_not_count_its_cases(healthy, capsys):
+    edit_json(healthy / "dataset.json", lambda description: description.pop("numTraining") and None)
+    code, lines = examined(capsys, "-d", "7")
+    assert code == 0
+    assert "ok   10 of 10 cases preprocessed" in lines
 
 
 def test_versions_that_do_not_work(healthy, capsys, monkeypatch):

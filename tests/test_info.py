@@ -102,7 +102,10 @@ def test_another_file(tmp_path, capsys):
         ({"model": Path("x")}, "it would run pathlib"),
         ([1, 2], "holds a list"),
         ({"network_weights": {}, "vf": {}}, "is not what its entries say: KeyError 'architecture'"),
-        ({"network_weights": {}, "init_args": {"plans": {}}, "trainer_name": "T"}, "is not what its entries say"),
+        (
+            {"network_weights": {}, "init_args": {"plans": {}, "dataset_json": {}}, "trainer_name": "T"},
+            "is not what its entries say",
+        ),
         (b"junk", "it is damaged, or never was one"),
         (None, "no file"),
     ],

@@ -36,6 +36,7 @@ NETWORKS = {
     },
     "PCT-Net": architecture(1),
 }
+PRIMUS = "dynamic_network_architectures.architectures.primus.Primus"
 TARGETS = {
     "isotropic": ((1.0, 1.0, 1.0), (160, 200, 180)),
     "anisotropic": ((5.0, 0.7, 0.7), (24, 320, 320)),
@@ -100,7 +101,8 @@ def test_a_plan_takes_the_topology_whatever_the_target(made_up, pretrained, caps
             misfits(fresh.state_dict(), build_network(load_target("42", name, configuration).architecture, 1, 3)) == []
         )
     assert list(PlansManager(plans).get_configuration("3d_fullres").spacing) == list(TARGETS[target][0])
-    assert plans["volume_fusion_like"] == {"file": str(path), "spacing": "target", "normalization": "target"}
+    options = {"spacing": "target", "normalization": "target"}
+    assert plans["volume_fusion_like"] == {"file": path.name, "dataset": None, **options}
     out = capsys.readouterr().out
     assert f"nnUNetv2_preprocess -d 42 -plans_name {name} -c 3d_fullres" in out
     assert f"nnUNetv2_train 42 3d_fullres 0 -p {name} -tr VFFinetuneTrainer -pretrained_weights {path}\n" in out
@@ -193,20 +195,20 @@ def test_weights_that_do_not_tell_their_network_are_refused(made_up, tmp_path):
         ({}, ["--spacing", "pretrained", "-overwrite_target_spacing", "1", "1", "1"], "exclude each other"),
         ({}, ["-gpu_memory_target", "0.01"], "-gpu_memory_target 0.01 is too small for this network"),
         (
-            {"architecture": {"network_class_name": "a.Primus", "arch_kwargs": {}, "_kw_requires_import": []}},
+            {"architecture": {"network_class_name": PRIMUS, "arch_kwargs": {}, "_kw_requires_import": []}},
             [],
-            "a.Primus, which is two-dimensional or takes patches of one size",
+            "primus.Primus, which is two-dimensional or takes patches of one size",
         ),
         (
             {
                 "architecture": {
-                    "network_class_name": "a.UNet",
+                    "network_class_name": PRIMUS.replace("primus.Primus", "unet.PlainConvUNet"),
                     "arch_kwargs": {"strides": [[1, 1], [2, 2]]},
                     "_kw_requires_import": [],
                 }
             },
             [],
-            "a.UNet, which is two-dimensional",
+            "PlainConvUNet, which is two-dimensional",
         ),
     ],
 )

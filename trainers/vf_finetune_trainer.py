@@ -50,7 +50,7 @@ class VFFinetuneTrainer(nnUNetTrainer):
         self.settings = FinetuneSettings.resolve(plans, os.environ, FINETUNE_RECIPES.get(network))
         preprocessed_cases(plans_manager, configuration)
         self.pretrained: dict[str, Any] | None = None
-        weights_file = pretrained_weights_argument(sys.argv[1:])
+        weights_file = pretrained_weights_argument(sys.argv)
         if weights_file is not None:
             self.pretrained = _check_weights(weights_file, Target(plans_manager, configuration, dataset_json))
         plans = {**plans, FinetuneSettings.section: self.settings.as_dict()}
@@ -70,7 +70,8 @@ class VFFinetuneTrainer(nnUNetTrainer):
         self.print_to_log_file(f"Fine-tuning settings:\n{self.settings}\n", add_timestamp=False)
         lines = ["Pretrained weights: none, this training began from scratch"]
         if self.pretrained is not None:
-            lines = [f"Pretrained weights: {self.pretrained['file']}", *self.pretrained["compared"]]
+            origin = "{file} of {dataset}".format_map(self.pretrained)
+            lines = [f"Pretrained weights: {origin}", *self.pretrained["compared"]]
         self.print_to_log_file("\n  ".join(lines) + "\n", add_timestamp=False)
 
     def save_checkpoint(self, filename: str) -> None:
@@ -78,7 +79,7 @@ class VFFinetuneTrainer(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        with io.BytesIO() as file:
+        with io.BytesIO() as file:  # nnU-Net makes and writes a checkpoint in one go
             super().save_checkpoint(file)
             file.seek(0)
             checkpoint = torch.load(file, map_location="cpu", weights_only=False)
@@ -104,7 +105,7 @@ def _check_weights(file: Path, target: Target) -> dict[str, Any]:
     require_fit(file, weights, target)
     metadata = weights["vf"]
     return {
-        "file": str(file),
+        "file": file.name,  # not its folder: what is recorded leaves with a shared model
         "dataset": metadata.get("dataset"),
         "num_cases": metadata.get("num_cases"),
         "adapted": metadata.get("adapted"),
