@@ -211,9 +211,10 @@ def test_an_artifact_carries_a_plan_with_nnssls_fields_and_keys_of_its_weights(a
         network.get_submodule(key).load_state_dict(inner)
 
 
+@pytest.mark.filterwarnings("ignore:Network class .* not found:UserWarning")  # nnU-Net's, of bare names: it finds them
 @pytest.mark.parametrize("name", ["U-Net", "ResEnc-M"])
 def test_nnunets_nnssl_commands_take_an_artifact(artifacts, name, tiny, own_dataset, monkeypatch):
-    """Where nnU-Net has them: 2.8.1 does not, its development version of autumn 2026 does."""
+    """Where nnU-Net has them: 2.8.1 does not, its development version (commit 0e49508) does."""
     like_nnssl = pytest.importorskip("nnunetv2.experiment_planning.like_nnssl")
     from nnunetv2.run.run_training_from_pretrained import get_trainer_from_args
 
