@@ -31,7 +31,8 @@ PCT-Net, the network of the paper::
         v
     any nnU-Net trainer; trainers.VFFinetuneTrainer has the recipe (optimizer) it needs
 
-Beside the road: convert and nnssl read other projects' weights, info tells what a file is, doctor whether all is well.
+Beside the road: convert and nnssl read other projects' weights, trust says what a file may name, info tells what it
+is, doctor whether all is well.
 
 Importing the package imports neither torch nor nnU-Net.
 """
