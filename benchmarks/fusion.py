@@ -98,7 +98,7 @@ def tasks(volume: np.ndarray, pymic: Path | None, nnssl: Path | None) -> dict[st
 
 
 def ours(volume: np.ndarray, settings: VFSettings) -> Callable[[], Any]:
-    """What a worker and the training step on a CPU do; without collating, which has no counterpart in the others."""
+    """What a worker and the training step on a CPU do, but for collating: nobody's is measured."""
     dataset = FusionDataset(VolumeInMemory(volume), PATCH, settings, TRAINING)
     index = itertools.count()
     cpu = torch.device("cpu")

@@ -20,8 +20,8 @@ from torch import Tensor
 from nnunetv2_vf.settings import VFSettings
 
 _SPACE = (-3, -2, -1)
-# Percentiles, mean and standard deviation are read from a regular subset of at most this many voxels: sorting it costs
-# 1 ms instead of 80 (64x128x128 voxels, one CPU core).
+# Percentiles, mean and standard deviation are read from a regular subset of at most this many voxels: to sort all
+# 64x128x128 of a sub-volume would take 80 ms on one CPU core, more than everything else together.
 _SUBSET_VOXELS = 2**14
 _DARKEST = 1e-6  # instead of 0, whose logarithm takes fifty times as long
 
@@ -172,7 +172,7 @@ class _Curve(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:  # (M, n)
         from_v1 = _knee(torch.sub(self.v1, x).mul_(self.scale), self.above)
         from_v0 = _knee(torch.sub(self.rise, from_v1, out=from_v1), self.below)
-        # exp(gamma * log(u)) takes a third of the time of u ** gamma on a CPU, away from 0, where both are slow
+        # exp(gamma * log(u)) takes a fifth of the time of u ** gamma on a CPU, away from 0, where both are slow
         return from_v0.add_(self.start).clamp_(_DARKEST, 1).log_().mul_(self.gamma).exp_()
 
 
@@ -187,12 +187,13 @@ def _slope(rise: float, low: Tensor, high: Tensor) -> Tensor:
 
 def _knots(subset: Tensor, lowest: Tensor, highest: Tensor, percentiles: Tensor) -> Tensor:
     """v0 and v1 (M, 2): the percentiles, linear between ranks; where they are NaN those that change nothing."""
-    # numpy sorts 16,384 numbers in a tenth of the time that torch takes on a CPU
+    # numpy sorts 16,384 numbers in a twentieth of the time that torch takes on a CPU: 0.04 ms
     ranked = torch.from_numpy(np.sort(subset.numpy(), 1)) if subset.device.type == "cpu" else subset.sort(1).values
     rank = percentiles.nan_to_num(50.0) / 100 * (ranked.shape[1] - 1)
     below, above = rank.floor(), rank.ceil()
     found = torch.lerp(ranked.gather(1, below.long()), ranked.gather(1, above.long()), rank - below)
-    unchanged = torch.lerp(lowest, highest, rank.new_tensor([0.1, 0.9]))
+    extent = highest - lowest
+    unchanged = torch.cat([lowest + 0.1 * extent, lowest + 0.9 * extent], dim=1)
     return torch.where(percentiles.isnan(), unchanged, found)
 
 

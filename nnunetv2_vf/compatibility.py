@@ -160,10 +160,14 @@ def _channels(pretrained: Mapping[str, Any], target: Target) -> Difference | Non
 
 def _same_modality(theirs: Sequence[str], ours: Sequence[str]) -> bool:
     """Whether the names are alike, or both of magnetic resonance images of which one does not say the contrast."""
-    pair = [[_kind(name) for name in names] for names in (theirs, ours)]
-    alike = pair[0] == pair[1] if len(theirs) == len(ours) else set(pair[0]) == set(pair[1])
-    kinds = [set(names) for names in pair]
-    return alike or ({_MR} in kinds and all(_MR_CONTRAST.match(kind) for kind in kinds[0] | kinds[1]))
+    before, here = ([_kind(name) for name in names] for names in (theirs, ours))
+    unspecified = {_MR} in (set(before), set(here))
+    return _alike(before, here) or (unspecified and all(_MR_CONTRAST.match(kind) for kind in before + here))
+
+
+def _alike(theirs: Sequence[Any], ours: Sequence[Any]) -> bool:
+    """Whether channels have the same: each its own, or where their numbers differ all of them together."""
+    return list(theirs) == list(ours) if len(theirs) == len(ours) else set(theirs) == set(ours)
 
 
 def _kind(name: str) -> str:
@@ -171,12 +175,11 @@ def _kind(name: str) -> str:
 
 
 def _normalization(pretrained: Mapping[str, Any], target: Target) -> Difference | None:
-    theirs, ours = pretrained["normalization_schemes"], list(target.configuration.normalization_schemes)
-    if list(theirs) == ours if len(theirs) == len(ours) else set(theirs) == set(ours):
+    theirs, ours = pretrained["normalization_schemes"], target.configuration.normalization_schemes
+    if _alike(theirs, ours):
         return None
-    cost = "intensities mean something else than in pretraining, the costliest of all; " + _again(
-        target, "normalization"
-    )
+    again = _again(target, "normalization")
+    cost = f"intensities mean something else than in pretraining, the costliest of all; {again}"
     return Difference("normalisation", ", ".join(theirs), ", ".join(ours), cost)
 
 
@@ -207,7 +210,7 @@ def _mask(pretrained: Mapping[str, Any], target: Target) -> Difference | None:
         return None
     configuration = PlansManager(pretrained["plans"]).get_configuration(pretrained["configuration"])
     theirs, ours = configuration.use_mask_for_norm, target.configuration.use_mask_for_norm
-    if set(theirs) == set(ours):
+    if _alike(theirs, ours):
         return None
     cost = "zero outside the body is a background value in one and not in the other; " + _again(target, "normalization")
     return Difference("normalisation within the mask only", str(theirs), str(ours), cost)

@@ -28,7 +28,6 @@ from nnunetv2_vf.settings import VFSettings
 # The two streams of samples; the validation stream ignores the seed setting, so that runs compare.
 TRAINING, VALIDATION = 0, 1
 
-_SPACE = (1, 2, 3)
 _CROPS = 100  # drawn from a case before giving it up: enough where a fifth of a scan is not air
 _CASES = 100  # tried for a sample before giving up
 
@@ -100,13 +99,12 @@ class FusionDataset(Dataset):
         crops: list[Tensor] = []
         for _ in range(_CROPS):
             box = self._draw_box(volume.shape[1:], rng)
-            crop = torch.from_numpy(crop_and_pad_nd(volume, box, 0)).float()
-            inside = _without_padding(crop, box, volume.shape[1:])
-            lowest, highest = inside.amin(_SPACE), inside.amax(_SPACE)  # aminmax takes ten times as long
-            if not (lowest.isfinite().all() and highest.isfinite().all()):  # NaN and infinity show in the extremes
+            crop = torch.from_numpy(np.ascontiguousarray(crop_and_pad_nd(volume, box, 0))).float()
+            extremes = [channel.aminmax() for channel in _without_padding(crop, box, volume.shape[1:])]
+            if not torch.tensor(extremes).isfinite().all():  # NaN and infinity show in the extremes
                 rejected.append((case, "holds voxels that are not finite (NaN or infinite)"))
                 return []
-            if (lowest < highest).any():  # else it is air: draw another
+            if any(lowest < highest for lowest, highest in extremes):  # else it is air: draw another
                 crops.append(crop)
             if len(crops) == count:
                 return crops
