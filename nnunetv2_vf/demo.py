@@ -18,7 +18,7 @@ from nnunetv2_vf.weights import FILE_NAME
 _UNLABELLED, _LABELLED = "Dataset901_VFDemoUnlabelled", "Dataset902_VFDemoLabelled"
 _PRETRAIN, _FINETUNE = "VFPretrainTrainer", "VFFinetuneTrainer"
 _PLANS = "VFPlans"  # of the labelled dataset, made like the artifact
-_CPU_MEMORY_TARGET = 0.05  # GB: gives the reduced network a patch of 32x32x48 voxels
+_CPU_MEMORY_TARGET = 0.033  # GB: gives the reduced network a patch of 24x32x40 voxels
 # Seeds of the phantoms. nnU-Net splits off nothing here: fold 'all' trains on all labelled ones.
 _POOL, _FEW, _HELD_OUT = range(24), range(100, 104), range(200, 208)
 _PRETRAINING = {
