@@ -178,9 +178,9 @@ def _weights(file: Path, target: Target | None) -> Iterator[Finding]:
         yield Finding(NOTE, "no dataset to compare the weights with; name one: -d ID -p PLANS")
         return
     try:
-        require_fit(file, pretrained, target)
-        yield Finding(OK, f"{file} fits {target}")
         with as_described(file):
+            require_fit(file, pretrained, target)
+            yield Finding(OK, f"{file} fits {target}")
             yield from [Finding(NOTE, str(difference)) for difference in differences(pretrained["vf"], target)]
     except UserError as error:
         yield Finding(FAIL, str(error))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nnunetv2.run.run_training import get_trainer_from_args
 from test_nnssl import checkpoint as nnssl_checkpoint
 
 from nnunetv2_vf.cli import main
@@ -90,14 +91,20 @@ def test_a_checkpoint_opens_no_path(tmp_path, capsys):
         {"network_weights": [1], "vf": {"architecture": {}, "num_input_channels": 1, "num_classes": 5}},
         {"network_weights": {}, "vf": {"architecture": "text", "num_input_channels": 1, "num_classes": 5}},
         {"network_weights": {}, "vf": 3},
+        {"network_weights": {}, "vf": {"architecture": {"network_class_name": "x"}}},
     ],
 )
-def test_odd_contents_are_one_line(artifacts, tiny, own_dataset, tmp_path, content):
+def test_odd_contents_are_one_line(artifacts, tiny, own_dataset, tmp_path, monkeypatch, content):
     path = tmp_path / "odd.pth"
     torch.save(content, path)
     for command in (["plan", "--like", str(path)], ["adapt", str(path), "-o", str(tmp_path / "out.pth")]):
         with pytest.raises(SystemExit, match=r"^nnUNetv2_vf: error: "):
             main([*command, "-d", "7"])
+    with pytest.raises(SystemExit, match="1"):
+        main(["doctor", "-d", "7", "-w", str(path)])
+    monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", str(path)])
+    with pytest.raises(SystemExit, match=r"^nnUNetv2_vf: error: "):
+        get_trainer_from_args("7", "3d_fullres", 0, "VFFinetuneTrainer", device=torch.device("cpu"))
 
 
 def test_what_a_file_says_stays_on_its_line(artifacts, tmp_path, capsys):

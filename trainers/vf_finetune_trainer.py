@@ -19,6 +19,7 @@ from nnunetv2_vf.optimizer import adaptive_optimizer, clip_gradients, poly_decay
 from nnunetv2_vf.preflight import preprocessed_cases
 from nnunetv2_vf.settings import FINETUNE_RECIPES, FinetuneSettings
 from nnunetv2_vf.target import Target
+from nnunetv2_vf.trust import as_described
 from nnunetv2_vf.weights import read_pretrained, save_whole
 
 _PROVENANCE = "volume_fusion"  # of a checkpoint: who wrote it, with what settings, from what weights
@@ -70,8 +71,8 @@ class VFFinetuneTrainer(nnUNetTrainer):
         self.print_to_log_file(f"Fine-tuning settings:\n{self.settings}\n", add_timestamp=False)
         lines = ["Pretrained weights: none, this training began from scratch"]
         if self.pretrained is not None:
-            origin = "{file} of {dataset}".format_map(self.pretrained)
-            lines = [f"Pretrained weights: {origin}", *self.pretrained["compared"]]
+            dataset = self.pretrained["dataset"] or "an unknown dataset"
+            lines = [f"Pretrained weights: {self.pretrained['file']} of {dataset}", *self.pretrained["compared"]]
         self.print_to_log_file("\n  ".join(lines) + "\n", add_timestamp=False)
 
     def save_checkpoint(self, filename: str) -> None:
@@ -102,12 +103,14 @@ class VFFinetuneTrainer(nnUNetTrainer):
 def _check_weights(file: Path, target: Target) -> dict[str, Any]:
     """What is recorded of the weights that training starts from; raises UserError if they do not fit."""
     weights = read_pretrained(file)
-    require_fit(file, weights, target)
     metadata = weights["vf"]
+    with as_described(file):
+        require_fit(file, weights, target)
+        compared = fit_in_words(metadata, target)
     return {
         "file": file.name,  # not its folder: what is recorded leaves with a shared model
         "dataset": metadata.get("dataset"),
         "num_cases": metadata.get("num_cases"),
         "adapted": metadata.get("adapted"),
-        "compared": fit_in_words(metadata, target),
+        "compared": compared,
     }
