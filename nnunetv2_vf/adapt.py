@@ -23,6 +23,7 @@ from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.target import Target, build_network
 from nnunetv2_vf.trust import can_be_planned
 from nnunetv2_vf.weights import HEADS, check_output, package_versions, read_described, storage_key, write_artifact
+from nnunetv2_vf.window_attention import window_side
 
 TRANSFERRED, ADAPTED, RANDOM = "transferred", "adapted", "left at random"
 _SEED = 0  # of what is left at random
@@ -170,7 +171,7 @@ def _fit(
             how.append(f"{kind} {_times(kernels[0])} -> {_times(kernels[1])}")
     if parameter == "position_bias" and source.shape[0] != shape[0]:
         adapted = fit_position_bias(adapted, shape[0])
-        how.append(f"window {_window(source.shape[0])} -> {_window(shape[0])}")
+        how.append(f"window {window_side(source.shape[0])} -> {window_side(shape[0])}")
     if adapted.shape != shape:
         return None, f"{_times(source.shape)} against {_times(shape)}"
     return adapted, ", ".join(how)
@@ -223,16 +224,11 @@ def fit_position_bias(table: Tensor, rows: int) -> Tensor:
         table: ((2 * window - 1)^3, heads), of :class:`nnunetv2_vf.window_attention.WindowAttention`.
         rows: of the new table.
     """
-    old, new = _window(table.shape[0]), _window(rows)
+    old, new = window_side(table.shape[0]), window_side(rows)
     offset = torch.arange(1 - new, new).clamp(1 - old, old - 1) + old - 1
     span = 2 * old - 1
     taken = (offset[:, None, None] * span + offset[:, None]) * span + offset
     return table[taken.flatten()]
-
-
-def _window(rows: int) -> int:
-    """The side of a window whose bias table has that many rows, (2w - 1)^3."""
-    return (round(rows ** (1 / 3)) + 1) // 2
 
 
 def _triple(sides: Sequence[int]) -> tuple[int, int, int]:

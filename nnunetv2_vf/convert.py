@@ -20,6 +20,7 @@ from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.pct_net import MODES, PUBLISHED_FEATURES, PCTNet
 from nnunetv2_vf.trust import as_described
 from nnunetv2_vf.weights import check_output, load_safely, package_versions, write_artifact
+from nnunetv2_vf.window_attention import window_side
 
 _TABLE = "attn.relative_position_bias_table"
 _INDEX = "attn.relative_position_index"
@@ -236,7 +237,7 @@ def _attention(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
         rows, num_heads = state[tables[0]].shape
         depths.append(len(tables))
         heads.append(num_heads)
-        windows.append(_window(rows))  # less than the 6 of the paper where the trained map was smaller
+        windows.append(window_side(rows))  # less than the 6 of the paper where the trained map was smaller
     return {"depths": depths, "num_heads": heads, "window_sizes": windows}
 
 
@@ -261,11 +262,6 @@ def _check_complete(converted: Conversion) -> None:
 
 def _kind(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _window(rows: int) -> int:
-    """The side of a window whose bias table has that many rows, (2w - 1)^3."""
-    return (round(rows ** (1 / 3)) + 1) // 2
 
 
 def _released_row(z: Tensor, y: Tensor, x: Tensor, window: int) -> Tensor:
@@ -293,7 +289,7 @@ def _without_collisions(table: Tensor, index: Tensor | None) -> Tensor | None:
     """
     if table.ndim != 2 or 0 in table.shape or index is None:
         return None
-    window = _window(table.shape[0])
+    window = window_side(table.shape[0])
     if table.shape[0] != (2 * window - 1) ** 3 or index.shape != (window**3, window**3):
         return None
     if not torch.equal(index.long(), _released_index(window)):

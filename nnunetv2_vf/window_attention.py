@@ -160,6 +160,11 @@ def _pad(x: Tensor, size: _Size) -> Tensor:
     return F.pad(x, (0, 0, 0, width, 0, height, 0, depth)) if depth or height or width else x
 
 
+def window_side(rows: int) -> int:
+    """The side of a window whose bias table has that many rows, (2 * side - 1)^3."""
+    return (round(rows ** (1 / 3)) + 1) // 2
+
+
 def relative_position_index(window_size: int) -> Tensor:
     """Row of the bias table for each pair of tokens of a window: (z, y, x, z', y', x'), each of ``window_size``.
 
