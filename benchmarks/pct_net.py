@@ -134,14 +134,15 @@ def contenders(
 ) -> dict[str, Callable[[], Contender]]:
     """What makes each of them, by name."""
 
-    def ours(precision: torch.dtype | None = None, compiled: bool = False) -> Contender:
-        network = PCTNet(1, PUBLISHED_FEATURES, MODES[0], CLASSES)
+    def ours(precision: torch.dtype | None = None, compiled: bool = False, channels_last: bool = True) -> Contender:
+        network = PCTNet(1, PUBLISHED_FEATURES, MODES[0], CLASSES, channels_last=channels_last)
         return Contender(torch.compile(network) if compiled else network, device, precision)
 
     makers: dict[str, Callable[[], Contender]] = {}
     if mis_fm is not None:
         makers[THEIRS] = lambda: Contender(mis_fm_network(mis_fm, size), device)
     makers["ours, fp32"] = ours
+    makers["ours, fp32, channels first"] = lambda: ours(channels_last=False)
     makers["ours, bf16"] = lambda: ours(torch.bfloat16)
     if compiled:
         makers["ours, fp32, compiled"] = lambda: ours(None, True)

@@ -19,6 +19,9 @@ from nnunetv2_vf.settings import VFSettings
 
 _SMALLEST_PATCH = 8  # voxels: the shortest side of a fusion box
 _FOLDS = 5
+# nnU-Net's own, after which the shape of a case follows from its spacing
+_PREPROCESSOR = "DefaultPreprocessor"
+_RESAMPLING = ("resample_data_or_seg_to_shape", "resample_torch_simple", "resample_torch_fornnunet")
 
 
 def pretraining_configuration(plans_manager: PlansManager, name: str) -> ConfigurationManager:
@@ -66,7 +69,9 @@ def preprocessed_cases(plans_manager: PlansManager, configuration_name: str) -> 
         dataset_class = infer_dataset_class(str(folder))
         cases = sorted(dataset_class.get_identifiers(str(folder)))
         image, *_, properties = dataset_class(str(folder), cases[:1]).load_case(cases[0])
-        found, expected = image.shape[1:], _resampled_shape(properties, plans_manager, configuration)
+        found = expected = image.shape[1:]
+        if _resamples(configuration):
+            expected = _resampled_shape(properties, plans_manager, configuration)
     except (AssertionError, KeyError, IndexError, OSError, RuntimeError) as error:
         raise UserError(f"{folder} holds files that are no preprocessed cases; empty it and run: {command}") from error
     if found != expected:
@@ -75,6 +80,12 @@ def preprocessed_cases(plans_manager: PlansManager, configuration_name: str) -> 
             f"{plans_manager.plans_name} make {expected}; preprocess again: {command}"
         )
     return cases
+
+
+def _resamples(configuration: ConfigurationManager) -> bool:
+    """Whether a case gets the plans' spacing: nnU-Net also has plans that leave it, and takes others' preprocessors."""
+    resampling = configuration.configuration["resampling_fn_data"]
+    return configuration.preprocessor_name == _PREPROCESSOR and resampling in _RESAMPLING
 
 
 def _resampled_shape(

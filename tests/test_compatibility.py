@@ -254,6 +254,18 @@ def test_cases_of_former_plans_are_refused(tiny, own_dataset, tmp_path, monkeypa
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize(
+    "unlike", [{"resampling_fn_data": "no_resampling_hack"}, {"preprocessor_name": "SomeonesPreprocessor"}]
+)
+def test_cases_that_nnunet_does_not_resample_to_the_spacing_are_not_measured_by_it(tiny, own_dataset, unlike):
+    def replan(plans):
+        plans["configurations"]["3d_fullres"] |= {"spacing": [4.0, 4.0, 4.0], **unlike}
+
+    edit_json(own_dataset / "nnUNetPlans.json", replan)
+    plans = load_target(str(DATASET_ID), "nnUNetPlans", "3d_fullres").plans_manager
+    assert len(preprocessed_cases(plans, "3d_fullres")) == 10
+
+
 def test_two_dimensional_plans_train_without_weights(tiny, own_dataset, monkeypatch):
     """Nothing of the checks stands in the way of what is nnU-Net's own."""
     plans = load_target(str(DATASET_ID), "nnUNetPlans", "3d_fullres").plans_manager
