@@ -1,15 +1,14 @@
-"""Augmentation of sub-volumes: parameters are drawn per sample (NumPy), applied per batch (torch, any device).
+"""Intensities of sub-volumes: parameters are drawn per sample (NumPy), applied per batch (torch, any device).
 
-Flip, percentile contrast, gamma and joint inversion of arXiv 2306.16925 (implementation of the authors: PyMIC
-``crop4vf.py``). The paper works on images in [0, 1]; nnU-Net's arrive z-scored or CT-normalised. So every channel
-of every sub-volume is mapped to [0, 1] for these operations and then back to the mean and standard deviation it
-came with: the network sees the statistics that it will see when it is fine-tuned.
+Percentile contrast, gamma and joint inversion of arXiv 2306.16925 (implementation of the authors: PyMIC
+``crop4vf.py``). The paper works on images in [0, 1]; nnU-Net's arrive z-scored or CT-normalised. So every channel of
+every sub-volume is mapped to [0, 1] for these operations and then back to the mean and standard deviation it came
+with: the network sees the statistics that it will see when it is fine-tuned.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from nnunetv2_vf.settings import VFSettings
 
-_SPACE = (-3, -2, -1)
 # Percentiles, mean and standard deviation are read from a regular subset of at most this many voxels: to sort all
 # 64x128x128 of a sub-volume would take 80 ms on one CPU core, more than everything else together.
 _SUBSET_VOXELS = 2**14
@@ -30,11 +28,10 @@ def draw_augmentation(num_channels: int, settings: VFSettings, rng: np.random.Ge
     """Draw the parameters of one sample: two sub-volumes (foreground, background) of C channels.
 
     Returns:
-        ``flip`` (2, 3) bool, per axis; ``percentiles`` (2, C, 2), lower and upper, NaN where the contrast is left
-        alone; ``gamma`` (2, C); ``invert`` (2, C) bool, all alike.
+        ``percentiles`` (2, C, 2), lower and upper, NaN where the contrast is left alone; ``gamma`` (2, C);
+        ``invert`` (2, C) bool, all alike.
     """
     per_channel = (2, num_channels)
-    flip = rng.random((2, 3)) < settings.flip_probability
     lower = rng.uniform(*settings.contrast_lower, size=per_channel)
     upper = rng.uniform(*settings.contrast_upper, size=per_channel)
     percentiles = np.stack([lower, upper], axis=-1)
@@ -42,59 +39,18 @@ def draw_augmentation(num_channels: int, settings: VFSettings, rng: np.random.Ge
     gamma = rng.uniform(*settings.gamma, size=per_channel)
     invert = rng.random() < settings.invert_probability
     return {
-        "flip": torch.from_numpy(flip),
         "percentiles": torch.from_numpy(percentiles).float(),
         "gamma": torch.from_numpy(gamma).float(),
         "invert": torch.full(per_channel, bool(invert)),
     }
 
 
-class Augmentation:
-    """What :func:`draw_augmentation` drew, ready to be applied to any slices of the images that it was drawn for.
-
-    Args:
-        images: (..., C, D, H, W), finite.
-        parameters: ``flip`` (..., 3), ``percentiles`` (..., C, 2), ``gamma`` and ``invert`` (..., C); all on the
-            device of the images but ``flip``, on the CPU.
-    """
-
-    @torch.no_grad()
-    def __init__(self, images: Tensor, parameters: Mapping[str, Tensor]):
-        self.images = images
-        self.flip = parameters["flip"]
-        self.adjust = intensity_map(images, *(parameters[name] for name in ("percentiles", "gamma", "invert")))
-
-    @torch.no_grad()
-    def slices(self, start: int, stop: int) -> Tensor:
-        """Slices [start, stop) of the augmented images, (..., C, stop - start, H, W)."""
-        return self.adjust(flip(self.images, self.flip, start, stop))
-
-
-def augment(images: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-    """All slices of an :class:`Augmentation`."""
-    return Augmentation(images, parameters).slices(0, images.shape[-3])
-
-
-def flip(x: Tensor, axes: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-    """Mirror the spatial axes of x (..., C, D, H, W) where ``axes`` (..., 3) is true; slices [start, stop) of that.
-
-    ``axes`` stays on the CPU, whatever the device of x: reading it must not wait for a GPU.
-    """
-    depth, *in_plane = x.shape[-3:]
-    stop = depth if stop is None else stop
-    mirrored = x.new_empty(*x.shape[:-3], stop - start, *in_plane)
-    for index in np.ndindex(*axes.shape[:-1]):
-        dims = [dim for dim, yes in zip(_SPACE, axes[index].tolist(), strict=True) if yes]
-        source = slice(depth - stop, depth - start) if axes[index][0] else slice(start, stop)
-        mirrored[index] = x[index][:, source].flip(dims)
-    return mirrored
-
-
 def adjust_intensity(x: Tensor, percentiles: Tensor, gamma: Tensor, invert: Tensor) -> Tensor:
-    """The :func:`intensity_map` of x applied to x."""
+    """The :func:`intensity_map` of x, applied to x (..., D, H, W)."""
     return intensity_map(x, percentiles, gamma, invert)(x)
 
 
+@torch.no_grad()
 def intensity_map(x: Tensor, percentiles: Tensor, gamma: Tensor, invert: Tensor) -> IntensityMap:
     """Percentile contrast, gamma and inversion, then back to the mean and standard deviation of each channel.
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunetv2_vf.augment import Augmentation
+from nnunetv2_vf.augment import IntensityMap, intensity_map
 from nnunetv2_vf.settings import VFSettings
 
 # Voxels of a piece that a CPU keeps in its cache through a dozen operations, instead of fetching them from memory for
@@ -101,15 +101,30 @@ def fuse(foreground: Tensor, background: Tensor, fusion_map: Tensor, coefficient
 
 
 def fuse_batch(batch: Mapping[str, Tensor], coefficient_steps: int, device: torch.device) -> FusedBatch:
-    """Augment and fuse a batch of :class:`nnunetv2_vf.sampling.FusionDataset` samples on ``device``."""
-    batch = to_device(batch, device)
-    foreground, background = augmentations(batch)
-    fusion_map, fused = batch["fusion_map"], torch.empty_like(batch["background"])
+    """Augment and fuse a batch of :class:`nnunetv2_vf.sampling.FusionDataset` samples on ``device``.
+
+    Nothing here waits for a GPU.
+    """
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    foreground, background, fusion_map = batch["foreground"], batch["background"], batch["fusion_map"]
+    adjust_foreground, adjust_background = intensity_maps(batch)
+    fused = torch.empty_like(background)
     for start, stop in _pieces(fused):
+        here = (slice(None), slice(None), slice(start, stop))
         coefficient = _coefficients(fusion_map[:, start:stop], coefficient_steps, fused.dtype)
-        pair = background.slices(start, stop), foreground.slices(start, stop)
-        torch.lerp(*pair, coefficient, out=fused[:, :, start:stop])
+        torch.lerp(
+            adjust_background(background[here]), adjust_foreground(foreground[here]), coefficient, out=fused[here]
+        )
     return FusedBatch(fused, fusion_map)
+
+
+def intensity_maps(batch: Mapping[str, Tensor]) -> tuple[IntensityMap, IntensityMap]:
+    """What was drawn for the intensities of the foregrounds and of the backgrounds of a batch."""
+    foreground, background = (
+        intensity_map(batch[name], *(batch[key][:, i] for key in ("percentiles", "gamma", "invert")))
+        for i, name in enumerate(("foreground", "background"))
+    )
+    return foreground, background
 
 
 def _pieces(image: Tensor) -> Iterator[tuple[int, int]]:
@@ -123,17 +138,3 @@ def _pieces(image: Tensor) -> Iterator[tuple[int, int]]:
 def _coefficients(fusion_map: Tensor, coefficient_steps: int, dtype: torch.dtype) -> Tensor:
     """a = fusion_map / K: (B, d, H, W) -> (B, 1, d, H, W)."""
     return fusion_map[:, None].to(dtype).div_(coefficient_steps)
-
-
-def augmentations(batch: Mapping[str, Tensor]) -> tuple[Augmentation, Augmentation]:
-    """Those of the foregrounds and of the backgrounds; :func:`to_device` has been applied to the batch."""
-    foreground, background = (
-        Augmentation(batch[name], {key: batch[key][:, i] for key in ("flip", "percentiles", "gamma", "invert")})
-        for i, name in enumerate(("foreground", "background"))
-    )
-    return foreground, background
-
-
-def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """All of a batch but ``flip``, which stays on the CPU: :func:`nnunetv2_vf.augment.flip`."""
-    return {name: x if name == "flip" else x.to(device, non_blocking=True) for name, x in batch.items()}

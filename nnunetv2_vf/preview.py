@@ -19,7 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.fusion import augmentations, fuse_batch, to_device
+from nnunetv2_vf.fusion import fuse_batch, intensity_maps
 from nnunetv2_vf.preflight import preprocessed_cases, pretraining_configuration
 from nnunetv2_vf.sampling import VALIDATION, FusionDataset, collate
 from nnunetv2_vf.settings import VFSettings
@@ -180,13 +180,14 @@ def make_examples(
         batch: of :func:`nnunetv2_vf.sampling.collate`.
         answer: the network: (B, C, D, H, W) to classes (B, D, H, W).
     """
-    tensors = to_device(batch["tensors"], device)
+    tensors = batch["tensors"]
     fused_batch = fuse_batch(tensors, settings.coefficient_steps, device)
     answers: Sequence[np.ndarray | None] = [None] * len(batch["cases"])
     if answer is not None:
         answers = list(answer(fused_batch.fused).cpu().numpy())
-    foreground, background = (each.slices(0, each.images.shape[-3]) for each in augmentations(tensors))
-    images = [t[:, 0].cpu().numpy() for t in (foreground, background, fused_batch.fused)]
+    adjust_foreground, adjust_background = intensity_maps(tensors)
+    subvolumes = adjust_foreground(tensors["foreground"]), adjust_background(tensors["background"])
+    images = [t[:, 0].cpu().numpy() for t in (*subvolumes, fused_batch.fused)]
     maps = fused_batch.fusion_map.cpu().numpy()
     titles = [" + ".join(cases) for cases in batch["cases"]]
     return [Example(*fields) for fields in zip(titles, *images, maps, answers, strict=True)]

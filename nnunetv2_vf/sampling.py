@@ -94,13 +94,16 @@ class FusionDataset(Dataset):
     def _draw_crops(
         self, case: str, count: int, rng: np.random.Generator, rejected: list[tuple[str, str]]
     ) -> list[Tensor]:
-        """Crops (C, d, h, w) of random size and place of a case; none if it cannot be used."""
+        """Crops (C, d, h, w) of a case, of random size and place, flipped at random; none if it cannot be used."""
         volume = self.cases.load_case(case)[0]  # (C, D, H, W), opened but not read
         crops: list[Tensor] = []
         for _ in range(_CROPS):
             box = self._draw_box(volume.shape[1:], rng)
-            crop = torch.from_numpy(np.ascontiguousarray(crop_and_pad_nd(volume, box, 0))).float()
-            extremes = [channel.aminmax() for channel in _without_padding(crop, box, volume.shape[1:])]
+            flip = rng.random(3) < self.settings.flip_probability
+            # flipped while it is copied: that takes no pass over the voxels of its own
+            flipped = np.flip(crop_and_pad_nd(volume, box, 0), tuple(1 + np.flatnonzero(flip)))
+            crop = torch.from_numpy(np.array(flipped, np.float32, order="C"))
+            extremes = [channel.aminmax() for channel in _without_padding(crop, box, flip, volume.shape[1:])]
             if not torch.tensor(extremes).isfinite().all():  # NaN and infinity show in the extremes
                 rejected.append((case, "holds voxels that are not finite (NaN or infinite)"))
                 return []
@@ -127,10 +130,13 @@ class FusionDataset(Dataset):
         return box
 
 
-def _without_padding(crop: Tensor, box: list[list[int]], shape: Sequence[int]) -> Tensor:
-    """The part of a crop that lies in its volume of this shape."""
-    inside = [slice(max(0, -start), length - start) for (start, _), length in zip(box, shape, strict=True)]
-    return crop[:, inside[0], inside[1], inside[2]]
+def _without_padding(crop: Tensor, box: list[list[int]], flip: np.ndarray, shape: Sequence[int]) -> Tensor:
+    """The part of a crop, flipped along these axes, that lies in its volume of this shape."""
+    z, y, x = (
+        slice(max(0, end - length), end) if flipped else slice(max(0, -start), length - start)
+        for (start, end), flipped, length in zip(box, flip, shape, strict=True)
+    )
+    return crop[:, z, y, x]
 
 
 def resize(crop: Tensor, size: tuple[int, int, int]) -> Tensor:

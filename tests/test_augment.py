@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_vf.augment import Augmentation, adjust_intensity, augment, draw_augmentation, flip
+from nnunetv2_vf.augment import adjust_intensity, draw_augmentation, intensity_map
 from nnunetv2_vf.settings import VFSettings
 
 SPACE = (-3, -2, -1)
@@ -39,8 +39,7 @@ def test_every_channel_of_every_subvolume_keeps_its_mean_and_standard_deviation(
     x = volume(3, 2, 4, 8, 9, 10) * torch.arange(1, 5).view(4, 1, 1, 1)
     settings, rng = VFSettings(), np.random.default_rng(0)
     drawn = [draw_augmentation(4, settings, rng) for _ in range(3)]
-    batch = {name: torch.stack([sample[name] for sample in drawn]) for name in drawn[0]}
-    y = augment(x, batch)
+    y = adjust_intensity(x, **{name: torch.stack([sample[name] for sample in drawn]) for name in drawn[0]})
     torch.testing.assert_close(y.mean(SPACE), x.mean(SPACE), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(y.std(SPACE), x.std(SPACE), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(y, x)
@@ -57,17 +56,15 @@ def test_large_channels_keep_them_nearly():
 def test_slices_are_those_of_the_whole():
     x = volume(2, 2, 3, 7, 8, 9)
     drawn = [draw_augmentation(3, VFSettings(), np.random.default_rng(seed)) for seed in range(2)]
-    batch = {name: torch.stack([sample[name] for sample in drawn]) for name in drawn[0]}
-    augmentation = Augmentation(x, batch)
-    pieces = [augmentation.slices(start, stop) for start, stop in ((0, 3), (3, 4), (4, 7))]
-    assert torch.equal(torch.cat(pieces, dim=3), augment(x, batch))
+    adjust = intensity_map(x, **{name: torch.stack([sample[name] for sample in drawn]) for name in drawn[0]})
+    assert torch.equal(torch.cat([adjust(piece) for piece in x.split([3, 1, 3], dim=3)], dim=3), adjust(x))
 
 
 def test_nothing_drawn_is_nothing_done():
     x = volume(2, 2, 1, 6, 7, 8)
-    settings = VFSettings(flip_probability=0, contrast_probability=0, gamma=(1, 1), invert_probability=0)
+    settings = VFSettings(contrast_probability=0, gamma=(1, 1), invert_probability=0)
     drawn = draw_augmentation(1, settings, np.random.default_rng(0))
-    y = augment(x, {name: torch.stack([value, value]) for name, value in drawn.items()})
+    y = adjust_intensity(x, **{name: torch.stack([value, value]) for name, value in drawn.items()})
     torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-5)
 
 
@@ -89,22 +86,12 @@ def test_the_order_of_intensities_survives_or_is_reversed():
     assert (inverted < 0).all()
 
 
-def test_flips_mirror_the_drawn_axes_of_the_drawn_subvolume():
-    x = volume(1, 2, 1, 3, 4, 5)
-    axes = torch.tensor([[[True, False, False], [False, True, True]]])
-    y = flip(x, axes)
-    assert torch.equal(y[0, 0], x[0, 0].flip(-3))
-    assert torch.equal(y[0, 1], x[0, 1].flip(-2, -1))
-
-
 def test_parameters_have_the_published_ranges_and_probabilities():
     rng = np.random.default_rng(0)
     drawn = [draw_augmentation(2, VFSettings(), rng) for _ in range(2000)]
-    flips = torch.stack([d["flip"] for d in drawn]).float()
     percentiles = torch.stack([d["percentiles"] for d in drawn])
     gamma = torch.stack([d["gamma"] for d in drawn])
     inverted = torch.stack([d["invert"] for d in drawn]).float()
-    assert flips.mean().item() == pytest.approx(0.5, abs=0.02)
     assert inverted.mean().item() == pytest.approx(0.25, abs=0.04)
     for values, low, high in ((percentiles[..., 0], 0.1, 2), (percentiles[..., 1], 98, 99.9), (gamma, 0.7, 1.5)):
         assert low <= values.min() < low + 0.05 * (high - low)

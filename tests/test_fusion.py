@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nnunetv2_vf import fusion
-from nnunetv2_vf.augment import augment, draw_augmentation
+from nnunetv2_vf.augment import adjust_intensity, draw_augmentation
 from nnunetv2_vf.fusion import draw_blocks, draw_boxes, draw_fusion_map, fuse, fuse_batch
 from nnunetv2_vf.settings import VFSettings
 
@@ -44,14 +44,15 @@ def test_a_batch_is_augmented_and_fused_alike_in_pieces_of_any_size(piece, monke
     settings = VFSettings()
     drawn = [draw_augmentation(2, settings, rng(seed)) for seed in range(3)]
     subvolumes = torch.randn(2, 3, 2, 9, 10, 11, generator=generator)
+    parameters = {name: torch.stack([sample[name] for sample in drawn]) for name in drawn[0]}
     batch = {
         "foreground": subvolumes[0].clone(),
         "background": subvolumes[1].clone(),
         "fusion_map": torch.stack([draw_boxes((9, 10, 11), settings, rng(seed)) for seed in range(3)]),
-        **{name: torch.stack([sample[name] for sample in drawn]) for name in drawn[0]},
+        **parameters,
     }
     fused = fuse_batch(batch, 4, torch.device("cpu"))
-    pair = augment(subvolumes.transpose(0, 1), batch).unbind(1)
+    pair = adjust_intensity(subvolumes.transpose(0, 1), **parameters).unbind(1)
     torch.testing.assert_close(fused.fused, fuse(*pair, batch["fusion_map"], 4))
     assert torch.equal(torch.stack([batch["foreground"], batch["background"]]), subvolumes), "the batch is left alone"
     assert fused.fusion_map is batch["fusion_map"]

@@ -119,7 +119,7 @@ def test_all_cases_are_drawn(cases):
 
 def test_crops_are_cut_from_the_volume_and_resized(cases):
     """Without rescaling, a sub-volume is found, voxel by voxel, in its case."""
-    samples = FusionDataset(cases, PATCH, VFSettings(crop_scale=(1, 1)), TRAINING)
+    samples = FusionDataset(cases, PATCH, VFSettings(crop_scale=(1, 1), flip_probability=0), TRAINING)
     sample = samples[0]
     volume = torch.from_numpy(cases.load_case(sample["cases"][0])[0][:])
     for crop in (sample["foreground"], sample["background"]):
@@ -127,6 +127,17 @@ def test_crops_are_cut_from_the_volume_and_resized(cases):
         assert len(corners) == 1
         z, y, x = corners[0]
         assert torch.equal(crop, volume[:, z : z + PATCH[0], y : y + PATCH[1], x : x + PATCH[2]])
+
+
+def test_flips_mirror_each_axis_of_each_crop_with_their_probability(tmp_path):
+    """A ramp along each axis, one channel each, tells which way a crop lies."""
+    ramps = np.stack(np.meshgrid(*(np.arange(30.0),) * 3, indexing="ij"))
+    samples = FusionDataset(save_cases(tmp_path, ramps=ramps), PATCH, VFSettings(flip_probability=0.3), TRAINING)
+    drawn = [samples[i][name] for i in range(300) for name in ("foreground", "background")]
+    flipped = np.array([[crop[c].diff(dim=c).mean() < 0 for c in range(3)] for crop in drawn])
+    np.testing.assert_allclose(flipped.mean(0), 0.3, atol=0.06)
+    assert abs(np.corrcoef(flipped.T) - np.eye(3)).max() < 0.15  # independent of one another
+    assert abs(np.corrcoef(flipped[::2, 0], flipped[1::2, 0])[0, 1]) < 0.15
 
 
 @pytest.mark.parametrize("size", [(9, 14, 11), (6, 20, 7), (13, 9, 16), (1, 30, 8), (12, 14, 14), (12, 9, 17)])
@@ -235,8 +246,10 @@ def test_a_volume_of_almost_nothing_but_air_is_skipped_and_reported(tmp_path):
 
 
 def test_a_small_constant_volume_is_no_image_because_of_its_padding(tmp_path):
-    cases = save_cases(tmp_path, flat=np.full((1, 6, 6, 6), 5.0))
-    assert "foreground" not in FusionDataset(cases, PATCH, VFSettings(), TRAINING)[0]
+    cases = save_cases(tmp_path, flat=np.full((1, 6, 7, 5), 5.0))
+    for flip_probability in (0, 1):
+        settings = VFSettings(flip_probability=flip_probability)
+        assert "foreground" not in FusionDataset(cases, PATCH, settings, TRAINING)[0]
 
 
 def test_a_batch_without_a_usable_volume_says_so(tmp_path):
