@@ -3,9 +3,9 @@
     python benchmarks/pretrain_step.py [--device cpu|cuda] [--workers 2] [--steps 6] [--rounds 4] [--spacing 6]
 
 nnU-Net's own commands plan and preprocess generated phantoms. nnUNetTrainer and VFPretrainTrainer are made as
-``nnUNetv2_train`` makes them and then take turns of ``--steps`` training steps, the first of which does not count; the
-time for a batch to be there and the time of the step are measured apart. Prints a Markdown table; writes
-``docs/pretrain_step_DEVICE.json``.
+``nnUNetv2_train`` makes them and then take turns of ``--steps`` training steps, after one that does not count; a turn
+ends when the device has done its work. The wait for batches and the rest are measured apart. Prints a Markdown table;
+writes ``docs/pretrain_step_DEVICE.json``.
 """
 
 from __future__ import annotations
@@ -52,13 +52,18 @@ def main() -> None:
             "step, ms": summary(working[name], digits=0),
             f"step / {SUPERVISED}": f"{ratio(working[name], working[SUPERVISED]):.2f}",
             "wait for data, ms": summary(waiting[name], digits=1),
-            "wait / (wait + step)": f"{sum(waiting[name]) / (sum(waiting[name]) + sum(working[name])):.1%}",
+            "wait / (wait + step)": f"{wait_share(waiting[name], working[name]):.1%}",
         }
         for name in working
     ]
     patch = " x ".join(map(str, plan["patch_size"]))
     about = f"patch {patch}, batch {plan['batch_size']}, {args.workers} workers, {machine(device)}: median (range)"
     report(f"pretrain_step_{device.type}", about, rows, args.docs, waiting=waiting, working=working)
+
+
+def wait_share(waiting: list[float], working: list[float]) -> float:
+    wait, work = statistics.fmean(waiting), statistics.fmean(working)
+    return wait / (wait + work)
 
 
 def prepare(host: Host, spacing: float, memory: float) -> dict[str, Any]:
@@ -84,9 +89,10 @@ def measure(device: torch.device, steps: int, rounds: int) -> tuple[dict[str, li
     working: dict[str, list[float]] = {name: [] for name in trainers}
     for _ in range(rounds):
         for name, trainer in trainers.items():
-            turn = [one_step(trainer) for _ in range(steps)]
-            waiting[name] += [waited for waited, _ in turn[1:]]
-            working[name] += [worked for _, worked in turn[1:]]
+            one_turn(trainer, 1)
+            waits, worked = one_turn(trainer, steps)
+            waiting[name] += waits
+            working[name].append(worked / steps)
         print(*(f"{name}: {statistics.median(working[name]):.2f} s" for name in trainers), sep=", ", flush=True)
     for trainer in trainers.values():
         trainer.disable_checkpointing = True
@@ -94,12 +100,18 @@ def measure(device: torch.device, steps: int, rounds: int) -> tuple[dict[str, li
     return waiting, working
 
 
-def one_step(trainer: Any) -> tuple[float, float]:
+def one_turn(trainer: Any, steps: int) -> tuple[list[float], float]:
+    """Seconds waited for each batch, and seconds of all the rest."""
+    waits = []
     start = time.perf_counter()
-    batch = next(trainer.dataloader_train)
-    there = time.perf_counter()
-    trainer.train_step(batch)  # ends with the loss on the CPU: nothing is left to wait for
-    return there - start, time.perf_counter() - there
+    for _ in range(steps):
+        before = time.perf_counter()
+        batch = next(trainer.dataloader_train)
+        waits.append(time.perf_counter() - before)
+        trainer.train_step(batch)
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize()
+    return waits, time.perf_counter() - start - sum(waits)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import nn
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from nnunetv2_vf.settings import ScheduleSettings
 
@@ -39,10 +40,23 @@ class WarmupPolyLRScheduler(PolyLRScheduler):
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
-def adaptive_optimizer(network: nn.Module, settings: ScheduleSettings) -> Adam:
-    """Adam or AdamW over all parameters."""
-    kind = {"adam": Adam, "adamw": AdamW}[settings.optimizer]
-    return kind(network.parameters(), settings.initial_lr, weight_decay=settings.weight_decay)
+def make_optimizer(network: nn.Module, settings: ScheduleSettings, fused: bool = False) -> Optimizer:
+    """The optimiser that the settings name, over all parameters; ``sgd`` has nnU-Net's momentum.
+
+    Args:
+        fused: one kernel for the whole step. A state that is loaded may come from an optimiser that is not.
+    """
+    kind: Any = {"adam": Adam, "adamw": AdamW, "sgd": functools.partial(SGD, momentum=0.99, nesterov=True)}
+    optimizer: Optimizer = kind[settings.optimizer](
+        network.parameters(), settings.initial_lr, weight_decay=settings.weight_decay, fused=fused or None
+    )
+
+    def stay_fused(_: Optimizer, state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            group["fused"] = fused or None
+
+    optimizer.register_load_state_dict_pre_hook(stay_fused)
+    return optimizer
 
 
 def poly_decay(optimizer: Optimizer, settings: ScheduleSettings, warmup_fraction: float = 0.0) -> PolyLRScheduler:

@@ -24,6 +24,7 @@ _OWN_DEFAULTS = {
 _S = TypeVar("_S", bound="ScheduleSettings")
 _FINETUNE_PREFIX = "nnUNet_vf_finetune_"
 _OPTIMIZERS = ("adam", "adamw", "sgd")
+_ABOUT_PRECISION = "of products and convolutions; auto: bf16 on GPUs that have it, fp16 on others, fp32 on CPUs"
 _ABOUT_OPTIMIZERS = "adam: the paper's; adamw: its weight decay apart; sgd: nnU-Net's, Nesterov momentum 0.99"
 
 
@@ -34,8 +35,10 @@ def _setting(
     low: float = -math.inf,
     high: float = math.inf,
     choices: tuple[str, ...] = (),
+    free: bool = False,  # may be another one when a training is continued
 ) -> Any:
-    return field(default=default, metadata={"about": about, "low": low, "high": high, "choices": choices})
+    metadata = {"about": about, "low": low, "high": high, "choices": choices, "free": free}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class ScheduleSettings:
     optimizer: str = _setting("sgd", _ABOUT_OPTIMIZERS, choices=_OPTIMIZERS)
     initial_lr: float = _setting(1e-2, "highest learning rate; decays polynomially", low=1e-12, high=10)
     weight_decay: float = _setting(3e-5, "weight decay", low=0, high=1)
-    save_every: int = _setting(50, "epochs between two checkpoint_latest.pth", low=1)
+    save_every: int = _setting(50, "epochs between two checkpoint_latest.pth", low=1, free=True)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -117,11 +120,12 @@ class ScheduleSettings:
         trainer.save_every = self.save_every
 
     def differences(self, recorded: Mapping[str, Any]) -> list[str]:
-        """Name every setting whose value is not the recorded one, with both values."""
+        """Name every setting whose value is not the recorded one, with both values; the free ones may differ."""
         current = self.as_dict()
+        free = {f.name for f in fields(self) if f.metadata["free"]}
         return [
             f"{name} = {current.get(name)!r} (recorded: {recorded.get(name)!r})"
-            for name in sorted({*current, *recorded})
+            for name in sorted({*current, *recorded} - free)
             if current.get(name) != recorded.get(name)
         ]
 
@@ -139,6 +143,10 @@ class VFSettings(ScheduleSettings):
     optimizer: str = _setting("adam", _ABOUT_OPTIMIZERS, choices=_OPTIMIZERS)
     initial_lr: float = _setting(1e-3, "highest learning rate; decays polynomially", low=1e-12, high=10)
     weight_decay: float = _setting(1e-5, "weight decay", low=0, high=1)
+    precision: str = _setting("auto", _ABOUT_PRECISION, choices=("auto", "bf16", "fp16", "tf32", "fp32"), free=True)
+    fused_optimizer: str = _setting(
+        "on", "a step of the optimiser is one kernel, and waits for nothing", choices=("on", "off"), free=True
+    )
     seed: int = _setting(0, "seed of the training samples; the validation samples are always the same", low=0)
     coefficient_steps: int = _setting(4, "K: the coefficients are 0, 1/K, ..., 1, one class each", low=1, high=100)
     fusion_map: str = _setting("boxes", "how the coefficients are laid out", choices=("boxes", "blocks"))

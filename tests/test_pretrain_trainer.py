@@ -15,6 +15,7 @@ from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoi
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
+from nnunetv2_vf.training_step import Precision
 from nnunetv2_vf.weights import FILE_NAME, read_artifact
 
 CPU = torch.device("cpu")
@@ -150,7 +151,7 @@ def test_the_validation_loss_is_computed_under_autocast(tiny, monkeypatch):
     """Outside it, the half-precision cross-entropy of a CUDA training overflows."""
     trainer = new_trainer()
     trainer.initialize()
-    monkeypatch.setattr(trainer, "_autocast", lambda: torch.autocast("cpu", torch.bfloat16))
+    trainer.precision = Precision("bf16", "cpu")
     loss, under_autocast = trainer.loss, []
 
     def spy(*args):

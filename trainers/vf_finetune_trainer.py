@@ -15,7 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.compatibility import fit_in_words, pretrained_weights_argument, require_fit
 from nnunetv2_vf.errors import one_line_errors
-from nnunetv2_vf.optimizer import adaptive_optimizer, clip_gradients, poly_decay
+from nnunetv2_vf.optimizer import clip_gradients, make_optimizer, poly_decay
 from nnunetv2_vf.preflight import preprocessed_cases
 from nnunetv2_vf.settings import FINETUNE_RECIPES, FinetuneSettings
 from nnunetv2_vf.target import Target
@@ -59,10 +59,7 @@ class VFFinetuneTrainer(nnUNetTrainer):
         self.settings.apply_schedule(self)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
-        if self.settings.optimizer == "sgd":
-            optimizer, _ = super().configure_optimizers()
-        else:
-            optimizer = adaptive_optimizer(self.network, self.settings)
+        optimizer = make_optimizer(self.network, self.settings)
         clip_gradients(optimizer, self.settings.gradient_clip)
         return optimizer, poly_decay(optimizer, self.settings, self.settings.warmup_fraction)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,20 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import Tensor, autocast
+from torch import Tensor
 from torch._dynamo import OptimizedModule
 
 from nnunetv2_vf import weights
 from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.fusion import fuse_batch
 from nnunetv2_vf.model_card import CARD_NAME, write_model_card
-from nnunetv2_vf.optimizer import adaptive_optimizer, poly_decay
+from nnunetv2_vf.optimizer import make_optimizer, poly_decay
 from nnunetv2_vf.preflight import check_pretraining
 from nnunetv2_vf.preview import class_names, draw_confusion, draw_examples, make_examples, plane_names
 from nnunetv2_vf.progress import PretextLogger
 from nnunetv2_vf.sampling import TRAINING, VALIDATION, FusionDataset, collate, make_loader, sample_indices
 from nnunetv2_vf.settings import VFSettings
+from nnunetv2_vf.training_step import Precision, training_step
 
 _PREVIEW_EXAMPLES = 3
 
@@ -58,36 +58,47 @@ class VFPretrainTrainer(nnUNetTrainer):
         settings = VFSettings.resolve(plans, os.environ)
         check_pretraining(plans, configuration, fold, settings)
         self.settings = settings
+        self.precision = Precision.choose(settings.precision, device)
         self._continues = bool(plans.get("continue_training"))  # nnU-Net puts its flag --c here
         # What nnU-Net gets to see is copies: the settings are recorded wherever it stores the plans, and the
         # fusion classes take the place of the dataset's labels.
         plans = {**plans, VFSettings.section: settings.as_dict()}
         super().__init__(plans, configuration, fold, _with_fusion_labels(dataset_json, settings), device)
         settings.apply_schedule(self)
+        self.grad_scaler = self.precision.scaler()
         self.logger.local_logger = PretextLogger(class_names(settings.coefficient_steps))
         self._reported: set[str] = set()
 
     # ------------------------------------------------------------------ the pretext task in nnU-Net's training
 
     def train_step(self, batch: dict) -> dict:
-        return super().train_step(self._fuse(batch))
+        """As nnU-Net's, but what it returns stays on the device: :func:`nnunetv2_vf.training_step.training_step`."""
+        fused = self._fuse(batch)
+        loss, _ = training_step(self.network, self.optimizer, self.grad_scaler, lambda: self._forward(fused)[1])
+        return {"loss": loss}
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        losses = torch.stack([output["loss"] for output in train_outputs])
+        super().on_train_epoch_end([{"loss": loss} for loss in losses.cpu().numpy()])
 
     def validation_step(self, batch: dict) -> dict:
-        """As nnU-Net's, but class 0 counts (it is a real class here) and the confusion matrix comes with it."""
+        """The loss and the confusion matrix, which stay on the device."""
         batch = self._fuse(batch)
-        with self._autocast():
-            output = self.network(batch["data"])
-            loss = self.loss(output, batch["target"])
+        output, loss = self._forward(batch)
         answer, truth = (x[0] if self.enable_deep_supervision else x for x in (output, batch["target"]))
-        confusion = _confusion(answer.argmax(1), truth[:, 0], self.settings.coefficient_steps + 1).cpu().numpy()
-        hits = confusion.diagonal()
-        return {
-            "loss": loss.cpu().numpy(),
-            "tp_hard": hits,
-            "fp_hard": confusion.sum(axis=0) - hits,
-            "fn_hard": confusion.sum(axis=1) - hits,
-            "confusion": confusion,
-        }
+        confusion = _confusion(answer.argmax(1), truth[:, 0], self.settings.coefficient_steps + 1)
+        return {"loss": loss, "confusion": confusion}
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """As nnU-Net's, but class 0 counts: it is a real class here."""
+        losses, confusions = (
+            torch.stack([output[name] for output in val_outputs]).cpu().numpy() for name in ("loss", "confusion")
+        )
+        hits = confusions.diagonal(axis1=1, axis2=2)
+        counts = {"tp_hard": hits, "fp_hard": confusions.sum(1) - hits, "fn_hard": confusions.sum(2) - hits}
+        super().on_validation_epoch_end(
+            [{"loss": loss, **{name: n[i] for name, n in counts.items()}} for i, loss in enumerate(losses)]
+        )
 
     def _fuse(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Samples of a :class:`FusionDataset` -> what nnU-Net's training step takes."""
@@ -107,9 +118,11 @@ class VFPretrainTrainer(nnUNetTrainer):
         downsample = DownsampleSegForDSTransform(self._get_deep_supervision_scales())
         return [target[:, None] for target in downsample(segmentation=fusion_map)["segmentation"]]
 
-    def _autocast(self) -> AbstractContextManager:
-        """nnU-Net's: on CUDA only."""
-        return autocast("cuda") if self.device.type == "cuda" else nullcontext()
+    def _forward(self, fused: dict[str, Any]) -> tuple[Any, Tensor]:
+        """The network's output and the loss."""
+        with self.precision.autocast():
+            output = self.network(fused["data"])
+            return output, self.loss(output, fused["target"])
 
     def _build_loss(self) -> torch.nn.Module:
         loss = super()._build_loss()
@@ -118,9 +131,7 @@ class VFPretrainTrainer(nnUNetTrainer):
         return loss
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
-        if self.settings.optimizer == "sgd":
-            return super().configure_optimizers()
-        optimizer = adaptive_optimizer(self.network, self.settings)
+        optimizer = make_optimizer(self.network, self.settings, fused=self.settings.fused_optimizer == "on")
         return optimizer, poly_decay(optimizer, self.settings)
 
     # ------------------------------------------------------------------ data
@@ -166,7 +177,9 @@ class VFPretrainTrainer(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        self.precision.apply_to_single_precision()
         self.print_to_log_file(f"Volume Fusion settings:\n{self.settings}\n", add_timestamp=False)
+        self.print_to_log_file(f"Computing in {self.precision.name} on {self.device}\n", add_timestamp=False)
 
     def on_train_end(self) -> None:
         super().on_train_end()
@@ -225,7 +238,7 @@ class VFPretrainTrainer(nnUNetTrainer):
         self.network.eval()
         loader = self._loader(VALIDATION, self._fixed_steps(1))
         with torch.no_grad():
-            confusion = sum(self.validation_step(batch)["confusion"] for batch in loader)
+            confusion = sum(self.validation_step(batch)["confusion"] for batch in loader).cpu().numpy()
         if self.is_ddp:
             parts = [None] * dist.get_world_size()
             dist.all_gather_object(parts, confusion)
@@ -266,7 +279,7 @@ class VFPretrainTrainer(nnUNetTrainer):
     @torch.no_grad()
     def _answer(self, data: Tensor) -> Tensor:
         network = self._bare_network() if self.is_ddp else self.network  # rank 0 answers alone: no collective calls
-        with self._autocast():
+        with self.precision.autocast():
             output = network(data)
         return (output[0] if self.enable_deep_supervision else output).argmax(1)
 
