@@ -10,11 +10,12 @@ The pipeline, and the module of each step::
         | unlabelled  the raw dataset, with a report; nnU-Net's own commands plan and preprocess it
         v
     unlabelled case, preprocessed by nnU-Net
-        | sampling   crop two sub-volumes of one case, resize them to the patch; draw all parameters
-        | augment    flip, contrast, gamma, inversion: batched, on the trainer's device
+        | sampling   crop two sub-volumes of one case, flip and resize them to the patch; draw all parameters
+        | augment    contrast, gamma, inversion: batched, on the trainer's device
         | fusion     X = a * foreground + (1 - a) * background; the target of a voxel is Y = K * a
         v
     trainers.VFPretrainTrainer: nnU-Net's own network, loss, schedule, logging and checkpoints, K + 1 classes
+        | training_step   in the precision that the device has, waiting for nothing
         | weights    vf_pretrained.pth, and a model_card
         v
     any target: its plans and dataset are a target
