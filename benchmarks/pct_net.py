@@ -3,13 +3,17 @@
     python benchmarks/pct_net.py [--mis-fm PATH] [--device cpu|cuda] [--size 64 64 64] [--batch 2] [--repeats 5]
 
 PATH is a checkout of openmedlab/MIS-FM (which also needs pip install einops); without it ours runs alone. The same
-published sizes, one output, 5 classes. Contenders: MIS-FM as released, single precision, eager; ours as a plan builds
-it, in single precision and under autocast (bf16), and with ``--compile`` compiled. A training step is the forward pass,
-nnU-Net's Dice and cross-entropy, the backward pass, clipping and Adam. Prints Markdown tables; writes
-``docs/pct_net_DEVICE.json``.
+published sizes, one output, 5 classes. Contenders: MIS-FM as released, single precision, eager, and the same
+channels-last; ours as a plan builds it and as VFPretrainTrainer trains it, in single precision and in bf16, and with
+``--compile`` compiled. A training step is the forward pass, nnU-Net's Dice and cross-entropy, the backward pass and
+Adam; ours is the trainer's, with its fused optimiser, clipping and look at whether the gradient is finite. Prints
+Markdown tables; writes ``docs/pct_net_DEVICE.json``.
 
-Peak memory is of one training step: on CUDA what torch allocated, weights included; on the CPU the growth of the
-resident set of a process of its own.
+On CUDA, torch's defaults let the convolutions of MIS-FM's single precision be computed in TF32. Ours does that as
+"tf32"; its "fp32" is exact. cuDNN looks for the fastest kernels, as nnU-Net has it.
+
+Peak memory is of a training step, each contender's in a process of its own: on CUDA what torch allocated, weights
+included; on the CPU the growth of the resident set.
 """
 
 from __future__ import annotations
@@ -19,7 +23,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,61 +31,82 @@ from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from side_by_side import DOCS, alternate, machine, ratio, report, summary
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from nnunetv2_vf.optimizer import make_optimizer
 from nnunetv2_vf.pct_net import MODES, PUBLISHED_FEATURES, PCTNet
+from nnunetv2_vf.settings import VFSettings
+from nnunetv2_vf.training_step import Precision, training_step
 
 CLASSES = 5
 THEIRS = "MIS-FM, fp32"
 
 
-@dataclass
 class Contender:
-    """A network on a device, with what a training step of it needs."""
+    """A network on a device, with what a training step of it needs; this one trains as MIS-FM does."""
 
-    network: nn.Module
-    device: torch.device
-    precision: torch.dtype | None = None  # of autocast
-
-    def __post_init__(self) -> None:
-        self.network.to(self.device).train()
-        self.optimizer = torch.optim.Adam(self.network.parameters(), 1e-4)
+    def __init__(self, network: nn.Module, device: torch.device, channels_last: bool = False):
+        self.network = network.to(device).train()
+        self.layout = torch.channels_last_3d if channels_last else torch.contiguous_format  # of the input
         dice = {"batch_dice": True, "do_bg": True, "smooth": 1e-5, "ddp": False}
         self.loss = DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
+        self.optimizer = self.make_optimizer()
+
+    def make_optimizer(self) -> Optimizer:
+        return torch.optim.Adam(self.network.parameters(), 1e-3, weight_decay=1e-5)
+
+    def use_settings(self) -> None:
+        """Set what the process has but one of; here to torch's defaults."""
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def forward(self, x: Tensor, target: Tensor) -> None:
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.autocast():
             self.network(x)
-        self._wait()
 
     def forward_and_backward(self, x: Tensor, target: Tensor) -> None:
-        with self._autocast():
+        with self.autocast():
             output = self.network(x)
         output.float().square().mean().backward()
         self.optimizer.zero_grad()
-        self._wait()
 
     def training_step(self, x: Tensor, target: Tensor) -> None:
-        with self._autocast():
-            output = self.network(x)
-        self.loss(output.float(), target).backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), 12)
-        self.optimizer.step()
         self.optimizer.zero_grad()
-        self._wait()
+        self.loss_of(x, target).backward()
+        self.optimizer.step()
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.precision is None else torch.autocast(self.device.type, self.precision)
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+    def loss_of(self, x: Tensor, target: Tensor) -> Tensor:
+        with self.autocast():
+            return self.loss(self.network(x), target)
 
 
-TASKS: dict[str, Callable[[Contender, Tensor, Tensor], None]] = {
-    "forward": Contender.forward,
-    "forward + backward": Contender.forward_and_backward,
-    "training step": Contender.training_step,
-}
+class Ours(Contender):
+    """Trains as VFPretrainTrainer does."""
+
+    def __init__(self, network: nn.Module, device: torch.device, precision: str):
+        self.precision = Precision(precision, device.type)
+        self.scaler = self.precision.scaler()
+        super().__init__(network, device)
+
+    def make_optimizer(self) -> Optimizer:
+        return make_optimizer(self.network, VFSettings(), fused=True)
+
+    def use_settings(self) -> None:
+        self.precision.apply_to_single_precision()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return self.precision.autocast()
+
+    def training_step(self, x: Tensor, target: Tensor) -> None:
+        training_step(self.network, self.optimizer, self.scaler, lambda: self.loss_of(x, target))
+
+
+# By name, so that a contender's own method is called.
+TASKS = {"forward": "forward", "forward + backward": "forward_and_backward", "training step": "training_step"}
+Makers = dict[str, Callable[[], Contender]]
 
 
 def main() -> None:
@@ -97,15 +121,16 @@ def main() -> None:
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # for the process whose memory is measured
     args = parser.parse_args()
     device = torch.device(args.device)
+    torch.backends.cudnn.benchmark = True
     makers = contenders(device, args.size, args.mis_fm, args.compile)
     x = torch.randn(args.batch, 1, *args.size, device=device)
     target = torch.randint(0, CLASSES, x.shape, device=device)
     if args.memory_of:
-        print(growth(makers[args.memory_of](), x, target))
+        print(peak_memory(makers[args.memory_of](), x, target))
         return
+    peaks = {name: peak_memory_apart(name) for name in makers}
     made = {name: make() for name, make in makers.items()}
     seconds = {task: measure(task, made, x, target, args.repeats) for task in TASKS}
-    peaks = {name: peak_memory(name, made[name], x, target) for name in made}
     reference = THEIRS if THEIRS in made else next(iter(made))
     rows = [
         {
@@ -123,30 +148,48 @@ def main() -> None:
 
 
 def measure(task: str, made: dict[str, Contender], x: Tensor, target: Tensor, repeats: int) -> dict[str, list[float]]:
-    def runner(contender: Contender) -> Callable[[], None]:
-        return lambda: TASKS[task](contender, x, target)
-
-    return alternate({name: runner(contender) for name, contender in made.items()}, repeats)
+    return alternate({name: runner(contender, task, x, target) for name, contender in made.items()}, repeats)
 
 
-def contenders(
-    device: torch.device, size: tuple[int, ...], mis_fm: Path | None, compiled: bool
-) -> dict[str, Callable[[], Contender]]:
+def runner(contender: Contender, task: str, x: Tensor, target: Tensor) -> Callable[[], None]:
+    """What does a task once, and waits until the device has done it."""
+    x = x.contiguous(memory_format=contender.layout)
+    method = getattr(contender, TASKS[task])
+
+    def run() -> None:
+        contender.use_settings()
+        method(x, target)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+
+    return run
+
+
+def contenders(device: torch.device, size: tuple[int, ...], mis_fm: Path | None, compiled: bool) -> Makers:
     """What makes each of them, by name."""
 
-    def ours(precision: torch.dtype | None = None, compiled: bool = False, channels_last: bool = True) -> Contender:
-        network = PCTNet(1, PUBLISHED_FEATURES, MODES[0], CLASSES, channels_last=channels_last)
-        return Contender(torch.compile(network) if compiled else network, device, precision)
+    def theirs(channels_last: bool = False) -> Contender:
+        network = mis_fm_network(mis_fm, size)
+        if channels_last:
+            network = network.to(memory_format=torch.channels_last_3d)
+        return Contender(network, device, channels_last)
 
-    makers: dict[str, Callable[[], Contender]] = {}
+    def ours(precision: str = "fp32", compiled: bool = False, channels_last: bool = True) -> Contender:
+        network = PCTNet(1, PUBLISHED_FEATURES, MODES[0], CLASSES, channels_last=channels_last)
+        return Ours(torch.compile(network) if compiled else network, device, precision)
+
+    makers: Makers = {}
     if mis_fm is not None:
-        makers[THEIRS] = lambda: Contender(mis_fm_network(mis_fm, size), device)
+        makers[THEIRS] = theirs
+        makers[f"{THEIRS}, channels-last"] = lambda: theirs(channels_last=True)
     makers["ours, fp32"] = ours
     makers["ours, fp32, channels first"] = lambda: ours(channels_last=False)
-    makers["ours, bf16"] = lambda: ours(torch.bfloat16)
+    if device.type == "cuda":
+        makers["ours, tf32"] = lambda: ours("tf32")
+    makers["ours, bf16"] = lambda: ours("bf16")
     if compiled:
-        makers["ours, fp32, compiled"] = lambda: ours(None, True)
-        makers["ours, bf16, compiled"] = lambda: ours(torch.bfloat16, True)
+        makers["ours, fp32, compiled"] = lambda: ours(compiled=True)
+        makers["ours, bf16, compiled"] = lambda: ours("bf16", compiled=True)
     return makers
 
 
@@ -162,23 +205,22 @@ def mis_fm_network(checkout: Path, size: tuple[int, ...]) -> nn.Module:
 # ------------------------------------------------------------------ memory
 
 
-def peak_memory(name: str, contender: Contender, x: Tensor, target: Tensor) -> float:
-    """GiB."""
-    if x.device.type == "cpu":
-        done = subprocess.run(
-            [sys.executable, *sys.argv, "--memory-of", name], capture_output=True, text=True, check=True
-        )
-        return float(done.stdout.splitlines()[-1])
-    torch.cuda.reset_peak_memory_stats()
-    contender.training_step(x, target)
-    return torch.cuda.max_memory_allocated() / 2**30
+def peak_memory_apart(name: str) -> float:
+    """GiB, in a process of its own: networks in one process count each other's weights."""
+    command = [sys.executable, "-W", "ignore", *sys.argv, "--memory-of", name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
 
 
-def growth(contender: Contender, x: Tensor, target: Tensor) -> float:
-    """How much the resident set of this process grew in a training step, GiB."""
+def peak_memory(contender: Contender, x: Tensor, target: Tensor) -> float:
+    """GiB of the second training step of this process; the first makes Adam's state, and looks for kernels."""
+    step = runner(contender, "training step", x, target)
     before = resident("VmRSS")
-    contender.training_step(x, target)
-    return (resident("VmHWM") - before) / 2**20
+    step()
+    if x.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated() / 2**30 if x.is_cuda else (resident("VmHWM") - before) / 2**20
 
 
 def resident(field: str) -> int:

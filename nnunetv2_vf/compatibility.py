@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from nnunetv2_vf.errors import UserError, printable
 from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.target import Target, build_network
-from nnunetv2_vf.trust import can_be_planned
-from nnunetv2_vf.weights import HEADS
+from nnunetv2_vf.trust import as_described, can_be_planned
+from nnunetv2_vf.weights import HEADS, read_pretrained
 
 _HU = "CTNormalization"
 # Differences in the normalisation of HU that are worth a word: of the means, in standard deviations, and between those.
 _SHIFT, _STRETCH = 0.25, 1.5
-_TRAINING_COMMANDS, _OPTION = ("nnUNetv2_train", "run_training"), "-pretrained_weights"
+_TRAINING_COMMANDS = ("nnUNetv2_train", "run_training", "distributed")  # the last is nnunetv2_vf.distributed
+_OPTION = "-pretrained_weights"
 _MR = "mr"  # what unspecified magnetic resonance images are called, with or without numbers: MR, MRI, MRI2
 _MR_CONTRAST = re.compile(r"(mri?|adc|pd)(?![a-z])|t[12]|flair|dwi|swi")
 
@@ -41,7 +42,7 @@ class Difference:
 
 
 def pretrained_weights_argument(command: Sequence[str]) -> Path | None:
-    """The file that a command line names for ``-pretrained_weights``, if it is one of nnUNetv2_train.
+    """The file that a command line names for ``-pretrained_weights``, if it is one that trains.
 
     nnU-Net does not tell its trainers.
     """
@@ -84,6 +85,22 @@ def require_fit(file: Path, pretrained: Mapping[str, Any], target: Target) -> No
         ways.append(f"plan with its network: {like_command(file, target)}")
     ways = ways or [f"what it is: nnUNetv2_vf info {shlex.quote(str(file))}"]
     raise UserError(f"{file} does not fit {target}: {why}; {'; or '.join(ways)}")
+
+
+def check_weights(file: Path, target: Target) -> dict[str, Any]:
+    """What is to be recorded of the weights that a training starts from; raises UserError if they do not fit."""
+    weights = read_pretrained(file)
+    metadata = weights["vf"]
+    with as_described(file):
+        require_fit(file, weights, target)
+        compared = fit_in_words(metadata, target)
+    return {
+        "file": file.name,  # not its folder: what is recorded leaves with a shared model
+        "dataset": metadata.get("dataset"),
+        "num_cases": metadata.get("num_cases"),
+        "adapted": metadata.get("adapted"),
+        "compared": compared,
+    }
 
 
 _NETWORK, _INPUT_CHANNELS = "network", "input channels"

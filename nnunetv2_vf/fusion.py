@@ -92,7 +92,8 @@ def fuse(foreground: Tensor, background: Tensor, fusion_map: Tensor, coefficient
         fusion_map: (B, D, H, W), whole numbers 0..K; one map for all channels.
         coefficient_steps: K.
     """
-    return torch.lerp(background, foreground, _coefficients(fusion_map, coefficient_steps, background.dtype))
+    coefficients = fusion_map[:, None].to(background.dtype).div_(coefficient_steps)  # B, 1, D, H, W
+    return torch.lerp(background, foreground, coefficients)
 
 
 def fuse_batch(batch: Mapping[str, Tensor], coefficient_steps: int, device: torch.device) -> FusedBatch:
@@ -106,10 +107,8 @@ def fuse_batch(batch: Mapping[str, Tensor], coefficient_steps: int, device: torc
     fused = torch.empty_like(background)
     for start, stop in _pieces(fused):
         here = (slice(None), slice(None), slice(start, stop))
-        coefficient = _coefficients(fusion_map[:, start:stop], coefficient_steps, fused.dtype)
-        torch.lerp(
-            adjust_background(background[here]), adjust_foreground(foreground[here]), coefficient, out=fused[here]
-        )
+        pair = adjust_foreground(foreground[here]), adjust_background(background[here])
+        fused[here] = fuse(*pair, fusion_map[:, start:stop], coefficient_steps)
     return FusedBatch(fused, fusion_map)
 
 
@@ -128,8 +127,3 @@ def _pieces(image: Tensor) -> Iterator[tuple[int, int]]:
     step = max(1, _CACHED_VOXELS * depth // image.numel()) if image.device.type == "cpu" else depth
     for start in range(0, depth, step):
         yield start, min(start + step, depth)
-
-
-def _coefficients(fusion_map: Tensor, coefficient_steps: int, dtype: torch.dtype) -> Tensor:
-    """a = fusion_map / K: (B, d, H, W) -> (B, 1, d, H, W)."""
-    return fusion_map[:, None].to(dtype).div_(coefficient_steps)

@@ -56,6 +56,10 @@ def make_optimizer(network: nn.Module, settings: ScheduleSettings, fused: bool =
             group["fused"] = fused or None
 
     optimizer.register_load_state_dict_pre_hook(stay_fused)
+    if fused and settings.optimizer == "sgd":
+        # torch's fused kernel leaves the momentum as it found it in memory where the very first step is left out
+        for parameter in network.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 

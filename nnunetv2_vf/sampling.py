@@ -6,11 +6,12 @@ any resume, gives the same sequence. Nothing is drawn from a global random state
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from nnunetv2_vf.augment import draw_augmentation
-from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.errors import UserError, printable
 from nnunetv2_vf.fusion import draw_fusion_map
 from nnunetv2_vf.settings import VFSettings
 
@@ -29,7 +30,17 @@ from nnunetv2_vf.settings import VFSettings
 TRAINING, VALIDATION = 0, 1
 
 _CROPS = 100  # drawn from a case before giving it up: enough where a fifth of a scan is not air
+_DOUBTS = 20  # of them in vain before all of a volume is read, to see whether it holds anything
 _CASES = 100  # tried for a sample before giving up
+_NO_IMAGE = "holds nothing: all of its voxels are alike, NaN or infinite"
+
+
+class Rejected(NamedTuple):
+    """A case that gave no sub-volumes; ``unusable`` if it never will."""
+
+    case: str
+    reason: str
+    unusable: bool
 
 
 class FusionDataset(Dataset):
@@ -37,19 +48,27 @@ class FusionDataset(Dataset):
 
     A sample is a dict: the sub-volumes ``foreground`` and ``background`` (C, D, H, W) float32; ``fusion_map``
     (D, H, W) uint8; the parameters of :func:`nnunetv2_vf.augment.draw_augmentation`; ``cases``, the one or two
-    cases it came from; ``rejected``, a list of (case, reason) met on the way. If none of
+    cases it came from; ``rejected``, a list of :class:`Rejected` met on the way. If none of
     100 cases can be used, the sample is only ``rejected``.
 
     Args:
         cases: nnU-Net's dataset; read through its own ``load_case``.
         patch_size: (D, H, W) in voxels.
         stream: TRAINING or VALIDATION.
+        channels: that every case should have; None: whatever it has.
 
     Raises:
         UserError: there are fewer cases than a sample needs.
     """
 
-    def __init__(self, cases: nnUNetBaseDataset, patch_size: Sequence[int], settings: VFSettings, stream: int):
+    def __init__(
+        self,
+        cases: nnUNetBaseDataset,
+        patch_size: Sequence[int],
+        settings: VFSettings,
+        stream: int,
+        channels: int | None = None,
+    ):
         needed = 2 if settings.pairing == "different" else 1
         if len(cases.identifiers) < needed:
             raise UserError(f"pairing {settings.pairing!r} needs at least {needed} cases, not {len(cases.identifiers)}")
@@ -58,19 +77,28 @@ class FusionDataset(Dataset):
         self.patch_size = (depth, height, width)
         self.settings = settings
         self.stream = stream
+        self.channels = channels
+        # What this process has found out about cases; it spares work, and changes no sample.
+        self._unusable: set[str] = set()
+        self._images: dict[str, bool] = {}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         seed = self.settings.seed if self.stream == TRAINING else 0
         rng = np.random.default_rng((seed, self.stream, index))
         crops_per_case = 1 if self.settings.pairing == "different" else 2
-        rejected: list[tuple[str, str]] = []
+        rejected: list[Rejected] = []
         subvolumes: list[Tensor] = []
         used: list[str] = []
-        for case in itertools.islice(self._cases_in_random_order(rng), _CASES):
-            crops = self._draw_crops(case, crops_per_case, rng, rejected)
-            if crops:
-                subvolumes += [resize(crop, self.patch_size) for crop in crops]
-                used.append(case)
+        for attempt, case in enumerate(itertools.islice(self._cases_in_random_order(rng), _CASES)):
+            if case in self._unusable:
+                continue
+            crops = self._draw_crops(case, crops_per_case, np.random.default_rng((seed, self.stream, index, attempt)))
+            if isinstance(crops, Rejected):
+                rejected.append(crops)
+                self._unusable |= {case} if crops.unusable else set()
+                continue
+            subvolumes += [resize(crop, self.patch_size) for crop in crops]
+            used.append(case)
             if len(subvolumes) == 2:
                 return {
                     "foreground": subvolumes[0],
@@ -91,13 +119,29 @@ class FusionDataset(Dataset):
                 drawn.add(index)
                 yield self.cases.identifiers[index]
 
-    def _draw_crops(
-        self, case: str, count: int, rng: np.random.Generator, rejected: list[tuple[str, str]]
-    ) -> list[Tensor]:
-        """Crops (C, d, h, w) of a case, of random size and place, flipped at random; none if it cannot be used."""
-        volume = self.cases.load_case(case)[0]  # (C, D, H, W), opened but not read
+    def _draw_crops(self, case: str, count: int, rng: np.random.Generator) -> list[Tensor] | Rejected:
+        """Crops (C, d, h, w) of a case, of random size and place, flipped at random."""
+        try:
+            volume = self.cases.load_case(case)[0]  # (C, D, H, W), opened but not read
+            wrong = self._wrong_shape(volume.shape)
+            return Rejected(case, wrong, True) if wrong else self._draw_usable_crops(case, volume, count, rng)
+        except MemoryError:
+            raise
+        except Exception as error:  # there is no telling what a reader makes of a damaged file
+            return Rejected(case, f"cannot be read ({type(error).__name__}: {printable(str(error), 200)})", True)
+
+    def _wrong_shape(self, shape: tuple[int, ...]) -> str | None:
+        if len(shape) != 4 or min(shape) == 0 or self.channels not in (None, shape[0]):
+            return f"has the shape {shape}, where {self.channels or 'some'} channels of (D, H, W) voxels were expected"
+        return None
+
+    def _draw_usable_crops(
+        self, case: str, volume: np.ndarray, count: int, rng: np.random.Generator
+    ) -> list[Tensor] | Rejected:
         crops: list[Tensor] = []
-        for _ in range(_CROPS):
+        for tried in range(_CROPS):
+            if tried == _DOUBTS and not crops and not self._holds_an_image(case, volume):
+                return Rejected(case, _NO_IMAGE, True)
             box = self._draw_box(volume.shape[1:], rng)
             flip = rng.random(3) < self.settings.flip_probability
             # flipped while it is copied: that takes no pass over the voxels of its own
@@ -105,14 +149,23 @@ class FusionDataset(Dataset):
             crop = torch.from_numpy(np.array(flipped, np.float32, order="C"))
             extremes = [channel.aminmax() for channel in _without_padding(crop, box, flip, volume.shape[1:])]
             if not torch.tensor(extremes).isfinite().all():  # NaN and infinity show in the extremes
-                rejected.append((case, "holds voxels that are not finite (NaN or infinite)"))
-                return []
+                if self._holds_an_image(case, volume):
+                    return Rejected(case, "holds voxels that are not finite (NaN or infinite)", False)
+                return Rejected(case, _NO_IMAGE, True)
             if any(lowest < highest for lowest, highest in extremes):  # else it is air: draw another
                 crops.append(crop)
             if len(crops) == count:
                 return crops
-        rejected.append((case, f"is constant or nearly so: of {_CROPS} crops, {len(crops)} hold more than one value"))
-        return []
+        nearly = f"is constant or nearly so: of {_CROPS} crops, {len(crops)} hold more than one value"
+        return Rejected(case, nearly, False)
+
+    def _holds_an_image(self, case: str, volume: np.ndarray) -> bool:
+        """Whether there is a channel with two different finite values; reads all of the volume, once."""
+        if case not in self._images:
+            channels = (np.asarray(volume[channel]) for channel in range(volume.shape[0]))
+            numbers = (channel[np.isfinite(channel)] for channel in channels)
+            self._images[case] = any(n.size > 0 and n.min() < n.max() for n in numbers)
+        return self._images[case]
 
     def _draw_box(self, shape: Sequence[int], rng: np.random.Generator) -> list[list[int]]:
         """Draw where to crop: [start, end) per axis.
@@ -162,22 +215,27 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
     A batch with a sample that could not be made is only ``rejected``.
     """
-    rejected = [pair for sample in samples for pair in sample.pop("rejected")]
+    rejected = [case for sample in samples for case in sample.pop("rejected")]
     if not all(samples):
         return {"rejected": rejected}
     cases = [sample.pop("cases") for sample in samples]
     return {"tensors": default_collate(samples), "cases": cases, "rejected": rejected}
 
 
-def sample_indices(first_step: int, last_step: int, global_batch: int, offset: int, batch: int) -> Iterator[range]:
-    """The sample indices of this rank's batches for steps [first_step, last_step).
+def sample_indices(steps: Iterable[int], global_batch: int, offset: int, batch: int) -> Iterator[range]:
+    """The sample indices of this rank's batches for the steps with these numbers.
 
     Step t takes samples [t * global_batch, (t + 1) * global_batch); this rank takes ``batch`` of them from
     ``offset`` on.
     """
-    for step in range(first_step, last_step):
+    for step in steps:
         start = step * global_batch + offset
         yield range(start, start + batch)
+
+
+def _tell_where_it_crashed(_: int) -> None:
+    """A worker that a library takes down with it leaves Python's traceback on stderr."""
+    faulthandler.enable()
 
 
 def make_loader(dataset: FusionDataset, batches: Iterable[Sequence[int]], workers: int, pin_memory: bool) -> DataLoader:
@@ -189,5 +247,6 @@ def make_loader(dataset: FusionDataset, batches: Iterable[Sequence[int]], worker
         collate_fn=collate,
         pin_memory=pin_memory,
         prefetch_factor=math.ceil(6 / workers) if workers else None,
+        worker_init_fn=_tell_where_it_crashed,
         generator=torch.Generator(),  # the loader's own base seed must not come from the global random state
     )

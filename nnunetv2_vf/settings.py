@@ -54,7 +54,11 @@ class ScheduleSettings:
     optimizer: str = _setting("sgd", _ABOUT_OPTIMIZERS, choices=_OPTIMIZERS)
     initial_lr: float = _setting(1e-2, "highest learning rate; decays polynomially", low=1e-12, high=10)
     weight_decay: float = _setting(3e-5, "weight decay", low=0, high=1)
+    seed: int = _setting(0, "seed of first weights and dropout", low=0)
     save_every: int = _setting(50, "epochs between two checkpoint_latest.pth", low=1, free=True)
+    save_every_minutes: float = _setting(
+        30.0, "minutes between two checkpoints, whichever comes first", low=0, high=1e6, free=True
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -147,7 +151,15 @@ class VFSettings(ScheduleSettings):
     fused_optimizer: str = _setting(
         "on", "a step of the optimiser is one kernel, and waits for nothing", choices=("on", "off"), free=True
     )
-    seed: int = _setting(0, "seed of the training samples; the validation samples are always the same", low=0)
+    seed: int = _setting(
+        0, "seed of first weights, training samples and dropout; the validation samples are always the same", low=0
+    )
+    batch_per_gpu: int = _setting(
+        0, "samples of a batch on each of several ranks; 0: the plan's batch, split among them", low=0, high=4096
+    )
+    quarantine_limit: float = _setting(
+        0.05, "part of the cases that may turn out unusable before the training stops", low=0, high=1, free=True
+    )
     coefficient_steps: int = _setting(4, "K: the coefficients are 0, 1/K, ..., 1, one class each", low=1, high=100)
     fusion_map: str = _setting("boxes", "how the coefficients are laid out", choices=("boxes", "blocks"))
     pairing: str = _setting("same", "both sub-volumes from one case, or from two", choices=("same", "different"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,13 +56,21 @@ class Precision(NamedTuple):
 
     def scaler(self) -> GradScaler:
         """What scales the loss (fp16) and leaves out the steps whose gradient is not finite (always)."""
-        return GradScaler(self.device_type) if self.name == "fp16" else UnitScaler(self.device_type)
+        return LossScaler(self.device_type) if self.name == "fp16" else UnitScaler(self.device_type)
 
     def apply_to_single_precision(self) -> None:
         """Whether this process computes what stays in single precision with TF32: yes, unless fp32 is asked for."""
         exact = self.name == "fp32"
         torch.set_float32_matmul_precision("highest" if exact else "high")
         torch.backends.cudnn.allow_tf32 = not exact
+
+
+class LossScaler(GradScaler):
+    """A GradScaler that takes no scale from a training that had none: one in another precision."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["scale"] != 1.0:
+            super().load_state_dict(state_dict)
 
 
 class UnitScaler(GradScaler):
@@ -73,6 +81,9 @@ class UnitScaler(GradScaler):
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
         super().update(1.0)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """There is nothing to take over, least of all the scale of another precision."""
 
 
 def training_step(
@@ -87,7 +98,7 @@ def training_step(
         forward: the forward pass; returns the loss.
 
     Returns:
-        The loss, and whether the step was taken (its loss and its gradient were finite); scalars on the device.
+        The loss, and whether it counts: the gradient and its norm were finite; scalars on the device.
     """
     optimizer.zero_grad(set_to_none=True)
     loss = forward()

@@ -19,6 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor
 
 from nnunetv2_vf import __version__
+from nnunetv2_vf.checkpoints import write_durably
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnssl import PLAN_KEY, adaptation_plan
 from nnunetv2_vf.settings import VFSettings
@@ -56,7 +57,7 @@ def write_artifact(
     plain = json.loads(json.dumps(metadata))  # no subclasses, such as torch's version: they do not load safely
     artifact = {"network_weights": _to_cpu(state_dict), "vf": plain}
     plan = nnssl_plan or adaptation_plan(plain)
-    save_whole(artifact if plan is None else {**artifact, PLAN_KEY: plan}, path)
+    write_durably(artifact if plan is None else {**artifact, PLAN_KEY: plan}, path)
 
 
 def check_output(output: Path, source: Path) -> None:
@@ -67,16 +68,6 @@ def check_output(output: Path, source: Path) -> None:
         raise UserError(f"{output} is a folder; name a file in it: -o {output / 'OUT.pth'}")
     if output.resolve() == source.resolve():
         raise UserError(f"{output} is the file that is read; give the result another name")
-
-
-def save_whole(content: Any, path: Path) -> None:
-    """``torch.save``, but the file appears (or is replaced) only once it is complete."""
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        torch.save(content, unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _to_cpu(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -252,22 +243,3 @@ def count_classes(state_dict: Mapping[str, Tensor]) -> int:
     """Output channels of the heads."""
     heads = [tensor for name, tensor in state_dict.items() if HEADS in name and tensor.ndim >= 4]
     return heads[-1].shape[0] if heads else 0
-
-
-def recorded_plans(checkpoint_file: Path, trainer_name: str) -> dict[str, Any]:
-    """Return the plans recorded in an nnU-Net checkpoint of ``trainer_name``; reads no weights.
-
-    Raises:
-        UserError: the file is damaged, or another trainer wrote it.
-    """
-    try:
-        checkpoint = torch.load(checkpoint_file, map_location="cpu", mmap=True, weights_only=False)
-        writer, plans = checkpoint["trainer_name"], checkpoint["init_args"]["plans"]
-    except Exception as error:
-        raise UserError(
-            f"{checkpoint_file} is damaged or no nnU-Net checkpoint ({type(error).__name__}); move it away, and "
-            "nnUNetv2_train --c takes the next best one of its folder"
-        ) from error
-    if writer != trainer_name or VFSettings.section not in plans:
-        raise UserError(f"{checkpoint_file} was written by {writer}, not by {trainer_name}; move it away")
-    return plans

@@ -53,6 +53,34 @@ def test_large_channels_keep_them_nearly():
     torch.testing.assert_close(y.std(SPACE), x.std(SPACE), rtol=0.02, atol=0)
 
 
+def rows_in_air(air: float) -> torch.Tensor:
+    x = full(air, 1, 64, 128, 128)
+    x[..., 125:, :] = volume(1, 64, 3, 128)
+    return x
+
+
+def slices_in_air(air: float) -> torch.Tensor:
+    x = full(air, 1, 64, 128, 128)
+    x[:, 61:] = volume(1, 3, 128, 128)
+    return x
+
+
+def lesion_in_air(air: float) -> torch.Tensor:
+    x = full(air, 1, 64, 128, 128)
+    x[:, 33:36, 65:68, 65:68] = 2.0  # none of its voxels on a grid of every fourth or fifth but one
+    return x
+
+
+@pytest.mark.parametrize("air", [-1.0, -1.4, 0.0, 7.3])
+@pytest.mark.parametrize("scene", [rows_in_air, slices_in_air, lesion_in_air])
+def test_little_in_much_air_keeps_them_too(scene, air):
+    """A regular subset may hold next to nothing of it: what it tells of mean and deviation is noise."""
+    x = scene(air)
+    y = adjust_intensity(x, torch.tensor([[1.0, 99.0]]), torch.tensor([1.4]), torch.tensor([False]))
+    torch.testing.assert_close(y.mean(SPACE), x.mean(SPACE), rtol=0.02, atol=1e-3)
+    torch.testing.assert_close(y.std(SPACE), x.std(SPACE), rtol=0.02, atol=1e-3)
+
+
 def test_slices_are_those_of_the_whole():
     x = volume(2, 2, 3, 7, 8, 9)
     drawn = [draw_augmentation(3, VFSettings(), np.random.default_rng(seed)) for seed in range(2)]

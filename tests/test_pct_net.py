@@ -197,6 +197,23 @@ def test_checkpointing_changes_memory_only(norm_op):
     torch.testing.assert_close(results_with, results)
 
 
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_channels_last_changes_neither_outputs_nor_gradients(mode):
+    def step(channels_last, dtype):
+        network = new_network(mode, channels_last=channels_last, dropout_per_stage=(0.0,) * 5, drop_path=0.0).to(dtype)
+        outputs = network(volume(SIZES[mode]).to(dtype))
+        sum(output.square().mean() for output in outputs).backward()
+        kernel = network.encoder.stages[0][2].weight
+        assert kernel.is_contiguous(memory_format=torch.channels_last_3d) == channels_last
+        return outputs, [p.grad for p in network.parameters()]
+
+    last, first = (step(channels_last, torch.float64) for channels_last in (True, False))
+    torch.testing.assert_close(last, first, rtol=1e-5, atol=1e-12)
+    # Other kernels compute in single precision, where rounding sends a gradient through another voxel of a pool.
+    last, first = (step(channels_last, torch.float32)[0] for channels_last in (True, False))
+    torch.testing.assert_close(last, first, rtol=1e-3, atol=1e-4)
+
+
 def test_the_feature_maps_are_counted():
     network = new_network(deep_supervision=False)
     assert network.training

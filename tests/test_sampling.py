@@ -71,7 +71,7 @@ def test_batches_are_the_same_whatever_the_workers_and_after_a_resume(cases):
     samples = FusionDataset(cases, PATCH, VFSettings(), TRAINING)
 
     def batches(workers: int, first: int) -> list[dict[str, Any]]:
-        return list(make_loader(samples, sample_indices(first, 6, 2, 0, 2), workers, pin_memory=False))
+        return list(make_loader(samples, sample_indices(range(first, 6), 2, 0, 2), workers, pin_memory=False))
 
     whole = batches(workers=0, first=0)
     for other in (batches(workers=2, first=0), whole[:4] + batches(workers=1, first=4)):
@@ -81,8 +81,8 @@ def test_batches_are_the_same_whatever_the_workers_and_after_a_resume(cases):
 
 
 def test_ranks_share_every_global_batch(cases):
-    whole = [list(batch) for batch in sample_indices(3, 6, 5, 0, 5)]
-    parts = [list(sample_indices(3, 6, 5, offset, size)) for offset, size in ((0, 2), (2, 2), (4, 1))]
+    whole = [list(batch) for batch in sample_indices(range(3, 6), 5, 0, 5)]
+    parts = [list(sample_indices(range(3, 6), 5, offset, size)) for offset, size in ((0, 2), (2, 2), (4, 1))]
     assert whole == [[i for rank in step for i in rank] for step in zip(*parts, strict=True)]
     assert whole[0][0] == 15
 
@@ -90,7 +90,7 @@ def test_ranks_share_every_global_batch(cases):
 def test_the_global_random_states_are_not_touched(cases):
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     samples = FusionDataset(cases, PATCH, VFSettings(), TRAINING)
-    list(make_loader(samples, sample_indices(0, 2, 2, 0, 2), 0, pin_memory=False))
+    list(make_loader(samples, sample_indices(range(2), 2, 0, 2), 0, pin_memory=False))
     assert torch.equal(before[0], torch.get_rng_state())
     assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
     assert before[2] == random.getstate()
@@ -217,10 +217,10 @@ def test_volumes_with_nan_and_constant_volumes_are_skipped_and_reported(tmp_path
     drawn = [samples[i] for i in range(20)]
     assert all(sample["cases"] == ["good"] for sample in drawn)
     assert all(sample[name].isfinite().all() for sample in drawn for name in ("foreground", "background"))
-    rejected = {pair for sample in drawn for pair in sample["rejected"]}
+    rejected = {case for sample in drawn for case in sample["rejected"]}
     assert rejected == {
-        ("holed", "holds voxels that are not finite (NaN or infinite)"),
-        ("flat", "is constant or nearly so: of 100 crops, 0 hold more than one value"),
+        ("holed", "holds voxels that are not finite (NaN or infinite)", False),
+        ("flat", "holds nothing: all of its voxels are alike, NaN or infinite", True),
     }
 
 
@@ -240,7 +240,7 @@ def test_a_volume_of_almost_nothing_but_air_is_skipped_and_reported(tmp_path):
     samples = FusionDataset(cases, PATCH, VFSettings(), TRAINING)
     drawn = [samples[i] for i in range(6)]
     assert all(sample["cases"] == ["good"] for sample in drawn)
-    reasons = [reason for sample in drawn for _, reason in sample["rejected"]]
+    reasons = [case.reason for sample in drawn for case in sample["rejected"]]
     assert reasons
     assert all(reason.startswith("is constant or nearly so") for reason in reasons)
 
@@ -256,9 +256,55 @@ def test_a_batch_without_a_usable_volume_says_so(tmp_path):
     cases = save_cases(tmp_path, flat=np.zeros((1, 20, 20, 20)))
     batch = collate([FusionDataset(cases, PATCH, VFSettings(), TRAINING)[0]])
     assert set(batch) == {"rejected"}
-    ((case, reason),) = set(batch["rejected"])
-    assert case == "flat"
-    assert reason.startswith("is constant")
+    (rejected,) = set(batch["rejected"])
+    assert rejected.case == "flat"
+    assert rejected.unusable
+
+
+def damage(folder: Path, case: str, how: str) -> None:
+    """Make a case that nnU-Net wrote unusable."""
+    file = folder / f"{case}.b2nd"
+    content = file.read_bytes()
+    if how == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif how == "deleted":
+        file.unlink()
+    elif how == "empty":
+        file.write_bytes(b"")
+    else:
+        for path in folder.glob(f"{case}*"):
+            path.unlink()  # blosc2 replaces no file
+        data = {"of NaN": np.full((1, 20, 20, 20), np.nan), "of other channels": noise(3, 20, 20, 20)}[how]
+        save_cases(folder, **{case: data})
+
+
+DAMAGES = ["truncated", "deleted", "empty", "of NaN", "of other channels"]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_case_is_named_and_replaced_by_another_draw(tmp_path, how):
+    cases = save_cases(
+        tmp_path, **{f"good_{i}": noise(1, 20, 20, 20, seed=i) for i in range(3)}, bad=noise(1, 20, 20, 20)
+    )
+    damage(tmp_path, "bad", how)
+    samples = FusionDataset(cases, PATCH, VFSettings(), TRAINING, channels=1)
+    drawn = [samples[i] for i in range(20)]
+    assert {case for sample in drawn for case in sample["cases"]} == {"good_0", "good_1", "good_2"}
+    ((case, _, unusable),) = [rejected for sample in drawn for rejected in sample["rejected"]]  # once, then avoided
+    assert (case, unusable) == ("bad", True)
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_samples_do_not_depend_on_what_is_known_of_damaged_cases(tmp_path, how):
+    cases = save_cases(
+        tmp_path, good=noise(1, 20, 20, 20), other=noise(1, 20, 20, 20, seed=1), bad=noise(1, 20, 20, 20)
+    )
+    damage(tmp_path, "bad", how)
+    knowing = FusionDataset(cases, PATCH, VFSettings(), TRAINING, channels=1)
+    for index in range(12):
+        sample = knowing[index]
+        fresh = FusionDataset(cases, PATCH, VFSettings(), TRAINING, channels=1)[index]
+        assert equal({**sample, "rejected": []}, {**fresh, "rejected": []})
 
 
 @pytest.mark.parametrize("pairing", ["same", "different"])

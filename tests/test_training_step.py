@@ -9,7 +9,7 @@ from torch import nn
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.optimizer import make_optimizer
 from nnunetv2_vf.settings import VFSettings
-from nnunetv2_vf.training_step import Precision, UnitScaler, training_step
+from nnunetv2_vf.training_step import LossScaler, Precision, UnitScaler, training_step
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -53,7 +53,7 @@ def test_auto_is_the_best_that_a_gpu_has(monkeypatch, bf16_supported, legal):
     ("name", "tf32", "kind"),
     [
         ("bf16", True, UnitScaler),
-        ("fp16", True, torch.amp.GradScaler),
+        ("fp16", True, LossScaler),
         ("tf32", True, UnitScaler),
         ("fp32", False, UnitScaler),
     ],
@@ -97,21 +97,33 @@ def test_it_is_nnunets_step(optimizer_name, fused):
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
+@pytest.mark.parametrize("optimizer_name", ["adam", "adamw", "sgd"])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_step_that_is_not_finite_is_left_out(fused, bad):
+def test_a_step_that_is_not_finite_is_left_out(optimizer_name, fused, bad):
+    """The first one too: what torch's fused SGD makes of that depends on what lay in memory."""
     network, reference = small_network(), small_network()
-    optimizers = [make_optimizer(n, VFSettings(), fused) for n in (network, reference)]
+    optimizers = [make_optimizer(n, VFSettings(optimizer=optimizer_name), fused) for n in (network, reference)]
     scalers = UnitScaler("cpu"), UnitScaler("cpu")
     flags = []
-    for factor in (1.0, bad, 2.0, bad, bad, 1.0):
+    for factor in (bad, 1.0, bad, 2.0, bad, bad, 1.0):
         _, taken = training_step(network, optimizers[0], scalers[0], lambda f=factor: f * network(data()).mean())
         flags.append(bool(taken))
     for factor in (1.0, 2.0, 1.0):
         training_step(reference, optimizers[1], scalers[1], lambda f=factor: f * reference(data()).mean())
-    assert flags == [True, False, True, False, False, True]
+    assert flags == [False, True, False, True, False, False, True]
     torch.testing.assert_close(network.state_dict(), reference.state_dict(), rtol=0, atol=0)
     assert scalers[0].get_scale() == 1
+
+
+@pytest.mark.parametrize(("before", "after"), [("bf16", "fp16"), ("fp16", "bf16"), ("fp16", "fp16")])
+def test_a_training_goes_on_in_another_precision(before, after):
+    old, new = (Precision(name, "cpu").scaler() for name in (before, after))
+    network = small_network()
+    training_step(network, make_optimizer(network, VFSettings()), old, lambda: network(data()).mean())
+    new.load_state_dict(old.state_dict())
+    training_step(network, make_optimizer(network, VFSettings()), new, lambda: network(data()).mean())
+    assert new.get_scale() == (65536 if after == "fp16" else 1)
 
 
 @needs_gpu

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.weights import read_artifact, recorded_plans, write_artifact
+from nnunetv2_vf.weights import read_artifact, write_artifact
 
 
 class UnpicklableTensor(torch.Tensor):
@@ -82,13 +82,3 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"can be trusted: it would run .*pathlib\.Path"):
         read_artifact(path)
     assert not (tmp_path / "ran").exists()
-
-
-def test_checkpoints_of_other_trainers_and_other_files_are_refused(tmp_path):
-    path = tmp_path / "checkpoint_latest.pth"
-    path.write_bytes(b"PK but not a zip")
-    with pytest.raises(UserError, match="damaged or no nnU-Net checkpoint"):
-        recorded_plans(path, "VFPretrainTrainer")
-    torch.save({"trainer_name": "nnUNetTrainer", "init_args": {"plans": {}}}, path)
-    with pytest.raises(UserError, match="written by nnUNetTrainer, not by VFPretrainTrainer"):
-        recorded_plans(path, "VFPretrainTrainer")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from pathlib import Path
@@ -13,19 +12,18 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_vf.compatibility import fit_in_words, pretrained_weights_argument, require_fit
+from nnunetv2_vf.compatibility import check_weights, pretrained_weights_argument
 from nnunetv2_vf.errors import one_line_errors
+from nnunetv2_vf.long_training import LongTraining
 from nnunetv2_vf.optimizer import clip_gradients, make_optimizer, poly_decay
 from nnunetv2_vf.preflight import preprocessed_cases
 from nnunetv2_vf.settings import FINETUNE_RECIPES, FinetuneSettings
 from nnunetv2_vf.target import Target
-from nnunetv2_vf.trust import as_described
-from nnunetv2_vf.weights import read_pretrained, save_whole
 
 _PROVENANCE = "volume_fusion"  # of a checkpoint: who wrote it, with what settings, from what weights
 
 
-class VFFinetuneTrainer(nnUNetTrainer):
+class VFFinetuneTrainer(LongTraining):
     """nnU-Net's supervised training with the recipe that the plan's network needs.
 
     A U-Net is trained as by nnU-Net; PCT-Net gets AdamW with warm-up, decay and a tight gradient clipping. Every part
@@ -36,6 +34,8 @@ class VFFinetuneTrainer(nnUNetTrainer):
     and this training. Checkpoints name nnU-Net's trainer, whose network and inference these are, so that others can
     predict with them without this package.
     """
+
+    settings: FinetuneSettings
 
     @one_line_errors()
     def __init__(
@@ -53,10 +53,19 @@ class VFFinetuneTrainer(nnUNetTrainer):
         self.pretrained: dict[str, Any] | None = None
         weights_file = pretrained_weights_argument(sys.argv)
         if weights_file is not None:
-            self.pretrained = _check_weights(weights_file, Target(plans_manager, configuration, dataset_json))
+            self.pretrained = check_weights(weights_file, Target(plans_manager, configuration, dataset_json))
         plans = {**plans, FinetuneSettings.section: self.settings.as_dict()}
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.settings.apply_schedule(self)
+
+    def train_step(self, batch: dict) -> dict:
+        self.between_steps()
+        result: dict = super().train_step(batch)
+        return result
+
+    def validation_step(self, batch: dict) -> dict:
+        self.between_steps()
+        result: dict = super().validation_step(batch)
+        return result
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         optimizer = make_optimizer(self.network, self.settings)
@@ -72,15 +81,8 @@ class VFFinetuneTrainer(nnUNetTrainer):
             lines = [f"Pretrained weights: {self.pretrained['file']} of {dataset}", *self.pretrained["compared"]]
         self.print_to_log_file("\n  ".join(lines) + "\n", add_timestamp=False)
 
-    def save_checkpoint(self, filename: str) -> None:
-        """As nnU-Net's, under the name of nnU-Net's trainer; ours, settings and weights are in a field of their own."""
-        if self.local_rank != 0 or self.disable_checkpointing:
-            super().save_checkpoint(filename)
-            return
-        with io.BytesIO() as file:  # nnU-Net makes and writes a checkpoint in one go
-            super().save_checkpoint(file)
-            file.seek(0)
-            checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+    def complete(self, checkpoint: dict[str, Any]) -> None:
+        """Name nnU-Net's trainer as the writer; ours, settings and weights are in a field of their own."""
         if type(self).build_network_architecture is nnUNetTrainer.build_network_architecture:
             checkpoint["trainer_name"] = nnUNetTrainer.__name__
         checkpoint[_PROVENANCE] = {
@@ -88,26 +90,7 @@ class VFFinetuneTrainer(nnUNetTrainer):
             "settings": self.settings.as_dict(),
             "pretrained": self.pretrained,
         }
-        save_whole(checkpoint, Path(filename))
 
-    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """As nnU-Net's; a continued training keeps the record of the weights that it began with."""
-        super().load_checkpoint(filename_or_checkpoint)
-        checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", mmap=True, weights_only=False)
+    def accept(self, checkpoint: dict[str, Any], file: Path) -> None:
+        """A continued training keeps the record of the weights that it began with."""
         self.pretrained = checkpoint.get(_PROVENANCE, {}).get("pretrained")
-
-
-def _check_weights(file: Path, target: Target) -> dict[str, Any]:
-    """What is recorded of the weights that training starts from; raises UserError if they do not fit."""
-    weights = read_pretrained(file)
-    metadata = weights["vf"]
-    with as_described(file):
-        require_fit(file, weights, target)
-        compared = fit_in_words(metadata, target)
-    return {
-        "file": file.name,  # not its folder: what is recorded leaves with a shared model
-        "dataset": metadata.get("dataset"),
-        "num_cases": metadata.get("num_cases"),
-        "adapted": metadata.get("adapted"),
-        "compared": compared,
-    }

@@ -5,38 +5,47 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import sys
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from batchgenerators.utilities.file_and_folder_operations import save_json
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import Tensor
-from torch._dynamo import OptimizedModule
+from torch import Tensor, nn
 
 from nnunetv2_vf import weights
+from nnunetv2_vf.compatibility import check_weights, pretrained_weights_argument
 from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.fusion import fuse_batch
+from nnunetv2_vf.long_training import LongTraining
 from nnunetv2_vf.model_card import CARD_NAME, write_model_card
 from nnunetv2_vf.optimizer import make_optimizer, poly_decay
 from nnunetv2_vf.preflight import check_pretraining
-from nnunetv2_vf.preview import class_names, draw_confusion, draw_examples, make_examples, plane_names
+from nnunetv2_vf.pretext_report import count_confusion, pretext_warning, write_report
+from nnunetv2_vf.preview import class_names, draw_examples, make_examples, plane_names
 from nnunetv2_vf.progress import PretextLogger
-from nnunetv2_vf.sampling import TRAINING, VALIDATION, FusionDataset, collate, make_loader, sample_indices
+from nnunetv2_vf.sampling import TRAINING, VALIDATION, FusionDataset, Rejected, collate, make_loader, sample_indices
 from nnunetv2_vf.settings import VFSettings
+from nnunetv2_vf.target import Target
 from nnunetv2_vf.training_step import Precision, training_step
+from nnunetv2_vf.watch import NotFiniteError, Quarantine, StepWatch, Waiting
 
 _PREVIEW_EXAMPLES = 3
 
 
-class VFPretrainTrainer(nnUNetTrainer):
+class DoneStep(NamedTuple):
+    """Takes the place of the batch of a step that was done before the training was interrupted."""
+
+    loss: Tensor
+
+
+class VFPretrainTrainer(LongTraining):
     """Pretrains encoder and decoder: segment fused sub-volumes into their K + 1 fusion coefficients.
 
     The dataset's labels are ignored. To nnU-Net the fusion classes are this training's labels, so that network
@@ -45,6 +54,8 @@ class VFPretrainTrainer(nnUNetTrainer):
 
     Settings: :class:`nnunetv2_vf.settings.VFSettings`. Source: arXiv 2306.16925, section "Volume Fusion".
     """
+
+    settings: VFSettings
 
     @one_line_errors()
     def __init__(
@@ -59,53 +70,53 @@ class VFPretrainTrainer(nnUNetTrainer):
         check_pretraining(plans, configuration, fold, settings)
         self.settings = settings
         self.precision = Precision.choose(settings.precision, device)
-        self._continues = bool(plans.get("continue_training"))  # nnU-Net puts its flag --c here
         # What nnU-Net gets to see is copies: the settings are recorded wherever it stores the plans, and the
         # fusion classes take the place of the dataset's labels.
         plans = {**plans, VFSettings.section: settings.as_dict()}
-        super().__init__(plans, configuration, fold, _with_fusion_labels(dataset_json, settings), device)
-        settings.apply_schedule(self)
+        dataset_json = _with_fusion_labels(dataset_json, settings)
+        weights_file = pretrained_weights_argument(sys.argv)
+        if weights_file is not None:
+            check_weights(weights_file, Target(PlansManager(plans), configuration, dataset_json))
+        super().__init__(plans, configuration, fold, dataset_json, device)
         self.grad_scaler = self.precision.scaler()
         self.logger.local_logger = PretextLogger(class_names(settings.coefficient_steps))
+        self.quarantine = Quarantine(settings.quarantine_limit)
         self._reported: set[str] = set()
+        self._done: list[DoneStep] = []  # of the epoch that an interrupted training goes on in
+        self._losses: list[Tensor] = []  # of this epoch
 
     # ------------------------------------------------------------------ the pretext task in nnU-Net's training
 
-    def train_step(self, batch: dict) -> dict:
+    def train_step(self, batch: dict | DoneStep) -> dict:
         """As nnU-Net's, but what it returns stays on the device: :func:`nnunetv2_vf.training_step.training_step`."""
-        fused = self._fuse(batch)
-        loss, _ = training_step(self.network, self.optimizer, self.grad_scaler, lambda: self._forward(fused)[1])
+        if isinstance(batch, DoneStep):
+            loss = batch.loss.to(self.device)
+        else:
+            self.between_steps()
+            fused = self._fuse(batch)
+            loss, counts = training_step(
+                self.network, self.optimizer, self.grad_scaler, lambda: self._forward(fused)[1]
+            )
+            self._watch(
+                self.step_watch.add, self.current_epoch * self.num_iterations_per_epoch + len(self._losses), counts
+            )
+        self._losses.append(loss)
         return {"loss": loss}
-
-    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        losses = torch.stack([output["loss"] for output in train_outputs])
-        super().on_train_epoch_end([{"loss": loss} for loss in losses.cpu().numpy()])
 
     def validation_step(self, batch: dict) -> dict:
         """The loss and the confusion matrix, which stay on the device."""
+        self.between_steps()
+        return self._validate(batch)
+
+    def _validate(self, batch: dict) -> dict:
         batch = self._fuse(batch)
         output, loss = self._forward(batch)
         answer, truth = (x[0] if self.enable_deep_supervision else x for x in (output, batch["target"]))
-        confusion = _confusion(answer.argmax(1), truth[:, 0], self.settings.coefficient_steps + 1)
-        return {"loss": loss, "confusion": confusion}
-
-    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
-        """As nnU-Net's, but class 0 counts: it is a real class here."""
-        losses, confusions = (
-            torch.stack([output[name] for output in val_outputs]).cpu().numpy() for name in ("loss", "confusion")
-        )
-        hits = confusions.diagonal(axis1=1, axis2=2)
-        counts = {"tp_hard": hits, "fp_hard": confusions.sum(1) - hits, "fn_hard": confusions.sum(2) - hits}
-        super().on_validation_epoch_end(
-            [{"loss": loss, **{name: n[i] for name, n in counts.items()}} for i, loss in enumerate(losses)]
-        )
+        return {"loss": loss, "confusion": count_confusion(answer.argmax(1), truth[:, 0], answer.shape[1])}
 
     def _fuse(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Samples of a :class:`FusionDataset` -> what nnU-Net's training step takes."""
-        for case, reason in batch["rejected"]:
-            if case not in self._reported:
-                self._reported.add(case)
-                self.print_to_log_file(f"WARNING: case {case} {reason}; such sub-volumes are skipped")
+        self._note(batch["rejected"])
         if "tensors" not in batch:
             raise UserError(f"found no usable sub-volume; look at the images of {', '.join(sorted(self._reported))}")
         fused = fuse_batch(batch["tensors"], self.settings.coefficient_steps, self.device)
@@ -134,15 +145,103 @@ class VFPretrainTrainer(nnUNetTrainer):
         optimizer = make_optimizer(self.network, self.settings, fused=self.settings.fused_optimizer == "on")
         return optimizer, poly_decay(optimizer, self.settings)
 
+    # ------------------------------------------------------------------ epochs, and what is watched
+
+    def initialize(self) -> None:
+        self.precision.apply_to_single_precision()
+        super().initialize()
+        self.step_watch = StepWatch(self.bare_network())
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self._epoch_started, self._waiting.seconds = time.monotonic(), 0.0
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        losses = torch.stack([output["loss"] for output in train_outputs]).cpu()
+        finite = losses.isfinite()
+        losses[~finite] = losses[finite].mean()  # their steps were left out
+        super().on_train_epoch_end([{"loss": loss} for loss in losses.numpy()])
+        self._watch(self.step_watch.look)
+        for theirs in self.ranks.gather(self.quarantine.cases):
+            self._note([Rejected(case, reason, True) for case, reason in theirs.items()])
+        self._log_watched(time.monotonic() - self._epoch_started)
+
+    def _log_watched(self, seconds: float) -> None:
+        steps = self.num_iterations_per_epoch - len(self._done)  # that were done in this time
+        self._done = []
+        on_gpu = self.device.type == "cuda"
+        watched = {
+            "samples_per_second": steps * self._global_batch / seconds if steps else float("nan"),
+            "data_wait_share": self._waiting.seconds / seconds if steps else float("nan"),
+            "gpu_memory_gb": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else float("nan"),
+            "skipped_steps": self.step_watch.skipped,
+            "quarantined_cases": len(self.quarantine.cases),
+        }
+        for name, value in watched.items():
+            self.logger.log(name, value, self.current_epoch)
+        self.print_to_log_file(
+            f"{watched['samples_per_second']:.3g} samples/s, {watched['data_wait_share']:.1%} of it waiting for data, "
+            f"GPU memory {watched['gpu_memory_gb']:.1f} GB; so far {watched['skipped_steps']} steps left out, "
+            f"{watched['quarantined_cases']} cases in quarantine"
+        )
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """As nnU-Net's, but class 0 counts: it is a real class here."""
+        losses, confusions = (
+            torch.stack([output[name] for output in val_outputs]).cpu().numpy() for name in ("loss", "confusion")
+        )
+        hits = confusions.diagonal(axis1=1, axis2=2)
+        counts = {"tp_hard": hits, "fp_hard": confusions.sum(1) - hits, "fn_hard": confusions.sum(2) - hits}
+        super().on_validation_epoch_end(
+            [{"loss": loss, **{name: n[i] for name, n in counts.items()}} for i, loss in enumerate(losses)]
+        )
+        warning = pretext_warning(sum(self.ranks.gather(confusions.sum(0))))
+        if warning:
+            self.print_to_log_file(warning)
+        self._losses = []
+
+    def _note(self, rejected: list[Rejected]) -> None:
+        """Log every case once that gave no sub-volumes; raises UserError if there are too many that never will."""
+        for line in self.quarantine.add({case.case: case.reason for case in rejected if case.unusable}):
+            self.print_to_log_file(line)
+        for case in rejected:
+            if case.case not in self._reported and not case.unusable:
+                self.print_to_log_file(f"WARNING: case {case.case} {case.reason}; such sub-volumes are skipped")
+            self._reported.add(case.case)
+        if rejected:
+            self.quarantine.require_few(len({*self._cases[0].identifiers, *self._cases[1].identifiers}))
+
+    def _watch(self, look: Callable[..., None], *arguments: Any) -> None:
+        """Look at the steps; if too many were not finite, leave what they were made of and end."""
+        try:
+            look(*arguments)
+        except NotFiniteError as error:
+            samples = self._samples(TRAINING)
+            indices = list(self._batches(error.steps))
+            file = Path(self.output_folder) / f"not_finite_{self.ranks.rank}.pth"
+            content = {
+                "steps": error.steps,
+                "sample_indices": [list(batch) for batch in indices],
+                "cases": [[samples[index].get("cases") for index in batch] for batch in indices],
+                "first_batch": collate([samples[index] for index in indices[0]]),
+            }
+            torch.save(content, file)
+            raise UserError(
+                f"{error}, from step {error.steps[0]} on; {file} holds their samples. Go on from the last checkpoint "
+                "(--c) with nnUNet_vf_precision=fp32, or train anew with a lower nnUNet_vf_initial_lr"
+            ) from error
+
     # ------------------------------------------------------------------ data
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """Iterators over the whole of the remaining training: every epoch new samples, and the fixed ones."""
-        first = self.current_epoch * self.num_iterations_per_epoch
+        first = self.current_epoch * self.num_iterations_per_epoch + len(self._done)
         last = self.num_epochs * self.num_iterations_per_epoch
-        train = self._loader(TRAINING, [range(first, last)])
+        self._waiting = Waiting(self._loader(TRAINING, [range(first, last)]))
         fixed = self._loader(VALIDATION, self._fixed_steps(self.num_epochs - self.current_epoch))
-        return iter(train), iter(fixed)
+        return itertools.chain(self._done, self._waiting), iter(fixed)
 
     def _fixed_steps(self, epochs: int) -> list[range]:
         return [range(self.num_val_iterations_per_epoch)] * epochs
@@ -153,7 +252,8 @@ class VFPretrainTrainer(nnUNetTrainer):
         return self.get_tr_and_val_datasets()
 
     def _samples(self, stream: int) -> FusionDataset:
-        return FusionDataset(self._cases[stream], self.configuration_manager.patch_size, self.settings, stream)
+        patch_size = self.configuration_manager.patch_size
+        return FusionDataset(self._cases[stream], patch_size, self.settings, stream, self.num_input_channels)
 
     def _loader(self, stream: int, epochs: list[range]) -> torch.utils.data.DataLoader:
         batches = itertools.chain.from_iterable(map(self._batches, epochs))
@@ -162,47 +262,69 @@ class VFPretrainTrainer(nnUNetTrainer):
             workers = (workers + 1) // 2
         return make_loader(self._samples(stream), batches, workers, pin_memory=self.device.type == "cuda")
 
-    def _batches(self, steps: range) -> Any:
+    @property
+    def _global_batch(self) -> int:
+        """Samples of a step on all ranks."""
+        return self.settings.batch_per_gpu * self.ranks.size or self.configuration_manager.batch_size
+
+    def _set_batch_size_and_oversample(self) -> None:
+        if self.settings.batch_per_gpu:
+            self.batch_size = self.settings.batch_per_gpu
+        else:
+            super()._set_batch_size_and_oversample()
+
+    def _batches(self, steps: Iterable[int]) -> Iterable[range]:
         """This rank's sample indices; nnU-Net gives the first ranks the remainder of a batch it splits."""
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if self.is_ddp else (0, 1)
-        whole = self.configuration_manager.batch_size
+        rank, ranks, whole = self.ranks.rank, self.ranks.size, self._global_batch
         offset = whole // ranks * rank + min(rank, whole % ranks)
-        return sample_indices(steps.start, steps.stop, whole, offset, self.batch_size)
+        return sample_indices(steps, whole, offset, self.batch_size)
 
     # ------------------------------------------------------------------ where stock commands enter
 
-    @one_line_errors()
-    def run_training(self) -> None:
-        super().run_training()
-
     def on_train_start(self) -> None:
         super().on_train_start()
-        self.precision.apply_to_single_precision()
         self.print_to_log_file(f"Volume Fusion settings:\n{self.settings}\n", add_timestamp=False)
         self.print_to_log_file(f"Computing in {self.precision.name} on {self.device}\n", add_timestamp=False)
 
     def on_train_end(self) -> None:
         super().on_train_end()
-        self.dataloader_train = self.dataloader_val = None  # ends their workers
+        self.dataloader_train = self.dataloader_val = None
+        self._waiting = Waiting(())  # with the last reference to them, the workers end
 
-    @one_line_errors()
-    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """As nnU-Net's. Without ``--c`` (``--val``, ``--val_best``) the settings are the checkpoint's.
+    def state(self) -> dict[str, Any]:
+        self._watch(self.step_watch.look)
+        losses = torch.stack(self._losses).cpu() if self._losses else torch.zeros(0)
+        return {
+            "losses": torch.stack(self.ranks.gather(losses)).mean(0),
+            "skipped": self.step_watch.skipped,
+            "in_a_row": self.step_watch.in_a_row,
+            "quarantine": self.quarantine.cases,
+        }
 
-        Raises:
-            SystemExit: the checkpoint is damaged, another trainer's, or has other settings or plans than this run.
-        """
-        recorded = PlansManager(weights.recorded_plans(Path(filename_or_checkpoint), type(self).__name__))
-        theirs = VFSettings.resolve(recorded.plans, {})
-        if not self._continues and theirs.coefficient_steps == self.settings.coefficient_steps:
-            self.settings = theirs
-            theirs.apply_schedule(self)
-        self._refuse_differences(recorded, filename_or_checkpoint)
-        super().load_checkpoint(filename_or_checkpoint)
+    def restore(self, state: dict[str, Any]) -> None:
+        self._done = [DoneStep(loss) for loss in state.get("losses", ())]
+        self.step_watch.restore(state.get("skipped", 0), state.get("in_a_row", []))
+        self.quarantine.cases.update(state.get("quarantine", {}))
         # nnU-Net writes checkpoint_latest before it compares the epoch with the best one so far
         self._best_ema = max(self.logger.get_value("ema_fg_dice", step=None), default=None)
 
-    def _refuse_differences(self, recorded: PlansManager, filename: str) -> None:
+    def accept(self, checkpoint: dict[str, Any], file: Path) -> None:
+        """Refuse another trainer's, or other settings or plans than this run's.
+
+        Without ``--c`` (``--val``, ``--val_best``) the settings are the checkpoint's.
+        """
+        recorded = PlansManager(checkpoint["init_args"]["plans"])
+        if checkpoint["trainer_name"] != type(self).__name__ or VFSettings.section not in recorded.plans:
+            writer = checkpoint["trainer_name"]
+            raise UserError(f"{file} was written by {writer}, not by {type(self).__name__}; move it away")
+        theirs = VFSettings.resolve(recorded.plans, {})
+        if not self._continues and theirs.coefficient_steps == self.settings.coefficient_steps:
+            self.settings = theirs
+            self.precision = Precision.choose(theirs.precision, self.device)
+            theirs.apply_schedule(self)
+        self._refuse_differences(recorded, file)
+
+    def _refuse_differences(self, recorded: PlansManager, filename: Path) -> None:
         differences = self.settings.differences(recorded.plans[VFSettings.section])
         if differences:
             raise UserError(
@@ -222,10 +344,13 @@ class VFPretrainTrainer(nnUNetTrainer):
     def save_checkpoint(self, filename: str) -> None:
         """As nnU-Net's; beside the best and the final checkpoint the artifact and the pictures are refreshed."""
         super().save_checkpoint(filename)
-        if self.local_rank == 0 and Path(filename).stem in ("checkpoint_best", "checkpoint_final"):
-            self._draw_preview()
+        folder = Path(self.output_folder)
+        if self.ranks.rank == 0 and Path(filename).stem in ("checkpoint_best", "checkpoint_final"):
+            with self.going_on_without(folder / "preview.png"):
+                self._draw_preview()
             if not self.disable_checkpointing:
-                self._write_artifact()
+                with self.going_on_without(folder / weights.FILE_NAME):
+                    self._write_artifact()
 
     @one_line_errors()
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
@@ -238,34 +363,18 @@ class VFPretrainTrainer(nnUNetTrainer):
         self.network.eval()
         loader = self._loader(VALIDATION, self._fixed_steps(1))
         with torch.no_grad():
-            confusion = sum(self.validation_step(batch)["confusion"] for batch in loader).cpu().numpy()
-        if self.is_ddp:
-            parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, confusion)
-            confusion = sum(parts)
-        if self.local_rank == 0:
-            self._write_report(confusion)
+            confusion = sum(self._validate(batch)["confusion"] for batch in loader).cpu().numpy()
+        confusion = sum(self.ranks.gather(confusion))
+        if self.ranks.rank == 0:
+            samples = self.num_val_iterations_per_epoch * self._global_batch
+            report = write_report(confusion, samples, self.settings.as_dict(), Path(self.output_folder))
+            dice = {**report["dice_per_class"], "mean": report["mean_dice"]}
+            lines = "\n".join(f"  {name}: Dice {value:.4f}" for name, value in dice.items())
+            self.print_to_log_file(f"Pretext report, fixed validation samples:\n{lines}")
+            for name, value in report["dice_per_class"].items():
+                self.logger.log_summary(f"final_val/{name}_dice", value)
 
     # ------------------------------------------------------------------ what it leaves behind
-
-    def _write_report(self, confusion: np.ndarray) -> None:
-        dice = _dice_per_class(confusion)
-        names = class_names(self.settings.coefficient_steps)
-        report = {
-            "mean_dice": float(np.nanmean(dice)),
-            "dice_per_class": dict(zip(names, map(float, dice), strict=True)),
-            "confusion_rows_are_the_truth": confusion.tolist(),
-            "samples": self.num_val_iterations_per_epoch * self.configuration_manager.batch_size,
-            "settings": self.settings.as_dict(),
-        }
-        folder = Path(self.output_folder)
-        save_json(report, str(folder / "pretext_report.json"), sort_keys=False)
-        draw_confusion(confusion, dice.tolist(), folder / "pretext_report.png")
-        lines = [f"  {name}: Dice {value:.4f}" for name, value in zip(names, dice, strict=True)]
-        lines.append(f"  mean: Dice {report['mean_dice']:.4f}")
-        self.print_to_log_file("Pretext report, fixed validation samples:\n" + "\n".join(lines))
-        for name, value in zip(names, dice, strict=True):
-            self.logger.log_summary(f"final_val/{name}_dice", value)
 
     def _draw_preview(self) -> None:
         """Draw the first fixed validation samples with the network's answer to ``preview.png``."""
@@ -278,15 +387,11 @@ class VFPretrainTrainer(nnUNetTrainer):
 
     @torch.no_grad()
     def _answer(self, data: Tensor) -> Tensor:
-        network = self._bare_network() if self.is_ddp else self.network  # rank 0 answers alone: no collective calls
+        # rank 0 answers alone: no collective calls
+        network: nn.Module = self.network.module if self.is_ddp else self.network  # type: ignore[assignment]
         with self.precision.autocast():
             output = network(data)
         return (output[0] if self.enable_deep_supervision else output).argmax(1)
-
-    def _bare_network(self) -> torch.nn.Module:
-        """The network without the wrappers of DDP and torch.compile."""
-        network = self.network.module if self.is_ddp else self.network
-        return network._orig_mod if isinstance(network, OptimizedModule) else network
 
     def _write_artifact(self) -> None:
         metadata = weights.describe_pretraining(
@@ -300,7 +405,7 @@ class VFPretrainTrainer(nnUNetTrainer):
             self.logger.get_value("dice_per_class_or_region", step=-1),
         )
         folder = Path(self.output_folder)
-        weights.write_artifact(folder / weights.FILE_NAME, self._bare_network().state_dict(), metadata)
+        weights.write_artifact(folder / weights.FILE_NAME, self.bare_network().state_dict(), metadata)
         write_model_card(folder / CARD_NAME, metadata)
 
 
@@ -310,15 +415,3 @@ def _with_fusion_labels(dataset_json: dict, settings: VFSettings) -> dict:
     names = ["background", *(f"fusion_{label}_of_{steps}" for label in range(1, steps + 1))]
     kept = {key: value for key, value in dataset_json.items() if key not in ("regions_class_order", "dataset")}
     return {**kept, "labels": {name: label for label, name in enumerate(names)}}
-
-
-def _confusion(answer: Tensor, truth: Tensor, num_classes: int) -> Tensor:
-    """Count voxels by (true class, answered class)."""
-    pairs = truth.long().flatten() * num_classes + answer.flatten()
-    return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
-def _dice_per_class(confusion: np.ndarray) -> np.ndarray:
-    """Dice of every class; NaN for a class that is neither true nor answered anywhere."""
-    marked = confusion.sum(axis=0) + confusion.sum(axis=1)
-    return np.divide(2 * confusion.diagonal(), marked, out=np.full(len(marked), np.nan), where=marked > 0)

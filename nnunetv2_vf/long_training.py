@@ -1,0 +1,235 @@
+"""nnU-Net's trainer for trainings of weeks: on several machines, under a cluster's time limits, on disks that fill up.
+
+What both our trainers have beside their task. The seams are nnU-Net's own methods and attributes.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunetv2_vf.checkpoints import FINAL, LATEST, PREVIOUS, STATE, newest_whole, read_checkpoint, write_durably
+from nnunetv2_vf.errors import UserError, one_line_errors
+from nnunetv2_vf.interruption import EXIT_STATUS, Interruption
+from nnunetv2_vf.progress import SparingLogger
+from nnunetv2_vf.ranks import Ranks
+from nnunetv2_vf.settings import ScheduleSettings
+
+_GO_ON, _SAVE, _LEAVE = range(3)  # what a rank wishes before a step; the largest wish counts
+
+
+class LongTraining(nnUNetTrainer):
+    """Ranks on any number of machines; checkpoints that are whole or not there; SIGTERM and SIGUSR1 save and leave.
+
+    A subclass sets :attr:`settings` before it calls ``super().__init__``, and calls :meth:`between_steps` before every
+    step. In its checkpoints it keeps :meth:`state`, and gets it back by :meth:`restore`.
+    """
+
+    settings: ScheduleSettings
+    # nnU-Net's
+    is_ddp: bool
+    network: nn.Module
+    grad_scaler: Any
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net records exactly this signature
+    ):
+        self._continues = bool(plans.get("continue_training"))  # nnU-Net puts its flag --c here
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.ranks = Ranks.current()
+        self.device = self.ranks.device(device)
+        if self.device.type == "cpu" and self.is_ddp:
+            self.grad_scaler = None  # nnU-Net takes every rank for a GPU
+            torch.set_num_threads(
+                max(1, (os.cpu_count() or 1) // self.ranks.local_size)
+            )  # and all cores for one rank's
+        self.logger.local_logger = SparingLogger()
+        self.settings.apply_schedule(self)
+        self.interruption = Interruption()
+        self._saved_at = time.monotonic()
+        self._random_states: list[dict[str, Any]] = []  # of a checkpoint, by rank
+
+    # ------------------------------------------------------------------ ranks
+
+    def initialize(self) -> None:
+        """As nnU-Net's, which would take a rank among all machines for the number of a GPU, and CPUs for GPUs."""
+        distributed, self.is_ddp = self.is_ddp, False
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.settings.seed)
+            super().initialize()
+        self.is_ddp = distributed
+        if distributed:
+            self._set_batch_size_and_oversample()
+            self.network = self.ranks.parallel(self.network, self.device)
+            alone, self.loss = self.loss, self._build_loss()  # whose Dice is of all ranks
+            if self.enable_deep_supervision:
+                # for DDP's sake nnU-Net gives the lowest resolution, which has none, a small weight: not needed here
+                self.loss.weight_factors = alone.weight_factors
+
+    def _set_batch_size_and_oversample(self) -> None:
+        ranks, batch = self.ranks.size, self.configuration_manager.batch_size
+        uneven = batch % ranks > 0 and self.configuration_manager.batch_dice  # nnU-Net's loss gathers parts of one size
+        if self.is_ddp and (ranks > batch or uneven):
+            raise UserError(f"{ranks} ranks cannot share the plans' batch of {batch}; legal: a number that divides it")
+        super()._set_batch_size_and_oversample()
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        with self.ranks.first_goes_first():  # it writes the splits if there are none
+            split: tuple[list[str], list[str]] = super().do_split()
+        return split
+
+    def bare_network(self) -> nn.Module:
+        """The network without the wrappers of DDP and torch.compile."""
+        network = self.network
+        if isinstance(network, DistributedDataParallel):
+            network = network.module
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+    # ------------------------------------------------------------------ a training that can be left at any step
+
+    @one_line_errors()
+    def run_training(self) -> None:
+        with self.interruption:
+            super().run_training()
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.is_ddp:
+            parts = " + ".join(map(str, self.ranks.gather(self.batch_size)))
+            self.print_to_log_file(
+                f"{self.ranks.size} ranks, {self.ranks.local_size} on this machine: a batch of {parts} samples; the "
+                f"learning rate stays what it is set to, {self.initial_lr:g}\n",
+                add_timestamp=False,
+            )
+        if self.ranks.rank < len(self._random_states):
+            _set_random_state(self._random_states[self.ranks.rank], self.device)
+        else:
+            torch.manual_seed(_seed_of_rank(self.settings.seed, self.ranks.rank))
+        self._saved_at = time.monotonic()
+
+    def between_steps(self) -> None:
+        """Save when it is time to, save and leave when the cluster says so; all ranks alike, before every step."""
+        wish = _LEAVE if self.interruption.received else _SAVE if self._save_is_due() else _GO_ON
+        agreed = self.ranks.agree(wish)
+        if agreed == _GO_ON:
+            return
+        # nnU-Net records the epoch that comes next, which is this one: see its on_train_end
+        self.current_epoch -= 1
+        self.save_checkpoint(str(Path(self.output_folder) / LATEST))
+        self.current_epoch += 1
+        if agreed == _LEAVE:
+            why = self.interruption.received or "A signal to another rank"
+            self.print_to_log_file(
+                f"{why}: leaving in epoch {self.current_epoch}, exit status {EXIT_STATUS}; --c goes on"
+            )
+            sys.exit(EXIT_STATUS)
+
+    def _save_is_due(self) -> bool:
+        return self.ranks.rank == 0 and time.monotonic() - self._saved_at > 60 * self.settings.save_every_minutes
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self.ranks.rank == 0:
+            (Path(self.output_folder) / PREVIOUS).unlink(missing_ok=True)  # as nnU-Net does with the latest
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs beside what nnU-Net keeps; called on every rank, kept of the first."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over a checkpoint's :meth:`state`."""
+
+    def accept(self, checkpoint: dict[str, Any], file: Path) -> None:
+        """Raise UserError if training must not go on from a checkpoint."""
+
+    def complete(self, checkpoint: dict[str, Any]) -> None:
+        """Change or add entries of a checkpoint that is about to be written."""
+
+    def save_checkpoint(self, filename: str) -> None:
+        """As nnU-Net's, durably; in a training that goes on, a disk that is full is reported and nothing is lost."""
+        states = self.ranks.gather(_random_state(self.device))  # of every rank, so every rank has to come here
+        state = self.state()
+        if self.ranks.rank > 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        with io.BytesIO() as file:  # nnU-Net makes and writes a checkpoint in one go
+            super().save_checkpoint(file)
+            file.seek(0)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+        complete_epochs = checkpoint["current_epoch"]
+        checkpoint["logging"] = {name: values[:complete_epochs] for name, values in checkpoint["logging"].items()}
+        checkpoint[STATE] = {"random_states": states, **state}
+        self.complete(checkpoint)
+        path = Path(filename)
+        with self.going_on_without(path, unless=path.name == FINAL):
+            write_durably(checkpoint, path, previous=path.with_name(PREVIOUS) if path.name == LATEST else None)
+            self._saved_at = time.monotonic()
+
+    @contextmanager
+    def going_on_without(self, file: Path, unless: bool = False) -> Iterator[None]:
+        """A file that cannot be written (the disk is full) is no reason to end; but ``unless``."""
+        try:
+            yield
+        except OSError as error:
+            what = f"{file} was not written ({error})"
+            if unless:
+                raise UserError(f"{what}; the checkpoints before it are whole: make room and go on with --c") from error
+            self.print_to_log_file(f"WARNING: {what}; what was there before is left as it was")
+            self._saved_at = time.monotonic()  # not again before the next step
+
+    @one_line_errors()
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """As nnU-Net's; with ``--c``, from the newest checkpoint of the folder that is not damaged.
+
+        Raises:
+            SystemExit: all are damaged, or it was not accepted.
+        """
+        file = Path(filename_or_checkpoint)
+        if self._continues:
+            mine = newest_whole(file, self.print_to_log_file) if self.ranks.rank == 0 else None
+            file = self.ranks.from_first(mine)
+        checkpoint = read_checkpoint(file)
+        self.accept(checkpoint, file)
+        super().load_checkpoint(str(file))
+        state = dict(checkpoint.get(STATE, {}))
+        self._random_states = state.pop("random_states", [])
+        self.restore(state)
+
+
+def _seed_of_rank(seed: int, rank: int) -> int:
+    return int(np.random.SeedSequence((seed, rank)).generate_state(1)[0])
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    """Of this process: dropout takes its numbers from torch's, nnU-Net's augmentation from NumPy's and Python's."""
+    state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}  # noqa: NPY002
+    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    random.setstate(state["python"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

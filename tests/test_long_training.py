@@ -1,0 +1,267 @@
+"""Trainings that are interrupted, run out of disk, or meet numbers that are not finite; through nnU-Net's entry points."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATASET, DATASET_ID, fold_folder
+from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+
+from nnunetv2_vf.interruption import EXIT_STATUS, Interruption
+from nnunetv2_vf.weights import FILE_NAME, read_artifact
+
+CPU = torch.device("cpu")
+LOGGED = ("train_losses", "val_losses", "mean_fg_dice", "ema_fg_dice", "lrs", "skipped_steps", "quarantined_cases")
+
+
+def make_trainer(name: str = "VFPretrainTrainer", plans: str = "nnUNetPlans", go_on: bool = False):
+    """As nnUNetv2_train makes it."""
+    trainer = get_trainer_from_args(str(DATASET_ID), "3d_fullres", 0, name, plans, go_on, CPU)
+    maybe_load_checkpoint(trainer, go_on, validation_only=False)
+    return trainer
+
+
+def before_step(trainer, number: int, do) -> None:
+    """Have something done before a step of training or validation, counted from 0 in this process."""
+    original, steps = trainer.between_steps, iter(range(10**6))
+
+    def between_steps() -> None:
+        if next(steps) == number:
+            do()
+        original()
+
+    trainer.between_steps = between_steps
+
+
+def leaves_early(trainer) -> bool:
+    try:
+        trainer.run_training()
+    except SystemExit as left:
+        return left.code == EXIT_STATUS
+    return False
+
+
+def send(number: signal.Signals):
+    return lambda: os.kill(os.getpid(), number)
+
+
+SCHEDULE = {
+    "nnUNet_vf_num_epochs": "3",
+    "nnUNet_vf_iterations_per_epoch": "4",
+    "nnUNet_vf_val_iterations_per_epoch": "2",
+}
+
+
+@pytest.fixture
+def three_epochs(tiny, monkeypatch) -> None:
+    """An epoch has 4 steps of training and 2 of validation: 18 steps."""
+    for name, value in SCHEDULE.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(nnunet, pct_plans, tmp_path_factory) -> dict[str, dict]:
+    """The final checkpoint of a whole training in three epochs, by plans."""
+    results = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**SCHEDULE, "nnUNet_results": str(results), "nnUNet_n_proc_DA": "0"}.items():
+            patch.setenv(name, value)
+        for plans in ("nnUNetPlans", pct_plans):
+            make_trainer(plans=plans).run_training()
+    return {plans: checkpoint(results, plans) for plans in ("nnUNetPlans", pct_plans)}
+
+
+def checkpoint(results: Path, plans: str = "nnUNetPlans") -> dict:
+    folder = results / DATASET / f"VFPretrainTrainer__{plans}__3d_fullres" / "fold_0"
+    return torch.load(folder / "checkpoint_final.pth", weights_only=False)
+
+
+def assert_same_training(one: dict, other: dict) -> None:
+    for name, tensor in one["network_weights"].items():
+        assert torch.equal(tensor, other["network_weights"][name]), name
+    for name in LOGGED:
+        np.testing.assert_array_equal(one["logging"][name], other["logging"][name], err_msg=name)
+    assert {name: len(values) for name, values in one["logging"].items()} == {
+        name: len(values) for name, values in other["logging"].items()
+    }
+    assert one["_best_ema"] == other["_best_ema"]
+    assert one["current_epoch"] == other["current_epoch"]
+
+
+# ---------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [
+        pytest.param(signal.SIGTERM, 0, id="before the first"),
+        pytest.param(signal.SIGUSR1, 2, id="within an epoch"),
+        pytest.param(signal.SIGTERM, 5, id="in validation"),
+        pytest.param(signal.SIGTERM, 9, id="in the second epoch"),
+    ],
+)
+def test_a_signal_saves_and_leaves_and_nothing_is_lost(three_epochs, uninterrupted, pct_plans, tmp_path, number, step):
+    """PCT-Net has dropout: also the random numbers go on where they were."""
+    trainer = make_trainer(plans=pct_plans)
+    before_step(trainer, step, send(number))
+    with pytest.raises(SystemExit) as left:
+        trainer.run_training()
+    assert left.value.code == EXIT_STATUS == 75
+    torch.manual_seed(123)  # another process has other random numbers
+    np.random.seed(5)  # noqa: NPY002
+    make_trainer(plans=pct_plans, go_on=True).run_training()
+    assert_same_training(uninterrupted[pct_plans], checkpoint(tmp_path / "results", pct_plans))
+
+
+def test_many_signals_and_periodic_checkpoints_change_nothing(three_epochs, uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_vf_save_every_minutes", "0")  # before every step
+    exits = 0
+    while not (fold_folder(tmp_path / "results") / "checkpoint_final.pth").is_file():
+        trainer = make_trainer(go_on=exits > 0)
+        before_step(trainer, 2, send(signal.SIGTERM))  # a validation begins anew: fewer, and it would never end
+        exits += leaves_early(trainer)
+    assert exits >= 6
+    assert_same_training(uninterrupted["nnUNetPlans"], checkpoint(tmp_path / "results"))
+
+
+def test_the_command_leaves_with_a_status_of_its_own(three_epochs, folder, monkeypatch):
+    monkeypatch.setenv("nnUNet_vf_num_epochs", "500")
+    command = [str(Path(sys.executable).with_name("nnUNetv2_train")), str(DATASET_ID), "3d_fullres", "0"]
+    with subprocess.Popen(
+        [*command, "-tr", "VFPretrainTrainer", "-device", "cpu"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if "Epoch 1" in line:
+                process.send_signal(signal.SIGUSR1)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == EXIT_STATUS
+    assert "SIGUSR1: leaving in epoch" in rest
+    assert (folder / "checkpoint_latest.pth").is_file()
+
+
+def test_fine_tuning_heeds_signals_too(three_epochs, tmp_path):
+    trainer = make_trainer("VFFinetuneTrainer")
+    before_step(trainer, 5, send(signal.SIGTERM))  # the second step of the second epoch
+    with pytest.raises(SystemExit) as left:
+        trainer.run_training()
+    assert left.value.code == EXIT_STATUS
+    again = make_trainer("VFFinetuneTrainer", go_on=True)
+    assert again.current_epoch == 1
+    again.run_training()
+    assert len(again.logger.get_value("train_losses", step=None)) == 2
+    assert not Path(again.output_folder, "checkpoint_previous.pth").exists()
+
+
+def test_processes_that_were_forked_can_still_be_ended():
+    with Interruption() as interruption:
+        process = os.fork()
+        if process == 0:
+            signal.pause()
+            os._exit(1)
+        os.kill(process, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGTERM
+        assert interruption.received is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert interruption.received == "SIGUSR1"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(
+    three_epochs, uninterrupted, folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("nnUNet_vf_save_every_minutes", "0")
+    trainer = make_trainer()
+    before_step(trainer, 8, send(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        trainer.run_training()
+    latest = folder / "checkpoint_latest.pth"
+    latest.write_bytes(latest.read_bytes()[:-1000])
+    capsys.readouterr()
+    trainer = make_trainer(go_on=True)
+    said = capsys.readouterr().out
+    assert f"WARNING: {latest} is damaged" in said
+    assert "Going on from checkpoint_previous.pth instead of checkpoint_latest.pth" in said
+    trainer.run_training()
+    assert_same_training(uninterrupted["nnUNetPlans"], checkpoint(tmp_path / "results"))
+
+
+def full_disk(folder: Path, monkeypatch) -> None:
+    """No file in the folder can be written any more, but for the log, as on a disk that has a few bytes left."""
+    original = Path.open
+
+    def refuse(path: Path, mode: str = "r", *args, **kwargs):
+        if "w" in mode and path.parent == folder:
+            raise OSError(28, "No space left on device", str(path))
+        return original(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+
+
+def test_training_goes_on_while_the_disk_is_full(three_epochs, folder, monkeypatch):
+    trainer = make_trainer()
+    with monkeypatch.context() as patch:
+        before_step(trainer, 7, lambda: full_disk(folder, patch))
+        before_step(trainer, 15, patch.undo)
+        patch.setenv("nnUNet_vf_save_every_minutes", "0")
+        object.__setattr__(trainer.settings, "save_every_minutes", 0.0)
+        trainer.run_training()
+    log = next(folder.glob("training_log*.txt")).read_text()
+    assert log.count("WARNING") >= 8
+    assert "checkpoint_latest.pth was not written ([Errno 28] No space left on device" in log
+    assert (folder / "checkpoint_final.pth").is_file()
+
+
+def test_a_final_checkpoint_that_cannot_be_written_is_an_error(three_epochs, folder, monkeypatch):
+    trainer = make_trainer()
+    with monkeypatch.context() as patch:
+        before_step(trainer, 17, lambda: full_disk(folder, patch))
+        with pytest.raises(SystemExit, match=r"checkpoint_final\.pth was not written.*--c"):
+            trainer.run_training()
+    assert not (folder / "checkpoint_final.pth").exists()
+    make_trainer(go_on=True).run_training()
+    assert (folder / "checkpoint_final.pth").is_file()
+
+
+# ---------------------------------------------------------------- numbers that are not finite
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(three_epochs, folder):
+    trainer = make_trainer()
+    loss, calls = trainer._build_loss, iter(range(100))
+    trainer.initialize()
+
+    def sometimes_nan(*args):
+        return loss_function(*args) * (float("nan") if next(calls) in (1, 2) else 1.0)
+
+    loss_function, trainer.loss = loss(), sometimes_nan
+    trainer.run_training()
+    logged = torch.load(folder / "checkpoint_final.pth", weights_only=False)["logging"]
+    assert logged["skipped_steps"] == [2, 2, 2]
+    assert np.isfinite(logged["train_losses"]).all()
+    assert all(t.isfinite().all() for t in read_artifact(folder / FILE_NAME)["network_weights"].values())
+
+
+def test_twenty_in_a_row_end_the_training_and_leave_their_samples(tiny, folder, monkeypatch):
+    monkeypatch.setenv("nnUNet_vf_iterations_per_epoch", "30")
+    trainer = make_trainer()
+    trainer.initialize()
+    loss, calls = trainer.loss, iter(range(100))
+    trainer.loss = lambda *args: loss(*args) * (float("nan") if next(calls) >= 3 else 1.0)
+    with pytest.raises(SystemExit, match=r"20 steps in a row .* from step 3 on; .*not_finite_0\.pth holds"):
+        trainer.run_training()
+    left = torch.load(folder / "not_finite_0.pth", weights_only=False)
+    assert left["steps"] == list(range(3, 23))
+    assert left["sample_indices"][0] == [6, 7]
+    assert left["first_batch"]["tensors"]["foreground"].shape == (2, 1, 16, 16, 24)
+    assert len(left["cases"]) == 20

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.watch import NotFiniteError, Quarantine, StepWatch, Waiting
+
+TAKEN, SKIPPED = torch.tensor(True), torch.tensor(False)
+
+
+def watch() -> StepWatch:
+    return StepWatch(nn.BatchNorm1d(3))
+
+
+def add_all(watched: StepWatch, flags: dict[int, torch.Tensor]) -> None:
+    for step, taken in flags.items():
+        watched.add(step, taken)
+
+
+def test_steps_that_were_left_out_are_counted():
+    steps = watch()
+    for step in range(50):
+        steps.add(step, SKIPPED if step in (3, 30, 31) else TAKEN)
+    steps.look()
+    assert steps.skipped == 3
+    assert steps.in_a_row == []
+
+
+@pytest.mark.parametrize("first", [0, 7, 19])
+def test_the_twentieth_in_a_row_ends_it(first):
+    steps = watch()
+    with pytest.raises(NotFiniteError) as error:
+        add_all(steps, {step: SKIPPED if step >= first else TAKEN for step in range(100)})
+    assert error.value.steps == list(range(first, first + 20))
+
+
+def test_nineteen_in_a_row_do_not():
+    steps = watch()
+    for step in range(200):
+        steps.add(step, TAKEN if step % 20 == 0 else SKIPPED)
+    steps.look()
+    assert steps.skipped == 190
+
+
+def test_a_run_of_them_may_lie_across_an_interruption():
+    before, after = watch(), watch()
+    for step in range(15):
+        before.add(step, SKIPPED)
+    before.look()
+    after.restore(before.skipped, before.in_a_row)
+    with pytest.raises(NotFiniteError) as error:
+        add_all(after, dict.fromkeys(range(15, 40), SKIPPED))
+    assert error.value.steps == list(range(20))
+
+
+def test_running_statistics_are_put_back_where_they_are_not_finite():
+    norm = nn.BatchNorm1d(3)
+    steps = StepWatch(norm)
+    norm(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
+    steps.add(0, TAKEN)
+    steps.look()
+    good = norm.running_mean.clone()
+    norm(torch.tensor([[0.0, 0, float("inf")]] * 4))
+    steps.add(1, SKIPPED)
+    steps.look()
+    assert norm.running_mean.isfinite().all()
+    assert norm.running_var.isfinite().all()
+    assert norm.running_mean[2] == good[2]
+    assert norm.running_mean[0] == pytest.approx(0.9 * good[0].item())  # what was finite counts
+
+
+def test_a_case_is_told_of_once_and_too_many_end_it():
+    quarantine = Quarantine(limit=0.05)
+    assert quarantine.add({"a": "cannot be read"}) == [
+        "WARNING: case a cannot be read; quarantined, others are drawn instead"
+    ]
+    assert quarantine.add({"a": "cannot be read"}) == []
+    quarantine.require_few(20)
+    quarantine.add({"b": "is empty"})
+    quarantine.require_few(40)
+    with pytest.raises(UserError, match=r"2 of 39 cases cannot be used, more than 5%.*: a cannot be read; b is empty"):
+        quarantine.require_few(39)
+
+
+def test_waiting_is_measured():
+    def slowly():
+        for i in range(3):
+            time.sleep(0.02)
+            yield i
+
+    batches = Waiting(slowly())
+    seen = []
+    for batch in batches:
+        seen.append(batch)
+        time.sleep(0.05)
+    assert seen == [0, 1, 2]
+    assert 0.06 <= batches.seconds < 0.15
