@@ -43,6 +43,7 @@ class LongTraining(nnUNetTrainer):
     # nnU-Net's
     is_ddp: bool
     network: nn.Module
+    loss: Any
     grad_scaler: Any
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Trainings that are interrupted, run out of disk, or meet numbers that are not finite; through nnU-Net's entry points."""
+"""Trainings that are interrupted, run out of disk, or meet numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -164,7 +165,8 @@ def test_processes_that_were_forked_can_still_be_ended():
     with Interruption() as interruption:
         process = os.fork()
         if process == 0:
-            signal.pause()
+            for _ in range(200):  # signal.pause would miss a signal that comes just before it
+                time.sleep(0.05)
             os._exit(1)
         os.kill(process, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGTERM
