@@ -163,11 +163,14 @@ def test_fine_tuning_heeds_signals_too(three_epochs, tmp_path):
 
 def test_processes_that_were_forked_can_still_be_ended():
     with Interruption() as interruption:
+        there, here = os.pipe()
         process = os.fork()
         if process == 0:
+            os.write(here, b"!")  # a signal that comes while Python is forking is lost
             for _ in range(200):  # signal.pause would miss a signal that comes just before it
                 time.sleep(0.05)
             os._exit(1)
+        os.read(there, 1)
         os.kill(process, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGTERM
         assert interruption.received is None
