@@ -30,7 +30,7 @@ def write_durably(content: Any, path: Path, previous: Path | None = None) -> Non
     Raises:
         OSError: it could not be written, since the disk is full for example; nothing has changed.
     """
-    unfinished = path.with_name(path.name + ".part")
+    unfinished = _unfinished(path)
     with io.BytesIO() as buffer:
         torch.save(content, buffer)
         try:
@@ -42,6 +42,12 @@ def write_durably(content: Any, path: Path, previous: Path | None = None) -> Non
             _flush_folder(path.parent)
         finally:
             unfinished.unlink(missing_ok=True)
+            if previous is not None:
+                _unfinished(previous).unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
 
 
 def _write_and_compare(path: Path, data: memoryview) -> None:
@@ -50,6 +56,8 @@ def _write_and_compare(path: Path, data: memoryview) -> None:
         file.flush()
         os.fsync(file.fileno())
     with path.open("rb") as file:
+        if hasattr(os, "posix_fadvise"):  # from the disk, not from what the system remembers of it
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         position = 0
         while chunk := file.read(1 << 24):
             if data[position : position + len(chunk)] != chunk:
@@ -61,12 +69,12 @@ def _write_and_compare(path: Path, data: memoryview) -> None:
 
 def _give_second_name(path: Path, name: Path) -> None:
     """``name`` is, at every moment, what it was or what ``path`` is."""
-    unfinished = name.with_name(name.name + ".part")
+    unfinished = _unfinished(name)
     unfinished.unlink(missing_ok=True)
     try:
         unfinished.hardlink_to(path)
     except OSError:  # not every file system has hard links
-        shutil.copyfile(path, unfinished)
+        shutil.copy2(path, unfinished)
     unfinished.replace(name)
 
 
@@ -90,24 +98,37 @@ def is_whole(path: Path) -> bool:
 
 
 def newest_whole(asked: Path, report: Callable[[str], None]) -> Path:
-    """The checkpoint to continue from: of the one asked for and those beside it, the newest that is not damaged.
+    """The checkpoint to continue from: of the one asked for and those beside it that are not damaged, the furthest.
 
     Args:
-        asked: nnU-Net takes the latest one where there is one, even if the best is newer.
+        asked: nnU-Net takes the latest one where there is one, even if the best one is further.
         report: told what is damaged, and what is used instead.
 
     Raises:
         UserError: all are damaged.
     """
-    beside = [path for name in (FINAL, LATEST, PREVIOUS, BEST) if (path := asked.with_name(name)) != asked]
+    beside = [path for name in (FINAL, LATEST, BEST, PREVIOUS) if (path := asked.with_name(name)) != asked]
     there = [asked, *(path for path in beside if path.is_file())]
-    for path in sorted(there, key=lambda path: path.stat().st_mtime, reverse=True):
-        if is_whole(path):
-            if path != asked:
-                report(f"Going on from {path.name} instead of {asked.name}")
-            return path
-        report(f"WARNING: {path} is damaged")
-    raise UserError(f"{asked.parent} has no checkpoint that is not damaged; move them away and train anew without --c")
+    whole = [path for path in there if is_whole(path)]
+    for path in there:
+        if path not in whole:
+            report(f"WARNING: {path} is damaged")
+    if not whole:
+        raise UserError(f"all checkpoints in {asked.parent} are damaged; move them away and train anew without --c")
+    stages = {path: _stage(path) for path in whole}
+    # a file may be left of a training before this one; copies of a folder do not keep the order of times
+    run = stages[max(whole, key=lambda path: path.stat().st_mtime)][0]
+    chosen = max((path for path in whole if stages[path][0] == run), key=lambda path: stages[path][1])
+    if chosen != asked:
+        report(f"Going on from {chosen.name} instead of {asked.name}")
+    return chosen
+
+
+def _stage(path: Path) -> tuple[str, tuple[int, int]]:
+    """Which training a checkpoint is of, and how far that had come: epochs, and steps of the next one."""
+    checkpoint = read_checkpoint(path)
+    state = checkpoint.get(STATE, {})
+    return state.get("run", ""), (checkpoint["current_epoch"], len(state.get("losses", ())))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

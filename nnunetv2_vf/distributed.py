@@ -63,11 +63,12 @@ def main() -> None:
 
 def _parse(command: list[str]) -> argparse.Namespace:
     """What of nnU-Net's flags has to be known here; nnU-Net reads them all."""
-    parser = argparse.ArgumentParser("nnunetv2_vf.distributed", description=__doc__, add_help=False)
+    parser = argparse.ArgumentParser("nnunetv2_vf.distributed", add_help=False, allow_abbrev=False)
     for name in ("dataset", "configuration", "fold"):
         parser.add_argument(name)
     parser.add_argument("-tr", default="nnUNetTrainer")
     parser.add_argument("-p", default="nnUNetPlans")
+    parser.add_argument("-pretrained_weights")  # else it is taken for -p retrained_weights
     parser.add_argument("-device", default="cuda")
     parser.add_argument("-num_gpus", type=int, default=1)
     parser.add_argument("--c", action="store_true")
@@ -102,10 +103,9 @@ def _has_checkpoint(arguments: argparse.Namespace) -> bool:
 
 def _without_weights(command: list[str]) -> list[str]:
     """nnU-Net refuses ``-pretrained_weights`` of a training that goes on, which has had them."""
-    if "-pretrained_weights" not in command:
-        return command
-    at = command.index("-pretrained_weights")
-    return command[:at] + command[at + 2 :]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-pretrained_weights")
+    return parser.parse_known_args(command)[1]
 
 
 if __name__ == "__main__":

@@ -186,8 +186,10 @@ def _parse(line: str) -> Record | None:
     try:
         content = json.loads(line)
         rows = [Row(content["source"], **row) for row in content.pop("rows")]
+        if any(row.case != os.path.basename(row.case) for row in rows):  # noqa: PTH119  a case becomes a file's name
+            return None
         return Record(**content, rows=rows)
-    except (ValueError, TypeError, KeyError):  # cut off, or of another version
+    except (ValueError, TypeError, KeyError):  # cut off, of another version, or not written by an import
         return None
 
 

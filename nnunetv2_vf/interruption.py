@@ -40,3 +40,7 @@ class Interruption:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = signal.Signals(number).name
+        # Whoever signals a job signals its workers too, which end of it. torch's loader calls that an error, wherever
+        # the training happens to be; without its handler that comes up when the next batch is asked for.
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)

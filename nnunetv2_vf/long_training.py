@@ -10,6 +10,7 @@ import os
 import random
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +69,9 @@ class LongTraining(nnUNetTrainer):
         self.interruption = Interruption()
         self._saved_at = time.monotonic()
         self._random_states: list[dict[str, Any]] = []  # of a checkpoint, by rank
+        self._run = uuid.uuid4().hex  # stays the same when the training is continued
+        self._resumed = False
+        self._require_agreement("the settings", self.settings.as_dict())
 
     # ------------------------------------------------------------------ ranks
 
@@ -98,6 +102,16 @@ class LongTraining(nnUNetTrainer):
             split: tuple[list[str], list[str]] = super().do_split()
         return split
 
+    def _require_agreement(self, what: str, mine: Any) -> None:
+        """Raise UserError if the ranks differ in something: on a machine whose environment or folders are others."""
+        theirs = self.ranks.gather(mine)
+        different = [rank for rank, value in enumerate(theirs) if value != theirs[0]]
+        if different:
+            raise UserError(
+                f"rank {different[0]} differs from rank 0 in {what}: {theirs[different[0]]} and {theirs[0]}; all need "
+                "the same nnUNet_vf_ variables, and nnUNet_results on a file system that they share"
+            )
+
     def bare_network(self) -> nn.Module:
         """The network without the wrappers of DDP and torch.compile."""
         network = self.network
@@ -110,7 +124,12 @@ class LongTraining(nnUNetTrainer):
     @one_line_errors()
     def run_training(self) -> None:
         with self.interruption:
-            super().run_training()
+            try:
+                super().run_training()
+            except RuntimeError:
+                if self.interruption.received:  # no further batch: the workers have received it too
+                    self.between_steps()
+                raise
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -139,13 +158,15 @@ class LongTraining(nnUNetTrainer):
         self.current_epoch += 1
         if agreed == _LEAVE:
             why = self.interruption.received or "A signal to another rank"
-            self.print_to_log_file(
-                f"{why}: leaving in epoch {self.current_epoch}, exit status {EXIT_STATUS}; --c goes on"
-            )
+            how = "nothing is saved, as you asked for" if self.disable_checkpointing else "--c goes on"
+            self.print_to_log_file(f"{why}: leaving in epoch {self.current_epoch}, exit status {EXIT_STATUS}; {how}")
+            self.ranks.agree(_GO_ON)  # the first to go may take the others along: not before rank 0 has written
             sys.exit(EXIT_STATUS)
 
     def _save_is_due(self) -> bool:
-        return self.ranks.rank == 0 and time.monotonic() - self._saved_at > 60 * self.settings.save_every_minutes
+        if self.ranks.rank > 0 or self.disable_checkpointing:
+            return False
+        return time.monotonic() - self._saved_at > 60 * self.settings.save_every_minutes
 
     def on_train_end(self) -> None:
         super().on_train_end()
@@ -180,7 +201,7 @@ class LongTraining(nnUNetTrainer):
             checkpoint = torch.load(file, map_location="cpu", weights_only=False)
         complete_epochs = checkpoint["current_epoch"]
         checkpoint["logging"] = {name: values[:complete_epochs] for name, values in checkpoint["logging"].items()}
-        checkpoint[STATE] = {"random_states": states, **state}
+        checkpoint[STATE] = {"run": self._run, "random_states": states, **state}
         self.complete(checkpoint)
         path = Path(filename)
         with self.going_on_without(path, unless=path.name == FINAL):
@@ -207,7 +228,7 @@ class LongTraining(nnUNetTrainer):
             SystemExit: all are damaged, or it was not accepted.
         """
         file = Path(filename_or_checkpoint)
-        if self._continues:
+        if self._continues and not self._resumed:  # nnU-Net loads the best one too, after training, for --val_best
             mine = newest_whole(file, self.print_to_log_file) if self.ranks.rank == 0 else None
             file = self.ranks.from_first(mine)
         checkpoint = read_checkpoint(file)
@@ -215,7 +236,12 @@ class LongTraining(nnUNetTrainer):
         super().load_checkpoint(str(file))
         state = dict(checkpoint.get(STATE, {}))
         self._random_states = state.pop("random_states", [])
+        self._run = state.pop("run", self._run)
         self.restore(state)
+        # nnU-Net writes checkpoint_latest before it compares the epoch with the best one so far
+        self._best_ema = max(self.logger.get_value("ema_fg_dice", step=None), default=None)
+        self._resumed = True
+        self._require_agreement("the checkpoint", (self._run, self.current_epoch, len(state.get("losses", ()))))
 
 
 def _seed_of_rank(seed: int, rank: int) -> int:
@@ -224,7 +250,9 @@ def _seed_of_rank(seed: int, rank: int) -> int:
 
 def _random_state(device: torch.device) -> dict[str, Any]:
     """Of this process: dropout takes its numbers from torch's, nnU-Net's augmentation from NumPy's and Python's."""
-    state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}  # noqa: NPY002
+    legacy: Any = np.random.get_state()  # noqa: NPY002
+    numpy_state = (legacy[0], legacy[1].tolist(), *legacy[2:])  # with an array a checkpoint would not load safely
+    state = {"torch": torch.get_rng_state(), "numpy": numpy_state, "python": random.getstate()}
     return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
 
 

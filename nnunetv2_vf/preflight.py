@@ -19,6 +19,7 @@ from nnunetv2_vf.settings import VFSettings
 
 _SMALLEST_PATCH = 8  # voxels: the shortest side of a fusion box
 _FOLDS = 5
+_CASES_LOOKED_AT = 10  # for one that is as the plans make it
 # nnU-Net's own, after which the shape of a case follows from its spacing
 _PREPROCESSOR = "DefaultPreprocessor"
 _RESAMPLING = ("resample_data_or_seg_to_shape", "resample_torch_simple", "resample_torch_fornnunet")
@@ -54,7 +55,7 @@ def preprocessed_cases(plans_manager: PlansManager, configuration_name: str) -> 
     """Return the preprocessed cases of a configuration, sorted.
 
     Raises:
-        UserError: there are none, files of another kind among them, or the first is not of the plans' spacing.
+        UserError: there are none, or the first ones are damaged or not of the plans' spacing.
     """
     require_variables(nnUNet_preprocessed)
     configuration = plans_manager.get_configuration(configuration_name)
@@ -65,21 +66,27 @@ def preprocessed_cases(plans_manager: PlansManager, configuration_name: str) -> 
     )
     if not folder.is_dir() or not any(folder.iterdir()):
         raise UserError(f"no preprocessed cases in {folder}; make them: {command}")
+    wrong = f"{folder} holds files that are no preprocessed cases; empty it and run: {command}"
     try:
         dataset_class = infer_dataset_class(str(folder))
         cases = sorted(dataset_class.get_identifiers(str(folder)))
-        image, *_, properties = dataset_class(str(folder), cases[:1]).load_case(cases[0])
-        found = expected = image.shape[1:]
-        if _resamples(configuration):
-            expected = _resampled_shape(properties, plans_manager, configuration)
-    except (AssertionError, KeyError, IndexError, OSError, RuntimeError) as error:
-        raise UserError(f"{folder} holds files that are no preprocessed cases; empty it and run: {command}") from error
-    if found != expected:
-        raise UserError(
-            f"{folder} was preprocessed for other plans: case {cases[0]} has {found} voxels, of which "
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(wrong) from error
+    for case in cases[:_CASES_LOOKED_AT]:
+        try:
+            image, *_, properties = dataset_class(str(folder), [case]).load_case(case)
+            found = expected = image.shape[1:]
+            if _resamples(configuration):
+                expected = _resampled_shape(properties, plans_manager, configuration)
+        except Exception:  # damaged: training does without it
+            continue
+        if found == expected:
+            return cases
+        wrong = (
+            f"{folder} was preprocessed for other plans: case {case} has {found} voxels, of which "
             f"{plans_manager.plans_name} make {expected}; preprocess again: {command}"
         )
-    return cases
+    raise UserError(wrong)
 
 
 def _resamples(configuration: ConfigurationManager) -> bool:

@@ -50,8 +50,8 @@ class PretextLogger(SparingLogger):
         epochs = np.arange(min(len(values) for values in logged.values()))
         curves = {name: np.asarray(values[: len(epochs)]) for name, values in logged.items()}
 
-        figure = Figure(figsize=(14, 22), layout="constrained")
-        losses, dice, seconds, speed, bad, rate = figure.subplots(6, sharex=True)
+        figure = Figure(figsize=(14, 25), layout="constrained")
+        losses, dice, seconds, speed, memory, bad, rate = figure.subplots(7, sharex=True)
         losses.plot(epochs, curves["train_losses"], label="training")
         losses.plot(epochs, curves["val_losses"], label="validation (fixed samples)")
         losses.set_ylabel("loss")
@@ -73,6 +73,8 @@ class PretextLogger(SparingLogger):
         waiting.plot(epochs, 100 * curves["data_wait_share"], "k--", label="waiting for data, %")
         waiting.set_ylabel("% of the time")
         waiting.set_ylim(0, 100)
+        memory.plot(epochs, curves["gpu_memory_gb"])
+        memory.set_ylabel("GPU memory, GB")
         bad.plot(epochs, curves["skipped_steps"], label="steps left out (not finite)")
         bad.plot(epochs, curves["quarantined_cases"], label="cases in quarantine")
         bad.set_ylabel("so far")
@@ -84,6 +86,6 @@ class PretextLogger(SparingLogger):
         for axes in (losses, dice, bad):
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
         waiting.legend(loc="upper left", bbox_to_anchor=(1.05, 1))
-        for axes in (losses, dice, seconds, speed, bad, rate):
+        for axes in (losses, dice, seconds, speed, memory, bad, rate):
             axes.grid(alpha=0.3)
         figure.savefig(file, dpi=100)

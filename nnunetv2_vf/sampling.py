@@ -10,7 +10,8 @@ import faulthandler
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ TRAINING, VALIDATION = 0, 1
 _CROPS = 100  # drawn from a case before giving it up: enough where a fifth of a scan is not air
 _DOUBTS = 20  # of them in vain before all of a volume is read, to see whether it holds anything
 _CASES = 100  # tried for a sample before giving up
+_PAUSES = (1.0, 10.0)  # seconds until a read is tried again that failed for the file system
 _NO_IMAGE = "holds nothing: all of its voxels are alike, NaN or infinite"
 
 
@@ -122,13 +124,11 @@ class FusionDataset(Dataset):
     def _draw_crops(self, case: str, count: int, rng: np.random.Generator) -> list[Tensor] | Rejected:
         """Crops (C, d, h, w) of a case, of random size and place, flipped at random."""
         try:
-            volume = self.cases.load_case(case)[0]  # (C, D, H, W), opened but not read
+            volume = _patiently(lambda: self.cases.load_case(case)[0])  # (C, D, H, W), opened but not read
             wrong = self._wrong_shape(volume.shape)
             return Rejected(case, wrong, True) if wrong else self._draw_usable_crops(case, volume, count, rng)
-        except MemoryError:
-            raise
-        except Exception as error:  # there is no telling what a reader makes of a damaged file
-            return Rejected(case, f"cannot be read ({type(error).__name__}: {printable(str(error), 200)})", True)
+        except UnreadableError as error:
+            return Rejected(case, f"cannot be read ({error})", True)
 
     def _wrong_shape(self, shape: tuple[int, ...]) -> str | None:
         if len(shape) != 4 or min(shape) == 0 or self.channels not in (None, shape[0]):
@@ -145,7 +145,8 @@ class FusionDataset(Dataset):
             box = self._draw_box(volume.shape[1:], rng)
             flip = rng.random(3) < self.settings.flip_probability
             # flipped while it is copied: that takes no pass over the voxels of its own
-            flipped = np.flip(crop_and_pad_nd(volume, box, 0), tuple(1 + np.flatnonzero(flip)))
+            read = _patiently(functools.partial(crop_and_pad_nd, volume, box, 0))
+            flipped = np.flip(read, tuple(1 + np.flatnonzero(flip)))
             crop = torch.from_numpy(np.array(flipped, np.float32, order="C"))
             extremes = [channel.aminmax() for channel in _without_padding(crop, box, flip, volume.shape[1:])]
             if not torch.tensor(extremes).isfinite().all():  # NaN and infinity show in the extremes
@@ -162,7 +163,7 @@ class FusionDataset(Dataset):
     def _holds_an_image(self, case: str, volume: np.ndarray) -> bool:
         """Whether there is a channel with two different finite values; reads all of the volume, once."""
         if case not in self._images:
-            channels = (np.asarray(volume[channel]) for channel in range(volume.shape[0]))
+            channels = _patiently(lambda: [np.asarray(volume[channel]) for channel in range(volume.shape[0])])
             numbers = (channel[np.isfinite(channel)] for channel in channels)
             self._images[case] = any(n.size > 0 and n.min() < n.max() for n in numbers)
         return self._images[case]
@@ -181,6 +182,28 @@ class FusionDataset(Dataset):
             start = int(rng.integers(0, length - size, endpoint=True)) if size <= length else -((size - length) // 2)
             box.append([start, start + size])
         return box
+
+
+class UnreadableError(Exception):
+    """A file that is damaged, or not there."""
+
+
+def _patiently(read: Callable[[], Any]) -> Any:
+    """Read; again after a while where it is the file system that fails and not the file.
+
+    Raises:
+        UnreadableError: it did not work.
+    """
+    for pause in (*_PAUSES, None):
+        try:
+            return read()
+        except MemoryError:
+            raise
+        except Exception as error:  # there is no telling what a reader makes of a damaged file
+            if pause is None or not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
+                raise UnreadableError(f"{type(error).__name__}: {printable(str(error), 200)}") from error
+            time.sleep(pause)
+    raise AssertionError("not reached")
 
 
 def _without_padding(crop: Tensor, box: list[list[int]], flip: np.ndarray, shape: Sequence[int]) -> Tensor:

@@ -155,7 +155,10 @@ class VFSettings(ScheduleSettings):
         0, "seed of first weights, training samples and dropout; the validation samples are always the same", low=0
     )
     batch_per_gpu: int = _setting(
-        0, "samples of a batch on each of several ranks; 0: the plan's batch, split among them", low=0, high=4096
+        0,
+        "samples of a batch on each rank, whatever the plans say; 0: the plans' batch, split among the ranks",
+        low=0,
+        high=4096,
     )
     quarantine_limit: float = _setting(
         0.05, "part of the cases that may turn out unusable before the training stops", low=0, high=1, free=True

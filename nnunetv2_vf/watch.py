@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,11 +89,13 @@ class Quarantine:
 
     Args:
         limit: the largest part of a dataset's cases that may be here.
+        file: where the list is written if there are more, which no line of text can hold.
     """
 
-    def __init__(self, limit: float):
+    def __init__(self, limit: float, file: Path):
         self.cases: dict[str, str] = {}
         self.limit = limit
+        self.file = file
 
     def add(self, cases: Mapping[str, str]) -> list[str]:
         """Note cases with their reasons; returns a line for the log for each that is new."""
@@ -103,21 +107,26 @@ class Quarantine:
         """Raise UserError, with the list, if more of that many cases are here than may be."""
         if len(self.cases) > self.limit * num_cases:
             found = "; ".join(f"{case} {reason}" for case, reason in sorted(self.cases.items()))
+            self.file.write_text(json.dumps(self.cases, indent=1, sort_keys=True))
             raise UserError(
-                f"{len(self.cases)} of {num_cases} cases cannot be used, more than {self.limit:.0%}; mend them and "
-                f"preprocess again, or allow for more (nnUNet_vf_quarantine_limit=0.5): {found}"
+                f"{len(self.cases)} of {num_cases} cases cannot be used, more than {self.limit:.0%}; mend those in "
+                f"{self.file} and preprocess again, or allow for more (nnUNet_vf_quarantine_limit=0.5): {found}"
             )
 
 
 class Waiting(Iterator[Any]):
-    """An iterator that measures how long it is waited for.
+    """An iterator that measures how long a device waits for it.
+
+    Args:
+        idle: whether the device has nothing to do; where it is still at work, no time is lost.
 
     Attributes:
-        seconds: in all.
+        seconds: in all; at most, where the device became idle only while the iterator was waited for.
     """
 
-    def __init__(self, batches: Iterable[Any]):
+    def __init__(self, batches: Iterable[Any], idle: Callable[[], bool] = lambda: True):
         self._batches = iter(batches)
+        self._idle = idle
         self.seconds = 0.0
 
     def __next__(self) -> Any:
@@ -125,4 +134,5 @@ class Waiting(Iterator[Any]):
         try:
             return next(self._batches)
         finally:
-            self.seconds += time.monotonic() - start
+            if self._idle():
+                self.seconds += time.monotonic() - start

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnunetv2_vf.checkpoints import BEST, LATEST, PREVIOUS, is_whole, newest_whole, read_checkpoint, write_durably
+from nnunetv2_vf.checkpoints import (
+    BEST,
+    LATEST,
+    PREVIOUS,
+    STATE,
+    is_whole,
+    newest_whole,
+    read_checkpoint,
+    write_durably,
+)
 from nnunetv2_vf.errors import UserError
 
 
@@ -51,6 +60,7 @@ def test_it_does_without_hard_links(latest, monkeypatch):
     monkeypatch.setattr(Path, "hardlink_to", refuse)
     write_durably(content(3), latest, previous=latest.with_name(PREVIOUS))
     assert (epoch_of(latest), epoch_of(latest.with_name(PREVIOUS))) == (3, 2)
+    assert newest_whole(latest, print) == latest
 
 
 def test_a_disk_that_is_full_leaves_everything_as_it_was(latest):
@@ -112,21 +122,28 @@ def test_of_several_checkpoints_the_newest_that_is_whole_is_taken(latest):
     assert not said
     best = latest.with_name(BEST)
     write_durably(content(3), best)
-    os.utime(best, ns=(latest.stat().st_mtime_ns + 10**9,) * 2)
+    os.utime(best, (0, 0))  # a copy of a folder does not keep the order
     assert newest_whole(latest, said.append) == best
     for path in (best, latest):
         path.write_bytes(path.read_bytes()[:-10])
-    os.utime(best, ns=(latest.stat().st_mtime_ns + 10**9,) * 2)
     said.clear()
     assert newest_whole(latest, said.append) == latest.with_name(PREVIOUS)
     assert said == [
-        f"WARNING: {best} is damaged",
         f"WARNING: {latest} is damaged",
+        f"WARNING: {best} is damaged",
         f"Going on from {PREVIOUS} instead of {LATEST}",
     ]
     latest.with_name(PREVIOUS).write_bytes(b"")
-    with pytest.raises(UserError, match="no checkpoint that is not damaged"):
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
         newest_whole(latest, said.append)
+
+
+def test_a_checkpoint_of_a_training_before_is_left_alone(latest):
+    """It may be further: the training that is continued was started anew in the same folder."""
+    best = latest.with_name(BEST)
+    write_durably({**content(900), STATE: {"run": "before"}}, best)
+    os.utime(best, (0, 0))
+    assert newest_whole(latest, print) == latest
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):

@@ -4,36 +4,55 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import DATASET_ID, edit_json, fold_folder, pretrain
 
+from nnunetv2_vf import distributed
+
 TIMEOUT = 240  # seconds
 
 
-def torchrun(processes: int, *arguments: object, **variables: object) -> subprocess.CompletedProcess[str]:
+def start_torchrun(processes: int, *arguments: object, **variables: object) -> subprocess.Popen[str]:
     """What a user types, on this machine."""
-    return subprocess.run(
+    return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
             *("-m", "nnunetv2_vf.distributed", str(DATASET_ID), "3d_fullres", "0"),
             *("-tr", "VFPretrainTrainer", "-device", "cpu", *map(str, arguments)),
         ],
         env={**os.environ, **{name: str(value) for name, value in variables.items()}},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=TIMEOUT,
-        check=False,
     )
+
+
+def torchrun(processes: int, *arguments: object, **variables: object) -> subprocess.CompletedProcess[str]:
+    with start_torchrun(processes, *arguments, **variables) as launch:
+        output, errors = launch.communicate(timeout=TIMEOUT)
+    return subprocess.CompletedProcess(launch.args, launch.returncode, output, errors)
+
+
+def same_weights(one: dict, other: dict) -> None:
+    for name, tensor in other["network_weights"].items():
+        torch.testing.assert_close(one["network_weights"][name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
 @pytest.fixture
 def batch_of_four(own_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A plan that four ranks can share, and 20 steps of nnU-Net's optimiser."""
+    """A plan that four ranks can share, and 20 steps of SGD.
+
+    Adam would make of the gradient of a bias before an instance norm, which is nothing but rounding, steps as long as
+    any other; a large learning rate does the like to all weights.
+    """
     edit_json(own_dataset / "nnUNetPlans.json", lambda p: p["configurations"]["3d_fullres"].update(batch_size=4))
     for name, value in {"num_epochs": 1, "iterations_per_epoch": 20, "optimizer": "sgd", "initial_lr": 0.001}.items():
         monkeypatch.setenv(f"nnUNet_vf_{name}", str(value))
@@ -48,8 +67,7 @@ def test_ranks_that_share_a_batch_train_as_one_process(batch_of_four, tmp_path, 
     pretrain()
     shared, alone = (fold_folder(tmp_path / name) for name in ("shared", "alone"))
     files = [torch.load(folder / "checkpoint_final.pth", weights_only=False) for folder in (shared, alone)]
-    for name, tensor in files[1]["network_weights"].items():
-        torch.testing.assert_close(files[0]["network_weights"][name], tensor, rtol=0, atol=1e-5, msg=name)
+    same_weights(*files)
     for key in ("train_losses", "val_losses", "mean_fg_dice"):
         assert files[0]["logging"][key] == pytest.approx(files[1]["logging"][key], abs=1e-4), key
     reports = [json.loads((folder / "pretext_report.json").read_text()) for folder in (shared, alone)]
@@ -60,3 +78,105 @@ def test_ranks_that_share_a_batch_train_as_one_process(batch_of_four, tmp_path, 
     assert f"{processes} ranks, {processes} on this machine: a batch of {parts} samples" in log
     assert "the learning rate stays what it is set to, 0.001" in log
     assert len(list(shared.glob("training_log*.txt"))) == 1
+
+
+def test_a_batch_on_every_rank_and_what_is_refused(batch_of_four, tmp_path):
+    """With nnUNet_vf_batch_per_gpu the batch grows with the ranks; started again, a training goes on."""
+    settings = {"nnUNet_vf_iterations_per_epoch": 2, "nnUNet_vf_batch_per_gpu": 3}
+    done = torchrun(2, "--disable_checkpointing", **settings)
+    assert done.returncode == 0, done.stderr
+    assert "a batch of 3 + 3 samples" in done.stdout
+    report = json.loads((fold_folder(tmp_path / "results") / "pretext_report.json").read_text())
+    assert report["samples"] == 2 * 6
+    refused = torchrun(1, "-num_gpus", "2")
+    assert refused.returncode != 0
+    assert "-num_gpus is nnUNetv2_train's; here torchrun says how many" in refused.stderr
+
+
+def test_a_launch_goes_on_where_the_last_one_was_ended(batch_of_four, tmp_path, monkeypatch):
+    """Also where it began from pretrained weights, which nnU-Net refuses together with --c."""
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "other"))
+    pretrain()
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    weights = fold_folder(tmp_path / "other") / "vf_pretrained.pth"
+    settings = {"nnUNet_vf_num_epochs": 300, "nnUNet_n_proc_DA": 2}
+    arguments = ("-pretrained_weights", weights)
+    folder = fold_folder(tmp_path / "results")
+    with start_torchrun(2, *arguments, **settings) as launch:
+        for line in launch.stdout:
+            if "Epoch 2" in line:
+                launch.terminate()  # torchrun ends its processes and their workers, which save
+                break
+        output, errors = launch.communicate(timeout=TIMEOUT)
+    assert launch.returncode != 0
+    assert "SIGTERM: leaving in epoch" in output, errors[-3000:]
+    ended = torch.load(folder / "checkpoint_latest.pth", weights_only=False)
+    assert ended["current_epoch"] >= 2
+    done = torchrun(2, *arguments, **{**settings, "nnUNet_vf_seed": 1})
+    assert done.returncode != 0
+    assert "seed = 1 (recorded: 0)" in done.stderr, "it went on, and so refused other settings"
+
+
+@pytest.mark.parametrize("order", [("-p", "P", "-pretrained_weights", "w"), ("-pretrained_weights", "w", "-p", "P")])
+def test_flags_mean_what_they_mean_to_nnunet(tiny, order):
+    arguments = distributed._parse(
+        [*order[:2], "7", "3d_fullres", "all", "-tr", "VFPretrainTrainer", *order[2:], "--npz"]
+    )
+    assert (arguments.dataset, arguments.configuration, arguments.fold, arguments.p) == ("7", "3d_fullres", "all", "P")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-tr", "nnUNetTrainer"], "-tr nnUNetTrainer is not made for several machines; legal: VFPretrainTrainer"),
+        (["-tr", "NoTrainer"], "nnU-Net finds no trainer NoTrainer"),
+        (["-device", "mps"], "-device mps has no collective operations; legal: cuda, cpu"),
+    ],
+)
+def test_mistakes_are_one_line(tiny, monkeypatch, capsys, arguments, message):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(sys, "argv", ["distributed.py", "7", "3d_fullres", "0", *arguments])
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        distributed.main()
+
+
+def test_without_torchrun_it_says_how_to_start(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit, match="start it with torchrun: torchrun --nproc-per-node 2"):
+        distributed.main()
+
+
+def test_the_script_for_slurm_ends_in_time_and_requeues_itself(tmp_path):
+    """With stand-ins for SLURM's commands: SIGUSR1 ends the training, then the job queues up again."""
+    told = tmp_path / "told"
+    for name, script in {
+        "srun": f"echo $$ > {tmp_path}/step; echo $@ >> {told}; trap 'echo ended >> {told}; exit 1' USR2; "
+        "while true; do sleep 0.1; done",
+        "scancel": f'[ "$*" = "--signal=TERM 42" ] && kill -USR2 $(cat {tmp_path}/step)',  # srun itself dies of SIGTERM
+        "scontrol": f'echo scontrol $@ >> {told}; echo "host-1"',
+        "nnUNetv2_vf": "true",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "42", "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "host-[1-4]"}
+    script = Path(__file__).parent.parent / "docs" / "slurm.sh"
+    with subprocess.Popen(
+        ["bash", str(script)], env={**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ) as job:
+        for _ in range(200):
+            time.sleep(0.05)
+            if told.is_file() and "distributed" in told.read_text():
+                break
+        time.sleep(0.3)  # until the script waits
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(20) == 0
+    assert "--rdzv-endpoint host-1:29400 -m nnunetv2_vf.distributed 100 3d_fullres all" in told.read_text()
+    assert told.read_text().splitlines()[-2:] == ["ended", "scontrol requeue 42"]
+
+
+def test_pretrained_weights_are_dropped_from_a_command_that_goes_on():
+    command = ["x", "7", "-pretrained_weights", "w.pth", "-p", "P"]
+    assert distributed._without_weights(command) == ["x", "7", "-p", "P"]
+    assert distributed._without_weights(["x", "-pretrained_weights=w.pth", "7"]) == ["x", "7"]
+    assert distributed._without_weights(["x", "7"]) == ["x", "7"]

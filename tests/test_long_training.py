@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +23,9 @@ CPU = torch.device("cpu")
 LOGGED = ("train_losses", "val_losses", "mean_fg_dice", "ema_fg_dice", "lrs", "skipped_steps", "quarantined_cases")
 
 
-def make_trainer(name: str = "VFPretrainTrainer", plans: str = "nnUNetPlans", go_on: bool = False):
+def make_trainer(name: str = "VFPretrainTrainer", plans: str = "nnUNetPlans", go_on: bool = False, fold: int | str = 0):
     """As nnUNetv2_train makes it."""
-    trainer = get_trainer_from_args(str(DATASET_ID), "3d_fullres", 0, name, plans, go_on, CPU)
+    trainer = get_trainer_from_args(str(DATASET_ID), "3d_fullres", fold, name, plans, go_on, CPU)
     maybe_load_checkpoint(trainer, go_on, validation_only=False)
     return trainer
 
@@ -132,20 +133,30 @@ def test_many_signals_and_periodic_checkpoints_change_nothing(three_epochs, unin
     assert_same_training(uninterrupted["nnUNetPlans"], checkpoint(tmp_path / "results"))
 
 
-def test_the_command_leaves_with_a_status_of_its_own(three_epochs, folder, monkeypatch):
-    monkeypatch.setenv("nnUNet_vf_num_epochs", "500")
+@pytest.mark.parametrize("trainer", ["VFPretrainTrainer", "VFFinetuneTrainer"])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_the_command_leaves_with_a_status_of_its_own(three_epochs, tmp_path, monkeypatch, trainer, number):
+    """Its workers get the signal too, as from torchrun, ``timeout`` or SLURM."""
+    for prefix in ("nnUNet_vf_", "nnUNet_vf_finetune_"):
+        monkeypatch.setenv(f"{prefix}num_epochs", "500")
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
     command = [str(Path(sys.executable).with_name("nnUNetv2_train")), str(DATASET_ID), "3d_fullres", "0"]
     with subprocess.Popen(
-        [*command, "-tr", "VFPretrainTrainer", "-device", "cpu"], stdout=subprocess.PIPE, text=True
+        [*command, "-tr", trainer, "-device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
     ) as process:
         for line in process.stdout:
             if "Epoch 1" in line:
-                process.send_signal(signal.SIGUSR1)
+                os.killpg(process.pid, number)
                 break
-        rest = process.stdout.read()
-    assert process.returncode == EXIT_STATUS
-    assert "SIGUSR1: leaving in epoch" in rest
-    assert (folder / "checkpoint_latest.pth").is_file()
+        rest, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STATUS, rest
+    assert f"{number.name}: leaving in epoch" in rest
+    assert list((tmp_path / "results").rglob("checkpoint_latest.pth"))
 
 
 def test_fine_tuning_heeds_signals_too(three_epochs, tmp_path):
@@ -214,12 +225,11 @@ def full_disk(folder: Path, monkeypatch) -> None:
 
 
 def test_training_goes_on_while_the_disk_is_full(three_epochs, folder, monkeypatch):
+    monkeypatch.setenv("nnUNet_vf_save_every_minutes", "0")
     trainer = make_trainer()
     with monkeypatch.context() as patch:
         before_step(trainer, 7, lambda: full_disk(folder, patch))
         before_step(trainer, 15, patch.undo)
-        patch.setenv("nnUNet_vf_save_every_minutes", "0")
-        object.__setattr__(trainer.settings, "save_every_minutes", 0.0)
         trainer.run_training()
     log = next(folder.glob("training_log*.txt")).read_text()
     assert log.count("WARNING") >= 8
@@ -236,6 +246,32 @@ def test_a_final_checkpoint_that_cannot_be_written_is_an_error(three_epochs, fol
     assert not (folder / "checkpoint_final.pth").exists()
     make_trainer(go_on=True).run_training()
     assert (folder / "checkpoint_final.pth").is_file()
+
+
+def test_without_checkpoints_none_are_tried(three_epochs, folder, monkeypatch, capsys):
+    monkeypatch.setenv("nnUNet_vf_save_every_minutes", "0")
+    trainer = make_trainer()
+    trainer.disable_checkpointing = True
+    before_step(trainer, 9, send(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        trainer.run_training()
+    said = capsys.readouterr().out
+    assert said.count("No checkpoint written") == 2  # the best one of the first epoch, and on leaving
+    assert "exit status 75; nothing is saved, as you asked for" in said
+    assert not list(folder.glob("*.pth"))
+
+
+def test_val_best_after_c_is_of_the_best_one(three_epochs, folder, monkeypatch):
+    trainer = make_trainer()
+    trainer.run_training()
+    again = make_trainer(go_on=True)
+    best = torch.load(folder / "checkpoint_best.pth", weights_only=False)
+    best["network_weights"]["decoder.seg_layers.1.bias"] += 1
+    torch.save(best, folder / "checkpoint_best.pth")
+    again.load_checkpoint(str(folder / "checkpoint_best.pth"))
+    assert torch.equal(
+        again.network.state_dict()["decoder.seg_layers.1.bias"], best["network_weights"]["decoder.seg_layers.1.bias"]
+    )
 
 
 # ---------------------------------------------------------------- numbers that are not finite
@@ -270,3 +306,112 @@ def test_twenty_in_a_row_end_the_training_and_leave_their_samples(tiny, folder, 
     assert left["sample_indices"][0] == [6, 7]
     assert left["first_batch"]["tensors"]["foreground"].shape == (2, 1, 16, 16, 24)
     assert len(left["cases"]) == 20
+
+
+# ---------------------------------------------------------------- bad data
+
+
+@pytest.fixture
+def forty_cases(own_dataset, monkeypatch) -> Path:
+    """The folder of 40 preprocessed cases, four of each of the dataset's ten."""
+    folder = own_dataset / "nnUNetPlans_3d_fullres"
+    for file in list(folder.iterdir()):
+        for copy in "bcd":
+            shutil.copy(file, folder / file.name.replace("torso_", f"torso{copy}_"))
+    monkeypatch.setenv("nnUNet_vf_iterations_per_epoch", "30")
+    return folder
+
+
+def test_one_case_in_twenty_may_be_damaged(forty_cases, folder, monkeypatch):
+    """One truncated, one deleted while the training runs: each is told of once, and other cases take their place."""
+    trainer = make_trainer(fold="all")
+    truncated, deleted = forty_cases / "torso_0003.b2nd", forty_cases / "torsob_0005.b2nd"
+    truncated.write_bytes(truncated.read_bytes()[:500])
+    before_step(trainer, 3, deleted.unlink)
+    trainer.run_training()
+    log = next((folder.parent / "fold_all").glob("training_log*.txt")).read_text()
+    for case in ("torso_0003", "torsob_0005"):
+        assert log.count(f"WARNING: case {case} cannot be read (") == 1
+    assert trainer.logger.get_value("quarantined_cases", step=None)[-1] == 2
+
+
+def test_more_stop_the_training_with_the_list(forty_cases, folder):
+    cases = [f"torso_{number:04d}" for number in range(1, 4)]
+    for case in cases:
+        (forty_cases / f"{case}.b2nd").write_bytes(b"")
+    with pytest.raises(SystemExit) as stopped:
+        make_trainer(fold="all").run_training()
+    assert "3 of 40 cases cannot be used, more than 5%" in stopped.value.code
+    assert all(case in stopped.value.code for case in cases)
+    assert "nnUNet_vf_quarantine_limit" in stopped.value.code
+
+
+@pytest.mark.parametrize("suffix", [".b2nd", ".pkl"])
+def test_the_first_case_may_be_the_damaged_one(forty_cases, folder, suffix):
+    (forty_cases / f"torso_0000{suffix}").write_bytes(b"")
+    make_trainer(fold="all").run_training()
+    assert (folder.parent / "fold_all" / "checkpoint_final.pth").is_file()
+
+
+def test_a_worker_that_fails_is_reported_with_its_own_traceback(tiny, monkeypatch):
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("in the worker")
+
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    monkeypatch.setattr("nnunetv2_vf.sampling.draw_fusion_map", fail)
+    with pytest.raises(ZeroDivisionError, match=r"(?s)in DataLoader worker process 0.*in __getitem__.*in the worker"):
+        make_trainer().run_training()
+
+
+def test_a_worker_that_is_killed_is_reported_with_the_signal(tiny, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    monkeypatch.setattr("nnunetv2_vf.sampling.draw_fusion_map", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RuntimeError, match=r"worker.*exited unexpectedly|killed by signal: Killed"):
+        make_trainer().run_training()
+
+
+# ---------------------------------------------------------------- what is watched
+
+
+class Backend:
+    """A logger as nnU-Net's MetaLogger feeds them, W&B's for one."""
+
+    def __init__(self) -> None:
+        self.logged: dict[str, list] = {}
+
+    def log(self, key: str, value, step: int) -> None:
+        self.logged.setdefault(key, []).append((step, value))
+
+    def log_summary(self, key: str, value) -> None:
+        pass
+
+    def update_config(self, config: dict) -> None:
+        pass
+
+
+def test_what_is_watched_goes_to_the_log_the_picture_and_nnunets_loggers(three_epochs, folder):
+    trainer = make_trainer()
+    backend = Backend()
+    trainer.logger.loggers.append(backend)
+    trainer.run_training()
+    log = next(folder.glob("training_log*.txt")).read_text()
+    assert log.count("samples/s, ") == log.count("cases in quarantine") == 3
+    assert (folder / "progress.png").stat().st_size > 10_000
+    for name in ("samples_per_second", "data_wait_share", "gpu_memory_gb", "skipped_steps", "quarantined_cases"):
+        assert [step for step, _ in backend.logged[name]] == [0, 1, 2]
+    assert all(value > 0 for _, value in backend.logged["samples_per_second"])
+    assert all(0 < value < 1 for _, value in backend.logged["data_wait_share"])
+
+
+def test_a_collapsed_pretext_is_told(tiny, folder):
+    trainer = make_trainer()
+    trainer.initialize()
+    with torch.no_grad():
+        for head in trainer.network.decoder.seg_layers:
+            head.weight.zero_()
+            head.bias.copy_(torch.tensor([0.0, 0, 50, 0, 0]))
+    for group in trainer.optimizer.param_groups:
+        group["params"] = group["params"][:1]  # the heads stay
+    trainer.run_training()
+    log = next(folder.glob("training_log*.txt")).read_text()
+    assert "WARNING: the pretext has collapsed: 100.0% of the voxels are answered with class 2" in log

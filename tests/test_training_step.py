@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from conftest import DATASET_ID
+from nnunetv2.run.run_training import get_trainer_from_args
 from torch import nn
 
 from nnunetv2_vf.errors import UserError
@@ -124,6 +126,29 @@ def test_a_training_goes_on_in_another_precision(before, after):
     new.load_state_dict(old.state_dict())
     training_step(network, make_optimizer(network, VFSettings()), new, lambda: network(data()).mean())
     assert new.get_scale() == (65536 if after == "fp16" else 1)
+
+
+@needs_gpu
+@pytest.mark.parametrize("plans", ["nnUNetPlans", "PCTNetPlans"])
+def test_the_trainers_steps_never_wait_for_a_gpu(tiny, pct_plans, monkeypatch, plans):
+    """Fusion, network, deep supervision, nnU-Net's loss, optimiser, confusion: all of it."""
+    monkeypatch.setenv("nnUNet_compile", "f")
+    trainer = get_trainer_from_args(str(DATASET_ID), "3d_fullres", 0, "VFPretrainTrainer", plans)
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    batches = [{**next(trainer.dataloader_train)} for _ in range(2)]
+    for batch in batches:
+        batch["tensors"] = {name: tensor.pin_memory() for name, tensor in batch["tensors"].items()}
+    trainer.train_step(batches[0])
+    with torch.no_grad():
+        trainer.validation_step(batches[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.train_step(batches[1])
+        with torch.no_grad():
+            trainer.validation_step(batches[1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @needs_gpu

@@ -653,6 +653,18 @@ def test_a_journal_that_was_cut_off_costs_one_source(raw, data):
     assert len(journal.read_bytes().splitlines()) == 4
 
 
+def test_a_journal_of_others_names_no_files_elsewhere(raw, data):
+    """Names of cases are names of files: what leads out of the dataset's folder is as if it had not been written."""
+    write(data / "0.nii.gz", ct(0))
+    run(data)
+    expected = content(raw)
+    journal = raw / "import_journals" / "part_0_of_1.jsonl"
+    case = json.loads(journal.read_text().splitlines()[0])["rows"][0]["case"]
+    journal.write_text(journal.read_text().replace(f'"{case}"', f'"../{case}"'))
+    run(data)
+    assert content(raw) == expected
+
+
 # ---------------------------------------------------------------- what is refused
 
 

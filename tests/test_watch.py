@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -73,8 +74,8 @@ def test_running_statistics_are_put_back_where_they_are_not_finite():
     assert norm.running_mean[0] == pytest.approx(0.9 * good[0].item())  # what was finite counts
 
 
-def test_a_case_is_told_of_once_and_too_many_end_it():
-    quarantine = Quarantine(limit=0.05)
+def test_a_case_is_told_of_once_and_too_many_end_it(tmp_path):
+    quarantine = Quarantine(limit=0.05, file=tmp_path / "quarantine.json")
     assert quarantine.add({"a": "cannot be read"}) == [
         "WARNING: case a cannot be read; quarantined, others are drawn instead"
     ]
@@ -84,6 +85,7 @@ def test_a_case_is_told_of_once_and_too_many_end_it():
     quarantine.require_few(40)
     with pytest.raises(UserError, match=r"2 of 39 cases cannot be used, more than 5%.*: a cannot be read; b is empty"):
         quarantine.require_few(39)
+    assert json.loads((tmp_path / "quarantine.json").read_text()) == {"a": "cannot be read", "b": "is empty"}
 
 
 def test_waiting_is_measured():
@@ -98,4 +100,10 @@ def test_waiting_is_measured():
         seen.append(batch)
         time.sleep(0.05)
     assert seen == [0, 1, 2]
-    assert 0.06 <= batches.seconds < 0.15
+    assert batches.seconds >= 0.06
+
+
+def test_a_device_that_is_at_work_does_not_wait():
+    batches = Waiting((time.sleep(0.02) for _ in range(3)), idle=lambda: False)
+    assert len(list(batches)) == 3
+    assert batches.seconds == 0

@@ -80,10 +80,11 @@ class VFPretrainTrainer(LongTraining):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.grad_scaler = self.precision.scaler()
         self.logger.local_logger = PretextLogger(class_names(settings.coefficient_steps))
-        self.quarantine = Quarantine(settings.quarantine_limit)
+        self.quarantine = Quarantine(settings.quarantine_limit, Path(self.output_folder) / "quarantine.json")
         self._reported: set[str] = set()
         self._done: list[DoneStep] = []  # of the epoch that an interrupted training goes on in
         self._losses: list[Tensor] = []  # of this epoch
+        self._step_done = torch.cuda.Event() if self.device.type == "cuda" else None
 
     # ------------------------------------------------------------------ the pretext task in nnU-Net's training
 
@@ -101,6 +102,8 @@ class VFPretrainTrainer(LongTraining):
                 self.step_watch.add, self.current_epoch * self.num_iterations_per_epoch + len(self._losses), counts
             )
         self._losses.append(loss)
+        if self._step_done is not None:
+            self._step_done.record()
         return {"loss": loss}
 
     def validation_step(self, batch: dict) -> dict:
@@ -182,8 +185,8 @@ class VFPretrainTrainer(LongTraining):
         for name, value in watched.items():
             self.logger.log(name, value, self.current_epoch)
         self.print_to_log_file(
-            f"{watched['samples_per_second']:.3g} samples/s, {watched['data_wait_share']:.1%} of it waiting for data, "
-            f"GPU memory {watched['gpu_memory_gb']:.1f} GB; so far {watched['skipped_steps']} steps left out, "
+            f"{watched['samples_per_second']:.3g} samples/s, waiting for data {watched['data_wait_share']:.1%} of the "
+            f"time, {watched['gpu_memory_gb']:.1f} GB of GPU memory; so far {watched['skipped_steps']} steps left out, "
             f"{watched['quarantined_cases']} cases in quarantine"
         )
 
@@ -239,7 +242,8 @@ class VFPretrainTrainer(LongTraining):
         """Iterators over the whole of the remaining training: every epoch new samples, and the fixed ones."""
         first = self.current_epoch * self.num_iterations_per_epoch + len(self._done)
         last = self.num_epochs * self.num_iterations_per_epoch
-        self._waiting = Waiting(self._loader(TRAINING, [range(first, last)]))
+        idle = {} if self._step_done is None else {"idle": self._step_done.query}
+        self._waiting = Waiting(self._loader(TRAINING, [range(first, last)]), **idle)
         fixed = self._loader(VALIDATION, self._fixed_steps(self.num_epochs - self.current_epoch))
         return itertools.chain(self._done, self._waiting), iter(fixed)
 
@@ -298,15 +302,11 @@ class VFPretrainTrainer(LongTraining):
             "losses": torch.stack(self.ranks.gather(losses)).mean(0),
             "skipped": self.step_watch.skipped,
             "in_a_row": self.step_watch.in_a_row,
-            "quarantine": self.quarantine.cases,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         self._done = [DoneStep(loss) for loss in state.get("losses", ())]
         self.step_watch.restore(state.get("skipped", 0), state.get("in_a_row", []))
-        self.quarantine.cases.update(state.get("quarantine", {}))
-        # nnU-Net writes checkpoint_latest before it compares the epoch with the best one so far
-        self._best_ema = max(self.logger.get_value("ema_fg_dice", step=None), default=None)
 
     def accept(self, checkpoint: dict[str, Any], file: Path) -> None:
         """Refuse another trainer's, or other settings or plans than this run's.
