@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
-from nnunetv2.run.run_training import run_training_entry
+from nnunetv2.run.run_training import run_training
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunetv2_vf.checkpoints import BEST, FINAL, LATEST
@@ -30,50 +30,71 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_AD
 
 @one_line_errors()
 def main() -> None:
-    """Join the other ranks, then be nnU-Net's command.
+    """Join the other ranks, then train as nnU-Net's command does.
 
     Raises:
         SystemExit: not started by torchrun, or with another trainer than ours.
     """
+    arguments = _parse(sys.argv[1:])
     missing = [name for name in _VARIABLES if name not in os.environ]
     if missing:
         raise UserError(
             f"{', '.join(missing)} are not set; start it with torchrun: torchrun --nproc-per-node 2 -m "
             "nnunetv2_vf.distributed DATASET CONFIGURATION FOLD -tr VFPretrainTrainer"
         )
-    arguments = _parse(sys.argv[1:])
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    if rank > 0:
+    _check(arguments)
+    if int(os.environ["RANK"]) > 0:
         os.environ.update(nnUNet_wandb_enabled="0")  # one run on the dashboard, not one of every rank
     if arguments.device == "cuda":
-        torch.cuda.set_device(local_rank)
-        dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
+        gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(gpu)
+        torch.set_num_threads(1)  # as nnU-Net's command does
+        dist.init_process_group("nccl", device_id=gpu)
     else:
         warnings.filterwarnings(
             "ignore", ".*GradScaler is enabled, but CUDA is not available"
         )  # nnU-Net's, of any rank
         dist.init_process_group("gloo")
-    go_on = [_has_checkpoint(arguments)]
-    dist.broadcast_object_list(go_on)  # machines may see a shared folder at different times
-    if go_on[0] and not arguments.val:
-        sys.argv = [*_without_weights(sys.argv), *([] if arguments.c else ["--c"])]
-    run_training_entry()
+    goes_on = [_has_checkpoint(arguments) and not arguments.val]
+    dist.broadcast_object_list(goes_on)  # machines may see a shared folder at different times
+    run_training(
+        arguments.dataset_name_or_id,
+        arguments.configuration,
+        arguments.fold,
+        arguments.tr,
+        arguments.p,
+        export_validation_probabilities=arguments.npz,
+        continue_training=arguments.c or goes_on[0],
+        only_run_validation=arguments.val,
+        disable_checkpointing=arguments.disable_checkpointing,
+        val_with_best=arguments.val_best,
+        device=torch.device(arguments.device),
+    )
     dist.destroy_process_group()
 
 
 def _parse(command: list[str]) -> argparse.Namespace:
-    """What of nnU-Net's flags has to be known here; nnU-Net reads them all."""
-    parser = argparse.ArgumentParser("nnunetv2_vf.distributed", add_help=False, allow_abbrev=False)
-    for name in ("dataset", "configuration", "fold"):
+    """The flags of nnUNetv2_train, whose own parser has them all in one function with what it does."""
+    parser = argparse.ArgumentParser("python -m nnunetv2_vf.distributed", allow_abbrev=False)
+    for name in ("dataset_name_or_id", "configuration", "fold"):
         parser.add_argument(name)
-    parser.add_argument("-tr", default="nnUNetTrainer")
-    parser.add_argument("-p", default="nnUNetPlans")
-    parser.add_argument("-pretrained_weights")  # else it is taken for -p retrained_weights
-    parser.add_argument("-device", default="cuda")
-    parser.add_argument("-num_gpus", type=int, default=1)
-    parser.add_argument("--c", action="store_true")
-    parser.add_argument("--val", action="store_true")
-    arguments, _ = parser.parse_known_args(command)
+    parser.add_argument("-tr", default="nnUNetTrainer", help="VFPretrainTrainer or VFFinetuneTrainer")
+    parser.add_argument("-p", default="nnUNetPlans", help="plans")
+    parser.add_argument("-pretrained_weights", help="of a training that begins; the trainers read it themselves")
+    parser.add_argument("-num_gpus", type=int, default=1, help="not here: torchrun says how many processes")
+    parser.add_argument("-device", default="cuda", help="cuda or cpu")
+    for flag, about in {
+        "--npz": "save the probabilities of the final validation",
+        "--c": "continue; a launch that finds checkpoints does so in any case",
+        "--val": "validate only",
+        "--val_best": "validate with the best checkpoint",
+        "--disable_checkpointing": "write no checkpoints",
+    }.items():
+        parser.add_argument(flag, action="store_true", help=about)
+    return parser.parse_args(command)
+
+
+def _check(arguments: argparse.Namespace) -> None:
     require_variables(nnUNet_preprocessed, nnUNet_results)
     if arguments.num_gpus != 1:
         raise UserError("-num_gpus is nnUNetv2_train's; here torchrun says how many: --nproc-per-node")
@@ -83,7 +104,6 @@ def _parse(command: list[str]) -> argparse.Namespace:
         raise UserError(
             f"-tr {arguments.tr} is not made for several machines; legal: VFPretrainTrainer, VFFinetuneTrainer"
         )
-    return arguments
 
 
 def _is_ours(trainer: str) -> bool:
@@ -97,15 +117,8 @@ def _is_ours(trainer: str) -> bool:
 def _has_checkpoint(arguments: argparse.Namespace) -> bool:
     """Whether there is something to go on from: torchrun does not tell a first start from one that follows."""
     run = f"{arguments.tr}__{arguments.p}__{arguments.configuration}"
-    folder = Path(nnUNet_results) / dataset_name(arguments.dataset) / run / f"fold_{arguments.fold}"
+    folder = Path(nnUNet_results) / dataset_name(arguments.dataset_name_or_id) / run / f"fold_{arguments.fold}"
     return any((folder / name).is_file() for name in (FINAL, LATEST, BEST))
-
-
-def _without_weights(command: list[str]) -> list[str]:
-    """nnU-Net refuses ``-pretrained_weights`` of a training that goes on, which has had them."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-pretrained_weights")
-    return parser.parse_known_args(command)[1]
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from nnunetv2_vf.interruption import EXIT_STATUS, Interruption
 from nnunetv2_vf.progress import SparingLogger
 from nnunetv2_vf.ranks import Ranks
 from nnunetv2_vf.settings import ScheduleSettings
+from nnunetv2_vf.weights import read_pretrained, transfer
 
 _GO_ON, _SAVE, _LEAVE = range(3)  # what a rank wishes before a step; the largest wish counts
 
@@ -36,11 +37,12 @@ _GO_ON, _SAVE, _LEAVE = range(3)  # what a rank wishes before a step; the larges
 class LongTraining(nnUNetTrainer):
     """Ranks on any number of machines; checkpoints that are whole or not there; SIGTERM and SIGUSR1 save and leave.
 
-    A subclass sets :attr:`settings` before it calls ``super().__init__``, and calls :meth:`between_steps` before every
+    A subclass sets :attr:`settings` and :attr:`weights_file` before it calls ``super().__init__``, and calls :meth:`between_steps` before every
     step. In its checkpoints it keeps :meth:`state`, and gets it back by :meth:`restore`.
     """
 
     settings: ScheduleSettings
+    weights_file: Path | None = None  # that a training starts from
     # nnU-Net's
     is_ddp: bool
     network: nn.Module
@@ -76,13 +78,18 @@ class LongTraining(nnUNetTrainer):
     # ------------------------------------------------------------------ ranks
 
     def initialize(self) -> None:
-        """As nnU-Net's, which would take a rank among all machines for the number of a GPU, and CPUs for GPUs."""
+        """As nnU-Net's, which would take a rank among all machines for the number of a GPU, and CPUs for GPUs.
+
+        So it would where it loads pretrained weights, too: among ranks that happens here.
+        """
         distributed, self.is_ddp = self.is_ddp, False
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.settings.seed)
             super().initialize()
         self.is_ddp = distributed
         if distributed:
+            if self.weights_file is not None and not self._continues:
+                transfer(read_pretrained(self.weights_file)["network_weights"], self.network)
             self._set_batch_size_and_oversample()
             self.network = self.ranks.parallel(self.network, self.device)
             alone, self.loss = self.loss, self._build_loss()  # whose Dice is of all ranks

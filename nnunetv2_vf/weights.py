@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnunetv2_vf import __version__
 from nnunetv2_vf.checkpoints import write_durably
@@ -199,6 +199,14 @@ def read_pretrained(path: Path) -> dict[str, Any]:
     with as_described(path):
         vf = describe_checkpoint(content) if is_checkpoint(content) else dict(content.get("vf", {}))
     return {"network_weights": weights, "vf": vf}
+
+
+def transfer(weights: Mapping[str, Tensor], network: nn.Module) -> None:
+    """Copy all weights but the heads' into a network that they fit, as stock ``-pretrained_weights`` does."""
+    own = network.state_dict()
+    for name, tensor in own.items():
+        if HEADS not in name:
+            tensor.copy_(weights[name.removeprefix("_orig_mod.")])  # the names of a compiled network
 
 
 def read_described(path: Path) -> dict[str, Any]:

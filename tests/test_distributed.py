@@ -122,7 +122,12 @@ def test_flags_mean_what_they_mean_to_nnunet(tiny, order):
     arguments = distributed._parse(
         [*order[:2], "7", "3d_fullres", "all", "-tr", "VFPretrainTrainer", *order[2:], "--npz"]
     )
-    assert (arguments.dataset, arguments.configuration, arguments.fold, arguments.p) == ("7", "3d_fullres", "all", "P")
+    assert (arguments.dataset_name_or_id, arguments.configuration, arguments.fold, arguments.p) == (
+        "7",
+        "3d_fullres",
+        "all",
+        "P",
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,6 +148,7 @@ def test_mistakes_are_one_line(tiny, monkeypatch, capsys, arguments, message):
 
 def test_without_torchrun_it_says_how_to_start(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["distributed.py", "7", "3d_fullres", "0"])
     with pytest.raises(SystemExit, match="start it with torchrun: torchrun --nproc-per-node 2"):
         distributed.main()
 
@@ -173,10 +179,3 @@ def test_the_script_for_slurm_ends_in_time_and_requeues_itself(tmp_path):
         assert job.wait(20) == 0
     assert "--rdzv-endpoint host-1:29400 -m nnunetv2_vf.distributed 100 3d_fullres all" in told.read_text()
     assert told.read_text().splitlines()[-2:] == ["ended", "scontrol requeue 42"]
-
-
-def test_pretrained_weights_are_dropped_from_a_command_that_goes_on():
-    command = ["x", "7", "-pretrained_weights", "w.pth", "-p", "P"]
-    assert distributed._without_weights(command) == ["x", "7", "-p", "P"]
-    assert distributed._without_weights(["x", "-pretrained_weights=w.pth", "7"]) == ["x", "7"]
-    assert distributed._without_weights(["x", "7"]) == ["x", "7"]

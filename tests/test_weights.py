@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.weights import read_artifact, write_artifact
+from nnunetv2_vf.weights import read_artifact, transfer, write_artifact
 
 
 class UnpicklableTensor(torch.Tensor):
@@ -82,3 +84,25 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"can be trusted: it would run .*pathlib\.Path"):
         read_artifact(path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_weights_are_transferred_as_by_nnunet_but_for_the_heads(artifacts):
+    file = artifacts["U-Net"]
+    content = read_artifact(file)
+    architecture = content["vf"]["architecture"]
+    ours, theirs = (
+        get_network_from_plans(
+            architecture["network_class_name"],
+            architecture["arch_kwargs"],
+            architecture["_kw_requires_import"],
+            1,
+            3,
+            deep_supervision=True,
+        )
+        for _ in range(2)
+    )
+    theirs.load_state_dict(ours.state_dict())
+    transfer(content["network_weights"], ours)
+    load_pretrained_weights(theirs, str(file))
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor), name

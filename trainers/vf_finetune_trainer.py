@@ -51,9 +51,9 @@ class VFFinetuneTrainer(LongTraining):
         self.settings = FinetuneSettings.resolve(plans, os.environ, FINETUNE_RECIPES.get(network))
         preprocessed_cases(plans_manager, configuration)
         self.pretrained: dict[str, Any] | None = None
-        weights_file = pretrained_weights_argument(sys.argv)
-        if weights_file is not None:
-            self.pretrained = check_weights(weights_file, Target(plans_manager, configuration, dataset_json))
+        self.weights_file = pretrained_weights_argument(sys.argv)
+        if self.weights_file is not None:
+            self.pretrained = check_weights(self.weights_file, Target(plans_manager, configuration, dataset_json))
         plans = {**plans, FinetuneSettings.section: self.settings.as_dict()}
         super().__init__(plans, configuration, fold, dataset_json, device)
 

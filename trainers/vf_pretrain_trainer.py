@@ -74,9 +74,9 @@ class VFPretrainTrainer(LongTraining):
         # fusion classes take the place of the dataset's labels.
         plans = {**plans, VFSettings.section: settings.as_dict()}
         dataset_json = _with_fusion_labels(dataset_json, settings)
-        weights_file = pretrained_weights_argument(sys.argv)
-        if weights_file is not None:
-            check_weights(weights_file, Target(PlansManager(plans), configuration, dataset_json))
+        self.weights_file = pretrained_weights_argument(sys.argv)
+        if self.weights_file is not None:
+            check_weights(self.weights_file, Target(PlansManager(plans), configuration, dataset_json))
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.grad_scaler = self.precision.scaler()
         self.logger.local_logger = PretextLogger(class_names(settings.coefficient_steps))
