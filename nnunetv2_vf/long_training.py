@@ -37,8 +37,9 @@ _GO_ON, _SAVE, _LEAVE = range(3)  # what a rank wishes before a step; the larges
 class LongTraining(nnUNetTrainer):
     """Ranks on any number of machines; checkpoints that are whole or not there; SIGTERM and SIGUSR1 save and leave.
 
-    A subclass sets :attr:`settings` and :attr:`weights_file` before it calls ``super().__init__``, and calls :meth:`between_steps` before every
-    step. In its checkpoints it keeps :meth:`state`, and gets it back by :meth:`restore`.
+    A subclass sets :attr:`settings` and :attr:`weights_file` before it calls ``super().__init__``, and calls
+    :meth:`between_steps` before every step. In its checkpoints it keeps :meth:`state`, and gets it back by
+    :meth:`restore`.
     """
 
     settings: ScheduleSettings

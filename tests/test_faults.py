@@ -122,6 +122,7 @@ def launch(host: str, number: int, log: Path, results: Path) -> subprocess.Popen
         *("ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run"),
         *("--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"),
         *("--rdzv-endpoint", "10.77.0.1:29400", "--rdzv-id", "vf", "--local-addr", f"10.77.0.{number}"),
+        *("--rdzv-conf", f"is_host={int(number == 1)}"),  # the namespaces share a name that leads to neither
         *("-m", "nnunetv2_vf.distributed", str(DATASET_ID), "3d_fullres", "0"),
         *("-tr", "VFPretrainTrainer", "-device", "cpu"),
     ]
@@ -140,7 +141,7 @@ def children(process: int) -> list[int]:
 def test_two_hosts_train_as_one_process_and_survive_a_kill(own_dataset, two_hosts, tmp_path, monkeypatch, victim):
     """The killed rank is restarted, and all go on from the newest checkpoint to the same end."""
     edit_json(own_dataset / "nnUNetPlans.json", lambda p: p["configurations"]["3d_fullres"].update(batch_size=4))
-    settings = {"num_epochs": 6, "iterations_per_epoch": 10, "optimizer": "sgd", "initial_lr": 0.001}
+    settings = {"num_epochs": 6, "iterations_per_epoch": 10, "optimizer": "sgd", "initial_lr": 1e-4}
     for name, value in {**settings, "save_every_minutes": 0}.items():
         monkeypatch.setenv(f"nnUNet_vf_{name}", str(value))
     logs = [tmp_path / f"{host}.log" for host in two_hosts]
