@@ -40,7 +40,13 @@ class Interruption:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = signal.Signals(number).name
-        # Whoever signals a job signals its workers too, which end of it. torch's loader calls that an error, wherever
-        # the training happens to be; without its handler that comes up when the next batch is asked for.
-        if hasattr(signal, "SIGCHLD"):
+
+    @staticmethod
+    def defer_the_death_of_workers() -> None:
+        """Hear of a worker that died when the next batch is asked for, and not wherever the training happens to be.
+
+        Whoever signals a job signals its workers too, which end of it. torch's loader, once it has workers, listens for
+        that and raises an error at any place, in the middle of a step for one.
+        """
+        if hasattr(signal, "SIGCHLD"):  # not on Windows
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)

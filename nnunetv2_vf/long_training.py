@@ -134,13 +134,14 @@ class LongTraining(nnUNetTrainer):
         with self.interruption:
             try:
                 super().run_training()
-            except RuntimeError:
-                if self.interruption.received:  # no further batch: the workers have received it too
+            except Exception:  # there is no telling what a loader makes of its workers' death
+                if self.interruption.received:  # the workers have received it too
                     self.between_steps()
                 raise
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        self.interruption.defer_the_death_of_workers()
         if self.is_ddp:
             parts = " + ".join(map(str, self.ranks.gather(self.batch_size)))
             self.print_to_log_file(
