@@ -36,7 +36,7 @@ def test_another_optimizer_comes_with_its_own_rate_and_decay(values, expected):
     ("kind", "variable", "mended"),
     [
         (VFSettings, "nnUNet_vf_warmup_fraction", "nnUNet_vf_finetune_warmup_fraction"),
-        (FinetuneSettings, "nnUNet_vf_finetune_seed", "nnUNet_vf_seed"),
+        (FinetuneSettings, "nnUNet_vf_finetune_gamma", "nnUNet_vf_gamma"),
     ],
 )
 def test_a_setting_of_the_other_training_is_named(kind, variable, mended):
