@@ -72,4 +72,5 @@ def report(name: str, about: str, rows: Sequence[Mapping[str, Any]], docs: Path 
     """Print the table; write rows and raw figures to ``NAME.json`` in ``docs``."""
     print(f"\n{about}\n\n{markdown(rows)}")
     content = {"about": about, "rows": rows, **raw}
+    docs.mkdir(parents=True, exist_ok=True)
     (docs / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
