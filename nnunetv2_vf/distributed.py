@@ -64,7 +64,7 @@ def main() -> None:
         arguments.tr,
         arguments.p,
         export_validation_probabilities=arguments.npz,
-        continue_training=arguments.c or goes_on[0],
+        continue_training=goes_on[0],  # without a checkpoint there is nothing that --c could mean
         only_run_validation=arguments.val,
         disable_checkpointing=arguments.disable_checkpointing,
         val_with_best=arguments.val_best,

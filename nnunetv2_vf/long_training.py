@@ -63,10 +63,9 @@ class LongTraining(nnUNetTrainer):
         self.ranks = Ranks.current()
         self.device = self.ranks.device(device)
         if self.device.type == "cpu" and self.is_ddp:
-            self.grad_scaler = None  # nnU-Net takes every rank for a GPU
-            torch.set_num_threads(
-                max(1, (os.cpu_count() or 1) // self.ranks.local_size)
-            )  # and all cores for one rank's
+            # nnU-Net takes every rank for a GPU, and all cores for one rank's
+            self.grad_scaler = None
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.ranks.local_size))
         self.logger.local_logger = SparingLogger()
         self.settings.apply_schedule(self)
         self.interruption = Interruption()
@@ -231,7 +230,7 @@ class LongTraining(nnUNetTrainer):
 
     @one_line_errors()
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """As nnU-Net's; with ``--c``, from the newest checkpoint of the folder that is not damaged.
+        """As nnU-Net's; with ``--c``, from the furthest checkpoint of the folder that is not damaged.
 
         Raises:
             SystemExit: all are damaged, or it was not accepted.
