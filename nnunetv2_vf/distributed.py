@@ -23,6 +23,7 @@ from nnunetv2_vf.checkpoints import BEST, FINAL, LATEST
 from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.host import require_variables
 from nnunetv2_vf.long_training import LongTraining
+from nnunetv2_vf.ranks import join
 from nnunetv2_vf.target import dataset_name
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -49,12 +50,12 @@ def main() -> None:
         gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(gpu)
         torch.set_num_threads(1)  # as nnU-Net's command does
-        dist.init_process_group("nccl", device_id=gpu)
+        join("nccl", device_id=gpu)
     else:
         warnings.filterwarnings(
             "ignore", ".*GradScaler is enabled, but CUDA is not available"
         )  # nnU-Net's, of any rank
-        dist.init_process_group("gloo")
+        join("gloo")
     goes_on = [_has_checkpoint(arguments) and not arguments.val]
     dist.broadcast_object_list(goes_on)  # machines may see a shared folder at different times
     run_training(

@@ -5,16 +5,83 @@ What is told goes over gloo, from CPU to CPU, whatever the gradients go over: no
 
 from __future__ import annotations
 
+import json
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
+
+_LOOK_AGAIN = 0.05  # seconds
+
+
+def join(backend: str, **kwargs: Any) -> None:
+    """Make the default process group of the ranks that torchrun started, all together, this time.
+
+    Where one of them dies torchrun starts all again, but keeps the store in which they find one another (torch 2.14),
+    with the addresses of the dead; who is faster than the one who overwrites them takes those, and fails or hangs.
+
+    Args:
+        kwargs: of torch's init_process_group.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=default_pg_timeout))
+    dist.init_process_group(backend, store=this_start(store, rank, size), rank=rank, world_size=size, **kwargs)
+
+
+def this_start(store: dist.Store, rank: int, size: int, timeout: timedelta = default_pg_timeout) -> dist.Store:
+    """A part of the store that no former start of these ranks has written to; all of them have to call this.
+
+    Every rank draws a name, and rank 0 answers with the names of the others: who finds a name in the answer that it has
+    just drawn knows that the answer is of this start.
+
+    Raises:
+        TimeoutError: some of the ranks have not come.
+    """
+    name = uuid.uuid4().hex
+    if rank == 0:
+        part = f"start_{name}"
+        _answer(store, part, size, timeout)
+    else:
+        part = _ask(store, rank, name, timeout)
+    return dist.PrefixStore(part, store)
+
+
+def _answer(store: dist.Store, part: str, size: int, timeout: timedelta) -> None:
+    missing = list(range(1, size))
+    for _ in _until(timeout, missing):
+        names = [store.get(f"name_of_{rank}").decode() for rank in missing if store.check([f"name_of_{rank}"])]
+        store.set("answer", json.dumps([part, *names]))
+        missing[:] = [rank for rank in missing if not store.check([f"{part}/heard_by_{rank}"])]
+
+
+def _ask(store: dist.Store, rank: int, name: str, timeout: timedelta) -> str:
+    store.set(f"name_of_{rank}", name)
+    missing = [0]
+    for _ in _until(timeout, missing):
+        part, *names = json.loads(store.get("answer")) if store.check(["answer"]) else [""]
+        if name in names:
+            missing.clear()
+    store.set(f"{part}/heard_by_{rank}", "")
+    return str(part)
+
+
+def _until(timeout: timedelta, missing: list[int]) -> Iterator[None]:
+    """Yield now and then, until none are missing."""
+    end = time.monotonic() + timeout.total_seconds()
+    while missing:
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {timeout} for ranks {missing}")
+        yield
+        time.sleep(_LOOK_AGAIN)
 
 
 @dataclass(frozen=True)
