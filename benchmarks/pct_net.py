@@ -92,7 +92,7 @@ class Ours(Contender):
         super().__init__(network, device)
 
     def make_optimizer(self) -> Optimizer:
-        return make_optimizer(self.network, VFSettings(), fused=True)
+        return make_optimizer(self.network.parameters(), VFSettings(), fused=True)
 
     def use_settings(self) -> None:
         self.precision.apply_to_single_precision()

@@ -23,7 +23,8 @@ The pipeline, and the module of each step::
         | adapt                  the weights take its plans' topology
         v
     nnUNetv2_train ... -tr VFFinetuneTrainer -pretrained_weights vf_pretrained.pth
-        compatibility   says what differs, and refuses what cannot work
+        | compatibility       says what differs, and refuses what cannot work
+        | finetune_schedule   what is trained when, and how fast
 
 PCT-Net, the network of the paper::
 
@@ -31,6 +32,9 @@ PCT-Net, the network of the paper::
         | plans name pct_net (and its window_attention) as the architecture
         v
     any nnU-Net trainer; trainers.VFFinetuneTrainer has the recipe (optimizer) it needs
+
+Both trainers are a long_training: on several machines (distributed, ranks), with checkpoints that cannot be lost, under
+the signals of a cluster (interruption) and with an eye on steps, cases and waiting (watch).
 
 Beside the road: convert and nnssl read other projects' weights, trust says what a file may name, info tells what it
 is, doctor whether all is well.

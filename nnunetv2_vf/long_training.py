@@ -77,6 +77,7 @@ class LongTraining(nnUNetTrainer):
 
     # ------------------------------------------------------------------ ranks
 
+    @one_line_errors()
     def initialize(self) -> None:
         """As nnU-Net's, which would take a rank among all machines for the number of a GPU, and CPUs for GPUs.
 
@@ -91,6 +92,7 @@ class LongTraining(nnUNetTrainer):
             if self.weights_file is not None and not self._continues:
                 transfer(read_pretrained(self.weights_file)["network_weights"], self.network)
             self._set_batch_size_and_oversample()
+            self.network.requires_grad_(True)  # DDP leaves out for good what is not to be trained at first
             self.network = self.ranks.parallel(self.network, self.device)
             alone, self.loss = self.loss, self._build_loss()  # whose Dice is of all ranks
             if self.enable_deep_supervision:
@@ -151,7 +153,7 @@ class LongTraining(nnUNetTrainer):
         if self.ranks.rank < len(self._random_states):
             _set_random_state(self._random_states[self.ranks.rank], self.device)
         else:
-            torch.manual_seed(_seed_of_rank(self.settings.seed, self.ranks.rank))
+            _seed(self.settings.seed, self.ranks.rank)
         self._saved_at = time.monotonic()
 
     def between_steps(self) -> None:
@@ -252,8 +254,12 @@ class LongTraining(nnUNetTrainer):
         self._require_agreement("the checkpoint", (self._run, self.current_epoch, len(state.get("losses", ()))))
 
 
-def _seed_of_rank(seed: int, rank: int) -> int:
-    return int(np.random.SeedSequence((seed, rank)).generate_state(1)[0])
+def _seed(seed: int, rank: int) -> None:
+    """Of what dropout draws from, and, where no workers do it, nnU-Net's augmentation: the states of this process."""
+    number = int(np.random.SeedSequence((seed, rank)).generate_state(1)[0])
+    torch.manual_seed(number)
+    np.random.seed(number)  # noqa: NPY002
+    random.seed(number)
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:

@@ -25,6 +25,10 @@ _S = TypeVar("_S", bound="ScheduleSettings")
 _FINETUNE_PREFIX = "nnUNet_vf_finetune_"
 _OPTIMIZERS = ("adam", "adamw", "sgd")
 _ABOUT_PRECISION = "of products and convolutions; auto: bf16 on GPUs that have it, fp16 on others, fp32 on CPUs"
+_ABOUT_SCHEDULES = (
+    "full: all is trained; sawtooth: first decoder and heads alone; encoder_only: decoder and heads begin anew; "
+    "frozen_encoder: the encoder stays as it is"
+)
 _ABOUT_OPTIMIZERS = "adam: the paper's; adamw: its weight decay apart; sgd: nnU-Net's, Nesterov momentum 0.99"
 
 
@@ -133,6 +137,15 @@ class ScheduleSettings:
             if current.get(name) != recorded.get(name)
         ]
 
+    def require_same(self, recorded: Mapping[str, Any], file: object) -> None:
+        """Raise UserError unless the settings are those of a checkpoint that training is to go on from."""
+        different = self.differences(recorded)
+        if different:
+            raise UserError(
+                f"the settings differ from those of {file}: {'; '.join(different)}. Set them back "
+                f"(export {self.prefix}NAME=VALUE), or train anew without --c"
+            )
+
     def __str__(self) -> str:
         return "\n".join(f"  {name}: {value}" for name, value in self.as_dict().items())
 
@@ -191,10 +204,21 @@ class FinetuneSettings(ScheduleSettings):
     prefix: ClassVar[str] = _FINETUNE_PREFIX
     section: ClassVar[str] = "volume_fusion_finetune"
 
+    schedule: str = _setting("full", _ABOUT_SCHEDULES, choices=("full", "sawtooth", "encoder_only", "frozen_encoder"))
+    decoder_fraction: float = _setting(
+        0.1, "sawtooth: part of the epochs in which decoder and heads are trained alone", low=0, high=0.9
+    )
     warmup_fraction: float = _setting(
         0.0, "part of the epochs in which the learning rate rises linearly, before it decays", low=0, high=0.9
     )
+    decay: str = _setting("poly", "how the learning rate decays; poly: nnU-Net's", choices=("poly", "cosine"))
+    layer_decay: float = _setting(
+        1.0, "factor of the learning rate from one stage of the network to the one before it", low=0.1, high=1
+    )
     gradient_clip: float = _setting(12.0, "largest norm of the gradient; nnU-Net's own limit is 12", low=1e-6, high=12)
+    mirroring: str = _setting(
+        "on", "mirror images in training and prediction; off where left and right differ", choices=("on", "off")
+    )
 
 
 # By network class, where nnU-Net's Nesterov SGD at 1e-2 is not what the network is trained with.

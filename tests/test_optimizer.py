@@ -5,11 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
-from nnunetv2_vf.optimizer import WarmupPolyLRScheduler, clip_gradients, make_optimizer, poly_decay
+from nnunetv2_vf.optimizer import clip_gradients, make_optimizer
 from nnunetv2_vf.settings import FinetuneSettings, VFSettings
 
 
@@ -17,51 +16,12 @@ def new_optimizer() -> torch.optim.Optimizer:
     return torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=1.0)
 
 
-def rates(schedule, epochs: int) -> list[float]:
-    values = []
-    for epoch in range(epochs):
-        schedule.step(epoch)
-        values.append(schedule.optimizer.param_groups[0]["lr"])
-        assert schedule.get_last_lr() == [values[-1]]
-    return values
-
-
-def test_without_warmup_it_is_nnunets_schedule():
-    ours = rates(WarmupPolyLRScheduler(new_optimizer(), 0.1, 20), 20)
-    assert ours == pytest.approx(rates(PolyLRScheduler(new_optimizer(), 0.1, 20), 20))
-
-
-def test_the_rate_rises_to_its_highest_and_then_decays():
-    values = rates(WarmupPolyLRScheduler(new_optimizer(), 0.1, 20, warmup_epochs=4), 20)
-    assert values[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
-    assert values[4:] == sorted(values[4:], reverse=True)
-    assert values[-1] > 0
-
-
-def test_the_rate_is_a_function_of_the_epoch_alone():
-    schedule = WarmupPolyLRScheduler(new_optimizer(), 0.1, 20, warmup_epochs=4)
-    whole = rates(schedule, 20)
-    for epoch in (13, 2, 19, 0):
-        schedule.step(epoch)
-        assert schedule.get_last_lr() == [whole[epoch]]
-
-
-@pytest.mark.parametrize(
-    ("epochs", "fraction", "expected"), [(1, 0.9, 1), (2, 0.05, 1), (1000, 0.05, 50), (10, 0.0, 0)]
-)
-def test_a_schedule_of_any_length_trains(epochs, fraction, expected):
-    settings = FinetuneSettings(num_epochs=epochs, warmup_fraction=fraction)
-    schedule = poly_decay(new_optimizer(), settings, settings.warmup_fraction)
-    assert schedule.warmup_epochs == min(expected, epochs - 1)
-    assert min(rates(schedule, epochs)) > 0
-
-
 KINDS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_optimizers_take_their_settings(name):
-    optimizer = make_optimizer(nn.Linear(2, 2), FinetuneSettings(optimizer=name, weight_decay=0.1))
+    optimizer = make_optimizer(nn.Linear(2, 2).parameters(), FinetuneSettings(optimizer=name, weight_decay=0.1))
     assert type(optimizer) is KINDS[name]
     assert optimizer.defaults["weight_decay"] == 0.1
 
@@ -69,7 +29,7 @@ def test_optimizers_take_their_settings(name):
 def test_sgd_is_nnunets():
     trainer = SimpleNamespace(network=nn.Linear(2, 2), initial_lr=1e-2, weight_decay=3e-5, num_epochs=1000)
     theirs, _ = nnUNetTrainer.configure_optimizers(trainer)
-    ours = make_optimizer(trainer.network, FinetuneSettings())
+    ours = make_optimizer(trainer.network.parameters(), FinetuneSettings())
     assert type(ours) is type(theirs)
     assert ours.defaults == theirs.defaults
 
@@ -79,7 +39,7 @@ def test_a_fused_optimizer_takes_the_same_steps_and_the_other_ones_state(name):
     settings = VFSettings(optimizer=name)
     networks = [nn.Linear(3, 3) for _ in range(2)]
     networks[1].load_state_dict(networks[0].state_dict())
-    plain, fused = (make_optimizer(n, settings, fused=i == 1) for i, n in enumerate(networks))
+    plain, fused = (make_optimizer(n.parameters(), settings, fused=i == 1) for i, n in enumerate(networks))
     for step in range(4):
         for network, optimizer in zip(networks, (plain, fused), strict=True):
             optimizer.zero_grad()

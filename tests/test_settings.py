@@ -130,8 +130,10 @@ def test_differences_name_the_setting_and_both_values():
     assert VFSettings().differences({**recorded, "gone": 1}) == ["gone = None (recorded: 1)"]
 
 
-def test_the_documentation_lists_every_setting_with_its_default():
-    page = (Path(__file__).parent.parent / "docs" / "settings.md").read_text()
-    for f in fields(VFSettings):
+@pytest.mark.parametrize("settings", [VFSettings, FinetuneSettings])
+def test_the_documentation_lists_every_setting_with_its_default(settings):
+    pages = (Path(__file__).parent.parent / "docs" / "settings.md").read_text().split("\n## ")
+    (page,) = [page for page in pages if f"`{settings.prefix}<setting>`" in page]
+    for f in fields(settings):
         default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
         assert f"| `{f.name}` | {default} |" in page, f.name

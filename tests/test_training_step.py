@@ -85,7 +85,7 @@ def test_it_is_nnunets_step(optimizer_name, fused):
     """Backward pass, gradient clipped to a norm of 12, step: restated."""
     settings = VFSettings(optimizer=optimizer_name)
     ours, theirs = small_network(), small_network()
-    optimizers = make_optimizer(ours, settings, fused), make_optimizer(theirs, settings)
+    optimizers = make_optimizer(ours.parameters(), settings, fused), make_optimizer(theirs.parameters(), settings)
     scaler = UnitScaler("cpu")
     for factor in (1.0, 1e4, 3.0):  # the second is clipped
         loss, taken = training_step(ours, optimizers[0], scaler, lambda f=factor: f * ours(data()).square().mean())
@@ -105,7 +105,9 @@ def test_it_is_nnunets_step(optimizer_name, fused):
 def test_a_step_that_is_not_finite_is_left_out(optimizer_name, fused, bad):
     """The first one too: what torch's fused SGD makes of that depends on what lay in memory."""
     network, reference = small_network(), small_network()
-    optimizers = [make_optimizer(n, VFSettings(optimizer=optimizer_name), fused) for n in (network, reference)]
+    optimizers = [
+        make_optimizer(n.parameters(), VFSettings(optimizer=optimizer_name), fused) for n in (network, reference)
+    ]
     scalers = UnitScaler("cpu"), UnitScaler("cpu")
     flags = []
     for factor in (bad, 1.0, bad, 2.0, bad, bad, 1.0):
@@ -122,9 +124,9 @@ def test_a_step_that_is_not_finite_is_left_out(optimizer_name, fused, bad):
 def test_a_training_goes_on_in_another_precision(before, after):
     old, new = (Precision(name, "cpu").scaler() for name in (before, after))
     network = small_network()
-    training_step(network, make_optimizer(network, VFSettings()), old, lambda: network(data()).mean())
+    training_step(network, make_optimizer(network.parameters(), VFSettings()), old, lambda: network(data()).mean())
     new.load_state_dict(old.state_dict())
-    training_step(network, make_optimizer(network, VFSettings()), new, lambda: network(data()).mean())
+    training_step(network, make_optimizer(network.parameters(), VFSettings()), new, lambda: network(data()).mean())
     assert new.get_scale() == (65536 if after == "fp16" else 1)
 
 
@@ -156,7 +158,11 @@ def test_the_trainers_steps_never_wait_for_a_gpu(tiny, pct_plans, monkeypatch, p
 def test_it_never_waits_for_a_gpu(name):
     cuda = torch.device("cuda")
     network, precision = small_network().to(cuda), Precision.choose(name, cuda)
-    optimizer, scaler, x = make_optimizer(network, VFSettings(), fused=True), precision.scaler(), data(cuda)
+    optimizer, scaler, x = (
+        make_optimizer(network.parameters(), VFSettings(), fused=True),
+        precision.scaler(),
+        data(cuda),
+    )
 
     def forward() -> torch.Tensor:
         with precision.autocast():

@@ -13,9 +13,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.compatibility import check_weights, pretrained_weights_argument
-from nnunetv2_vf.errors import one_line_errors
+from nnunetv2_vf.errors import UserError, one_line_errors
+from nnunetv2_vf.finetune_schedule import ENCODER_PREFIX, FinetuneLRScheduler, in_words, parameter_groups
 from nnunetv2_vf.long_training import LongTraining
-from nnunetv2_vf.optimizer import clip_gradients, make_optimizer, poly_decay
+from nnunetv2_vf.optimizer import clip_gradients, make_optimizer
 from nnunetv2_vf.preflight import preprocessed_cases
 from nnunetv2_vf.settings import FINETUNE_RECIPES, FinetuneSettings
 from nnunetv2_vf.target import Target
@@ -68,18 +69,43 @@ class VFFinetuneTrainer(LongTraining):
         return result
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
-        optimizer = make_optimizer(self.network, self.settings)
+        optimizer = make_optimizer(parameter_groups(self.bare_network(), self.settings), self.settings)
         clip_gradients(optimizer, self.settings.gradient_clip)
-        return optimizer, poly_decay(optimizer, self.settings, self.settings.warmup_fraction)
+        return optimizer, FinetuneLRScheduler(optimizer, self.settings)
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802  nnU-Net's name
+        *others, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        if self.settings.mirroring == "off":
+            axes = self.inference_allowed_mirroring_axes = None  # the latter for prediction, recorded in checkpoints
+        return (*others, axes)
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        self.print_to_log_file(f"Fine-tuning settings:\n{self.settings}\n", add_timestamp=False)
+        if self.settings.schedule == "encoder_only" and self.weights_file is not None and not self._continues:
+            self._begin_decoder_anew()
+        self.print_to_log_file(
+            f"Fine-tuning settings:\n{self.settings}\n{in_words(self.settings)}\n", add_timestamp=False
+        )
         lines = ["Pretrained weights: none, this training began from scratch"]
         if self.pretrained is not None:
             dataset = self.pretrained["dataset"] or "an unknown dataset"
             lines = [f"Pretrained weights: {self.pretrained['file']} of {dataset}", *self.pretrained["compared"]]
         self.print_to_log_file("\n  ".join(lines) + "\n", add_timestamp=False)
+
+    def _begin_decoder_anew(self) -> None:
+        """With the weights that this training, without pretrained ones, would have begun with."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.settings.seed)
+            fresh = self.build_network_architecture(
+                self.plans_manager,
+                self.configuration_manager,
+                self.num_input_channels,
+                self.label_manager.num_segmentation_heads,
+                self.enable_deep_supervision,
+            ).state_dict()
+        for name, tensor in self.bare_network().state_dict().items():
+            if ENCODER_PREFIX not in name:  # which decoders list, too
+                tensor.copy_(fresh[name])
 
     def complete(self, checkpoint: dict[str, Any]) -> None:
         """Name nnU-Net's trainer as the writer; ours, settings and weights are in a field of their own."""
@@ -92,5 +118,19 @@ class VFFinetuneTrainer(LongTraining):
         }
 
     def accept(self, checkpoint: dict[str, Any], file: Path) -> None:
-        """A continued training keeps the record of the weights that it began with."""
-        self.pretrained = checkpoint.get(_PROVENANCE, {}).get("pretrained")
+        """Refuse other settings than this run's; what is kept of the first start is its record of pretrained weights.
+
+        Without ``--c`` (``--val``, ``--val_best``) the settings are the checkpoint's.
+        """
+        provenance = checkpoint.get(_PROVENANCE, {})
+        recorded = provenance.get("settings")
+        if recorded is None:
+            raise UserError(
+                f"{file} was written by {checkpoint['trainer_name']}, not by {type(self).__name__}; move it"
+            )
+        if self._continues:
+            self.settings.require_same(recorded, file)
+        else:
+            self.settings = FinetuneSettings.resolve({FinetuneSettings.section: recorded}, {})
+            self.settings.apply_schedule(self)
+        self.pretrained = provenance.get("pretrained")

@@ -25,7 +25,7 @@ from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.fusion import fuse_batch
 from nnunetv2_vf.long_training import LongTraining
 from nnunetv2_vf.model_card import CARD_NAME, write_model_card
-from nnunetv2_vf.optimizer import make_optimizer, poly_decay
+from nnunetv2_vf.optimizer import make_optimizer
 from nnunetv2_vf.preflight import check_pretraining
 from nnunetv2_vf.pretext_report import count_confusion, pretext_warning, write_report
 from nnunetv2_vf.preview import class_names, draw_examples, make_examples, plane_names
@@ -145,8 +145,9 @@ class VFPretrainTrainer(LongTraining):
         return loss
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
-        optimizer = make_optimizer(self.network, self.settings, fused=self.settings.fused_optimizer == "on")
-        return optimizer, poly_decay(optimizer, self.settings)
+        fused = self.settings.fused_optimizer == "on"
+        optimizer = make_optimizer(self.network.parameters(), self.settings, fused)
+        return optimizer, PolyLRScheduler(optimizer, self.settings.initial_lr, self.settings.num_epochs)
 
     # ------------------------------------------------------------------ epochs, and what is watched
 
@@ -184,10 +185,11 @@ class VFPretrainTrainer(LongTraining):
         }
         for name, value in watched.items():
             self.logger.log(name, value, self.current_epoch)
+        memory = f", {watched['gpu_memory_gb']:.1f} GB of GPU memory" if on_gpu else ""
         self.print_to_log_file(
             f"{watched['samples_per_second']:.3g} samples/s, waiting for data {watched['data_wait_share']:.1%} of the "
-            f"time, {watched['gpu_memory_gb']:.1f} GB of GPU memory; so far {watched['skipped_steps']} steps left out, "
-            f"{watched['quarantined_cases']} cases in quarantine"
+            f"time{memory}; so far {watched['skipped_steps']} steps left out, {watched['quarantined_cases']} cases in "
+            "quarantine"
         )
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
@@ -325,12 +327,7 @@ class VFPretrainTrainer(LongTraining):
         self._refuse_differences(recorded, file)
 
     def _refuse_differences(self, recorded: PlansManager, filename: Path) -> None:
-        differences = self.settings.differences(recorded.plans[VFSettings.section])
-        if differences:
-            raise UserError(
-                f"the settings differ from those of {filename}: {'; '.join(differences)}. Set them back "
-                f"(export {VFSettings.prefix}NAME=VALUE), or train anew without --c"
-            )
+        self.settings.require_same(recorded.plans[VFSettings.section], filename)
         known = self.configuration_name in recorded.available_configurations
         theirs = recorded.get_configuration(self.configuration_name).configuration if known else {}
         ours = self.configuration_manager.configuration

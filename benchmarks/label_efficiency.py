@@ -1,0 +1,292 @@
+"""Few labels with and without pretraining: from scratch, pretrained encoder only, pretrained encoder and decoder.
+
+    python benchmarks/label_efficiency.py DATA --out FOLDER [--labels 2 5 10] [--seeds 0 1 2] [--jobs 2] [--device cpu]
+    python benchmarks/label_efficiency.py DATA --out FOLDER --variants VARIANT ... [--labels 5] [--seeds 0 1 2]
+
+DATA is the dataset that ``label_efficiency.json`` names, in nnU-Net's raw format; that file has the budgets, the arms
+and the split by case name. Pretrains on the images of the pool (labelled and validation cases), then fine-tunes a cell
+for every network, arm, number of labels and seed with VFFinetuneTrainer: the same cases, the same budget, and the same
+samples in the same order in all arms. nnUNetv2_predict predicts the test cases, which nothing before has seen.
+
+Every cell that is done is a part of ``docs/label_efficiency.csv`` (and its curve of ``_curves.csv``) and is not run
+again; one that was interrupted goes on. With ``--variants``, which are for choosing, nothing is predicted: their scores
+are those of the validation cases, in ``label_efficiency_variants.csv``. Draws and tabulates at the end:
+``label_efficiency_report.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import itertools
+import json
+import random
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK
+import torch
+from label_efficiency_report import CELL, CURVES, SCORES, VARIANTS, is_done, read_rows, write_report
+from side_by_side import DOCS
+
+from nnunetv2_vf.errors import UserError, one_line_errors
+from nnunetv2_vf.host import Host
+
+CONFIG = Path(__file__).with_suffix(".json")
+PRETRAIN, FINETUNE = "VFPretrainTrainer", "VFFinetuneTrainer"
+BASE_VARIANT = "default"
+MAX_SEEDS = 100  # folds of nnU-Net's split file for each number of labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One fine-tuning."""
+
+    plans: str
+    arm: str
+    labels: int
+    seed: int
+    variant: str = BASE_VARIANT
+
+    def __str__(self) -> str:
+        return f"{self.plans}, {self.arm}, {self.labels} labels, seed {self.seed}, {self.variant}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    config = json.loads(CONFIG.read_text())
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--plans", nargs="+", default=[*config["plans"]], choices=[*config["plans"]])
+    parser.add_argument("--arms", nargs="+", default=[*config["arms"]], choices=[*config["arms"]])
+    parser.add_argument("--labels", nargs="+", type=int, default=config["labels"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=config["seeds"])
+    parser.add_argument("--variants", nargs="+", default=[], choices=[BASE_VARIANT, *config["variants"]])
+    parser.add_argument("--jobs", type=int, default=1, help="cells at the same time, a thread each")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--docs", type=Path, default=DOCS)
+    args = parser.parse_args()
+    with one_line_errors():
+        experiment = Experiment(config, Host(args.out, processes=2), args.device, args.jobs)
+        experiment.prepare(args.data)
+        cells = [
+            Cell(*choice)
+            for choice in itertools.product(
+                args.plans, args.arms, args.labels, args.seeds, args.variants or [BASE_VARIANT]
+            )
+        ]
+        experiment.run(cells, args.docs, on_test_cases=not args.variants)
+        write_report(args.docs, config)
+
+
+class Experiment:
+    """Everything below one folder, so that what is there need not be done again."""
+
+    def __init__(self, config: Mapping[str, Any], host: Host, device: str, jobs: int):
+        self.config, self.host, self.device, self.jobs = config, host, device, jobs
+        self.dataset = config["dataset"]
+        self.dataset_id = int(self.dataset[7:10])
+        # the loader draws in the training process: the same samples in the same order whatever the machine does
+        host.environment |= {"nnUNet_n_proc_DA": "0"}
+        if jobs > 1:
+            host.environment |= {"OMP_NUM_THREADS": "1"}
+
+    # ------------------------------------------------------------------ data and plans
+
+    def prepare(self, data: Path) -> None:
+        """The pool as a training set, the test cases apart; nnU-Net's plans, and smaller ones derived from them."""
+        finished = self.host.folder / "prepared"
+        if finished.exists():
+            return
+        split, raw = self.config["split"], self.host.raw / self.dataset
+        for cases, images, labels in (
+            (split["labelled"] + split["validation"], "imagesTr", "labelsTr"),
+            (split["test"], "imagesTs", "labelsTs"),
+        ):
+            for folder in (images, labels):
+                (raw / folder).mkdir(parents=True, exist_ok=True)
+            for case in cases:
+                shutil.copyfile(data / "imagesTr" / f"{case}_0000.nii.gz", raw / images / f"{case}_0000.nii.gz")
+                shutil.copyfile(data / "labelsTr" / f"{case}.nii.gz", raw / labels / f"{case}.nii.gz")
+        content = json.loads((data / "dataset.json").read_text())
+        content["numTraining"] = len(split["labelled"] + split["validation"])
+        (raw / "dataset.json").write_text(json.dumps(content))
+        self.host.run("nnUNetv2_extract_fingerprint", "-d", self.dataset_id, "-np", 2)
+        self.host.run("nnUNetv2_plan_experiment", "-d", self.dataset_id)
+        self.host.run("nnUNetv2_vf", "plan", "-d", self.dataset_id)
+        for name, change in self.config["plans"].items():
+            self._derive_plans(name, **change)
+        for plans in {change["of"] for change in self.config["plans"].values()}:
+            self.host.run(
+                "nnUNetv2_preprocess", "-d", self.dataset_id, "-plans_name", plans, "-c", "3d_fullres", "-np", 2
+            )
+        splits = [self._split(*self._of_fold(fold)) for fold in range(MAX_SEEDS * len(self.config["labels"]))]
+        (self.host.preprocessed / self.dataset / "splits_final.json").write_text(json.dumps(splits))
+        finished.touch()
+
+    def _derive_plans(self, name: str, of: str, features: Sequence[int], batch_size: int) -> None:
+        """Plans with fewer features and a smaller batch; they use the preprocessed data of those they come from."""
+        folder = self.host.preprocessed / self.dataset
+        plans = json.loads((folder / f"{of}.json").read_text())
+        plans["plans_name"] = name
+        configuration = plans["configurations"]["3d_fullres"]
+        configuration["batch_size"] = batch_size
+        configuration["architecture"]["arch_kwargs"]["features_per_stage"] = features
+        (folder / f"{name}.json").write_text(json.dumps(plans, indent=2))
+
+    def fold(self, cell: Cell) -> int:
+        """The number of a cell's split in nnU-Net's splits_final.json."""
+        if cell.labels not in self.config["labels"] or not 0 <= cell.seed < MAX_SEEDS:
+            raise UserError(f"{cell}: legal are {self.config['labels']} labels and seeds below {MAX_SEEDS}")
+        return int(self.config["labels"].index(cell.labels)) * MAX_SEEDS + cell.seed
+
+    def _of_fold(self, fold: int) -> tuple[int, int]:
+        return self.config["labels"][fold // MAX_SEEDS], fold % MAX_SEEDS
+
+    def _split(self, labels: int, seed: int) -> dict[str, list[str]]:
+        """With more labels come further cases, none is exchanged."""
+        labelled = random.Random(seed).sample(self.config["split"]["labelled"], k=max(self.config["labels"]))
+        return {"train": labelled[:labels], "val": self.config["split"]["validation"]}
+
+    # ------------------------------------------------------------------ trainings
+
+    def run(self, cells: Sequence[Cell], docs: Path, on_test_cases: bool) -> None:
+        """Those that are not done yet, the pretrainings that they need before."""
+        file = docs / (SCORES if on_test_cases else VARIANTS)
+        todo = [cell for cell in cells if not is_done(read_rows(file), dataclasses.asdict(cell))]
+        print(f"{len(cells)} cells, {len(cells) - len(todo)} of them done before", flush=True)
+        with ThreadPoolExecutor(self.jobs) as jobs:
+            needed = {(cell.plans, self._pretraining(cell.variant)) for cell in todo if cell.arm != "scratch"}
+            for pretraining in [jobs.submit(self.pretrain, *each) for each in sorted(needed)]:
+                pretraining.result()
+            running = {jobs.submit(self.finetune, cell, on_test_cases): cell for cell in todo}
+            for number, future in enumerate(as_completed(running), 1):
+                scores, curve = future.result()
+                cell = running[future]
+                append_rows(file, CELL if on_test_cases else [*CELL, "variant"], cell, scores)
+                if on_test_cases:
+                    append_rows(docs / CURVES, CELL, cell, curve)
+                mean = np.mean([row["dice"] for row in scores])
+                print(f"{number} of {len(todo)}: {cell}: Dice {mean:.3f}", flush=True)
+
+    def pretrain(self, plans: str, variant: str) -> Path:
+        """Pretrain on the pool's images; returns the artifact."""
+        changes = self._changes(variant).get("pretraining", {})
+        results = self.host.folder / "pretraining" / self._pretraining(variant)
+        fold = self.host.fold_folder(self.dataset, PRETRAIN, "all", results, plans)
+        if not (fold / "pretext_report.json").is_file():
+            go_on = ["--c"] if (fold / "checkpoint_latest.pth").is_file() else []
+            self.host.run(
+                "nnUNetv2_train", self.dataset_id, "3d_fullres", "all", "-p", plans, "-tr", PRETRAIN,
+                "-device", self.device, *go_on, nnUNet_results=results,
+                **variables("nnUNet_vf_", {**self.config["pretraining"], **changes}),
+            )  # fmt: skip
+        return fold / "vf_pretrained.pth"
+
+    def _changes(self, variant: str) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = {} if variant == BASE_VARIANT else self.config["variants"][variant]
+        return found
+
+    def _pretraining(self, variant: str) -> str:
+        """The variant whose pretraining is this one's."""
+        return variant if "pretraining" in self._changes(variant) else BASE_VARIANT
+
+    def finetune(self, cell: Cell, on_test_cases: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Train and score a cell; returns the rows of its scores and of its curve."""
+        results = self.host.folder / "finetuning" / cell.variant / cell.arm
+        fold = self.host.fold_folder(self.dataset, FINETUNE, self.fold(cell), results, cell.plans)
+        settings = {
+            **self.config["finetuning"],
+            **self.config["plans"][cell.plans].get("finetuning", {}),
+            **self._changes(cell.variant).get("finetuning", {}),
+            **self.config["arms"][cell.arm],
+            "seed": cell.seed,
+        }
+        common = ("-p", cell.plans, "-tr", FINETUNE, "-device", self.device)
+        if not (fold / "checkpoint_final.pth").is_file():
+            begin: list[object] = []
+            if (fold / "checkpoint_latest.pth").is_file():
+                begin = ["--c"]
+            elif cell.arm != "scratch":
+                begin = ["-pretrained_weights", self.pretrain(cell.plans, cell.variant)]
+            self.host.run(
+                "nnUNetv2_train", self.dataset_id, "3d_fullres", self.fold(cell), *common, *begin,
+                nnUNet_results=results, **variables("nnUNet_vf_finetune_", settings),
+            )  # fmt: skip
+        predictions, truth = fold / "validation", self.host.raw / self.dataset / "labelsTr"
+        if on_test_cases:
+            predictions, truth = fold / "predicted", self.host.raw / self.dataset / "labelsTs"
+            self.host.run(
+                "nnUNetv2_predict", "-d", self.dataset_id, "-c", "3d_fullres", *common, "-f", self.fold(cell),
+                "-i", self.host.raw / self.dataset / "imagesTs", "-o", predictions, "-npp", 1, "-nps", 1,
+                nnUNet_results=results,
+            )  # fmt: skip
+        classes = {name: value for name, value in self._labels().items() if value > 0}
+        scores = [
+            {"case": path.name.removesuffix(".nii.gz"), "class": name, **score(truth / path.name, path, value)}
+            for path in sorted(predictions.glob("*.nii.gz"))
+            for name, value in classes.items()
+        ]
+        return scores, curve(fold / "checkpoint_final.pth", settings["iterations_per_epoch"], [*classes])
+
+    def _labels(self) -> dict[str, int]:
+        labels: dict[str, int] = json.loads((self.host.raw / self.dataset / "dataset.json").read_text())["labels"]
+        return labels
+
+
+def variables(prefix: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}{name}": value for name, value in settings.items()}
+
+
+# ---------------------------------------------------------------- scores
+
+
+def score(truth_file: Path, predicted_file: Path, label: int) -> dict[str, float]:
+    """Dice, and the 95th percentile of the distances between both surfaces in mm: NaN where one of them is empty."""
+    truth, predicted = (SimpleITK.ReadImage(str(file)) == label for file in (truth_file, predicted_file))
+    sizes = [int(SimpleITK.GetArrayViewFromImage(image).sum()) for image in (truth, predicted)]
+    common = int(SimpleITK.GetArrayViewFromImage(SimpleITK.And(truth, predicted)).sum())
+    dice = 2 * common / sum(sizes) if sum(sizes) else float("nan")
+    if not all(sizes):
+        return {"dice": dice, "sd95": float("nan")}
+    distances = np.concatenate([_to_surface(truth, predicted), _to_surface(predicted, truth)])
+    return {"dice": dice, "sd95": float(np.percentile(distances, 95))}
+
+
+def _to_surface(image: SimpleITK.Image, other: SimpleITK.Image) -> np.ndarray:
+    """Distances in mm of one image's surface voxels to the other's surface."""
+    surface, target = (SimpleITK.LabelContour(each) for each in (image, other))
+    distance = SimpleITK.SignedMaurerDistanceMap(target, squaredDistance=False, useImageSpacing=True)
+    return np.abs(SimpleITK.GetArrayFromImage(distance)[SimpleITK.GetArrayFromImage(surface) > 0])
+
+
+def curve(checkpoint: Path, iterations_per_epoch: int, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """nnU-Net's pseudo Dice of the validation cases after every epoch, by class."""
+    logged = torch.load(checkpoint, map_location="cpu", weights_only=False)["logging"]["dice_per_class_or_region"]
+    return [
+        {"iteration": (epoch + 1) * iterations_per_epoch, "class": name, "dice": float(dice[i])}
+        for epoch, dice in enumerate(logged)
+        for i, name in enumerate(classes)
+    ]
+
+
+def append_rows(file: Path, key: Sequence[str], cell: Cell, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Rows of a cell, all of them or none."""
+    of_cell = dataclasses.asdict(cell)
+    complete = [*read_rows(file), *({**{name: of_cell[name] for name in key}, **row} for row in rows)]
+    part = file.with_suffix(".part")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("w", newline="") as output:
+        writer = csv.DictWriter(output, complete[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in complete)
+    part.replace(file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Table and figure of ``docs/label_efficiency*.csv``: what pretraining gained, class by class, and how fast.
+
+python benchmarks/label_efficiency_report.py [--docs FOLDER]
+
+Writes ``label_efficiency_table.md`` and ``label_efficiency.png``; ``label_efficiency.py`` does so after its last cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median, pstdev
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from side_by_side import DOCS, markdown
+
+SCORES, CURVES, VARIANTS = (f"label_efficiency{end}.csv" for end in ("", "_curves", "_variants"))
+CELL = ["plans", "arm", "labels", "seed"]
+COLLAPSED = 0.1  # mean Dice of a class over the cases, in one training
+WINDOW = 3  # epochs over which a curve is averaged
+COLORS = {"scratch": "tab:gray", "encoder": "tab:orange", "full": "tab:blue"}
+
+Rows = list[dict[str, str]]
+
+
+def read_rows(file: Path) -> Rows:
+    """Of a CSV file; none if it is not there yet."""
+    if not file.is_file():
+        return []
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def is_done(rows: Rows, cell: Mapping[str, Any]) -> bool:
+    """Whether there are scores of a cell."""
+    return bool(select(rows, **{name: value for name, value in cell.items() if not rows or name in rows[0]}))
+
+
+def select(rows: Rows, **values: Any) -> Rows:
+    """The rows that have these values."""
+    return [row for row in rows if all(row[name] == str(value) for name, value in values.items())]
+
+
+def distinct(rows: Rows, column: str) -> list[str]:
+    """The values of a column, numbers in their order."""
+    return sorted({row[column] for row in rows}, key=lambda v: (int(v), v) if v.isdigit() else (0, v))
+
+
+def mean_dice(rows: Rows) -> float:
+    return fmean(float(row["dice"]) for row in rows)
+
+
+def by_seed(rows: Rows) -> dict[str, float]:
+    """Mean Dice over cases and classes of every seed."""
+    return {seed: mean_dice(select(rows, seed=seed)) for seed in distinct(rows, "seed")}
+
+
+# ---------------------------------------------------------------- table
+
+
+def table(scores: Rows, curves: Rows, arms: Sequence[str]) -> list[dict[str, str]]:
+    """A row for every network, number of labels and arm."""
+    found = []
+    for plans in distinct(scores, "plans"):
+        for labels in distinct(select(scores, plans=plans), "labels"):
+            setting = {"plans": plans, "labels": labels}
+            baseline = by_seed(select(scores, **setting, arm="scratch"))
+            for arm in arms:
+                rows = select(scores, **setting, arm=arm)
+                if rows:
+                    found.append({**setting, "arm": arm, **_figures(rows, baseline), **_speed(curves, setting, arm)})
+    return found
+
+
+def _figures(rows: Rows, baseline: Mapping[str, float]) -> dict[str, str]:
+    dice = by_seed(rows)
+    gains = [100 * (dice[seed] - baseline[seed]) for seed in dice if seed in baseline]
+    classes = {name: select(rows, **{"class": name}) for name in distinct(rows, "class")}
+    collapses = sum(mean_dice(select(own, seed=seed)) < COLLAPSED for own in classes.values() for seed in dice)
+    distances = [float(row["sd95"]) for row in rows if row["sd95"] != "nan"]
+    return {
+        "seeds": str(len(dice)),
+        "Dice": f"{fmean(dice.values()):.3f} ± {pstdev(dice.values()):.3f}",
+        "against scratch": f"{fmean(gains):+.1f} ({min(gains):+.1f} to {max(gains):+.1f})" if gains else "-",
+        **{name: f"{mean_dice(own):.3f}" for name, own in classes.items()},
+        "sd95 (mm)": f"{fmean(distances):.2f}" if distances else "-",
+        "collapsed": str(collapses),
+    }
+
+
+def _speed(curves: Rows, setting: Mapping[str, str], arm: str) -> dict[str, str]:
+    """Median over the seeds of the iterations at which the result was reached that scratch ends with."""
+    reached = []
+    for seed in distinct(select(curves, **setting, arm=arm), "seed"):
+        own, scratch = (smooth(select(curves, **setting, arm=a, seed=seed)) for a in (arm, "scratch"))
+        if scratch:
+            goal = list(scratch.values())[-1]
+            reached.append(next((iteration for iteration, dice in own.items() if dice >= goal), float("inf")))
+    if not reached:
+        return {"reaches scratch's": "-"}
+    middle = median(reached)
+    return {"reaches scratch's": "not" if middle == float("inf") else f"{middle:.0f}"}
+
+
+def smooth(rows: Rows) -> dict[int, float]:
+    """Iteration -> mean Dice of the classes, averaged over the last epochs."""
+    iterations = [int(i) for i in distinct(rows, "iteration")]
+    values = [mean_dice(select(rows, iteration=i)) for i in iterations]
+    return {it: fmean(values[max(0, i + 1 - WINDOW) : i + 1]) for i, it in enumerate(iterations)}
+
+
+# ---------------------------------------------------------------- figure
+
+
+def draw(scores: Rows, curves: Rows, arms: Sequence[str], file: Path) -> None:
+    """A line of pictures for every network: Dice by number of labels, and the curves of each number."""
+    networks = distinct(scores, "plans")
+    numbers = distinct(scores, "labels")
+    figure = Figure(figsize=(3.6 * (1 + len(numbers)), 3.2 * len(networks)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(networks), 1 + len(numbers), squeeze=False)
+    for plans, (left, *others) in zip(networks, axes, strict=True):
+        _draw_scores(left, select(scores, plans=plans), arms)
+        left.set_title(plans)
+        for labels, axis in zip(numbers, others, strict=True):
+            _draw_curves(axis, select(curves, plans=plans, labels=labels), arms)
+            axis.set_title(f"{labels} labels")
+    axes[0, 0].legend()
+    figure.savefig(file, dpi=100)
+
+
+def _draw_scores(axis: Axes, scores: Rows, arms: Sequence[str]) -> None:
+    for arm in arms:
+        rows = select(scores, arm=arm)
+        dice = {labels: list(by_seed(select(rows, labels=labels)).values()) for labels in distinct(rows, "labels")}
+        axis.plot([*dice], [fmean(values) for values in dice.values()], color=COLORS.get(arm), label=arm)
+        for labels, values in dice.items():
+            axis.plot([labels] * len(values), values, "o", color=COLORS.get(arm), alpha=0.5)
+    axis.set(xlabel="labelled cases", ylabel="Dice, test cases")
+    axis.grid(alpha=0.3)
+
+
+def _draw_curves(axis: Axes, curves: Rows, arms: Sequence[str]) -> None:
+    for arm in arms:
+        for seed in distinct(select(curves, arm=arm), "seed"):
+            values = smooth(select(curves, arm=arm, seed=seed))
+            axis.plot([*values], [*values.values()], color=COLORS.get(arm), alpha=0.7)
+    axis.set(xlabel="iteration", ylabel="pseudo Dice, validation cases")
+    axis.grid(alpha=0.3)
+
+
+# ---------------------------------------------------------------- variants
+
+
+def variants_table(rows: Rows) -> list[dict[str, str]]:
+    """A row for every variant: Dice of the validation cases."""
+    found = []
+    for plans in distinct(rows, "plans"):
+        for labels in distinct(select(rows, plans=plans), "labels"):
+            for variant in distinct(select(rows, plans=plans, labels=labels), "variant"):
+                of_variant = select(rows, plans=plans, labels=labels, variant=variant)
+                for arm in distinct(of_variant, "arm"):
+                    own = select(of_variant, arm=arm)
+                    dice = by_seed(own)
+                    found.append(
+                        {
+                            "plans": plans, "labels": labels, "variant": variant, "arm": arm, "seeds": str(len(dice)),
+                            "Dice": f"{fmean(dice.values()):.3f} ± {pstdev(dice.values()):.3f}",
+                            "of each seed": ", ".join(f"{value:.3f}" for value in dice.values()),
+                        }
+                    )  # fmt: skip
+    return found
+
+
+def write_report(docs: Path, config: Mapping[str, Any]) -> None:
+    """Tables and figure of what the CSV files hold; prints the tables."""
+    scores, curves, variants = (read_rows(docs / name) for name in (SCORES, CURVES, VARIANTS))
+    arms = [*config["arms"]]
+    parts = []
+    if scores:
+        parts += ["Test cases:", markdown(table(scores, curves, arms))]
+        draw(scores, curves, arms, docs / "label_efficiency.png")
+    if variants:
+        parts += ["Variants, validation cases:", markdown(variants_table(variants))]
+    text = "\n\n".join(parts) + "\n"
+    print(f"\n{text}")
+    (docs / "label_efficiency_table.md").write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--docs", type=Path, default=DOCS)
+    config = json.loads(Path(__file__).with_name("label_efficiency.json").read_text())
+    write_report(parser.parse_args().docs, config)
+
+
+if __name__ == "__main__":
+    main()

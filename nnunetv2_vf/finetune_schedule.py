@@ -1,0 +1,134 @@
+"""What fine-tuning trains when, and how fast: the learning rate of every part of the network, epoch by epoch.
+
+A schedule is a function of the epoch alone: nothing of it has to be recorded for a training to be continued. Parts are
+encoder, decoder and heads; heads are always new, the others may come from pretraining.
+
+Sources: ``sawtooth`` is the schedule of that name of nnssl's fine-tuning (MIC-DKFZ/nnssl; arXiv 2412.17041): first what
+is new learns to read the features, then the whole network is warmed up. Layer-wise decay: BEiT (arXiv 2106.08254).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from torch import nn
+from torch.optim import Optimizer
+
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.settings import FinetuneSettings
+from nnunetv2_vf.weights import HEADS
+
+ENCODER_PREFIX = "encoder."  # in the names of nnU-Net's and our networks
+_POLY_EXPONENT = 0.9  # nnU-Net's
+
+
+def rate(settings: FinetuneSettings, part: str, epoch: int) -> float:
+    """The learning rate of a part (``heads``, ``decoder`` or ``encoder``) as a share of the highest one.
+
+    ``sawtooth``: linear rise over the first ``decoder_fraction`` of the epochs, without the encoder; then, as with the
+    other schedules from the start, a linear rise over ``warmup_fraction`` of all epochs, and decay over those left.
+    """
+    epochs, alone = settings.num_epochs, decoder_epochs(settings)
+    if part == "encoder" and (settings.schedule == "frozen_encoder" or epoch < alone):
+        return 0.0
+    if epoch < alone:
+        return (epoch + 1) / alone
+    warmup = min(math.ceil(settings.warmup_fraction * epochs), epochs - alone - 1)
+    since = epoch - alone
+    if since < warmup:
+        return (since + 1) / (warmup + 1)
+    done = (since - warmup) / (epochs - alone - warmup)
+    return (1 + math.cos(math.pi * done)) / 2 if settings.decay == "cosine" else (1 - done) ** _POLY_EXPONENT
+
+
+def decoder_epochs(settings: FinetuneSettings) -> int:
+    """How many epochs decoder and heads are trained alone."""
+    if settings.schedule != "sawtooth":
+        return 0
+    return min(math.ceil(settings.decoder_fraction * settings.num_epochs), settings.num_epochs - 1)
+
+
+def parameter_groups(network: nn.Module, settings: FinetuneSettings) -> list[dict[str, Any]]:
+    """What torch's optimisers take: the parameters of every part, or with layer-wise decay of every stage of one.
+
+    The heads come first: nnU-Net logs the learning rate of the first group.
+
+    Raises:
+        UserError: the schedule tells encoder and decoder apart, and the network has no ``encoder``.
+    """
+    named = list(network.named_parameters())  # each once, those that a decoder lists too as the encoder's
+    if settings.schedule != "full" and not any(name.startswith(ENCODER_PREFIX) for name, _ in named):
+        raise UserError(
+            f"schedule {settings.schedule!r} needs a network with an encoder, which {type(network).__name__} does not "
+            "name so; legal for it: full (nnUNet_vf_finetune_schedule)"
+        )
+    depth = _stages_to_output([name for name, _ in named])
+    groups: dict[tuple[int, str], dict[str, Any]] = {}
+    for name, parameter in named:
+        part = part_of(name)
+        stages = depth[name] if settings.layer_decay < 1 else ("heads", "decoder", "encoder").index(part)
+        group = groups.setdefault((stages, part), {"part": part, "share": settings.layer_decay ** depth[name]})
+        group.setdefault("params", []).append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to, by its name."""
+    if HEADS in name:
+        return "heads"
+    return "encoder" if name.startswith(ENCODER_PREFIX) else "decoder"
+
+
+def _stages_to_output(names: Sequence[str]) -> dict[str, int]:
+    """How many stages lie between a parameter and the output, on the way down and up again; heads: none."""
+    stages = {name: int((re.findall(r"\.(\d+)\.", name) or [0])[0]) for name in names}
+    count = {
+        part: 1 + max((stages[name] for name in names if part_of(name) == part), default=-1)
+        for part in ("decoder", "encoder")
+    }
+    distances = {
+        "heads": lambda stage: 0,
+        "decoder": lambda stage: count["decoder"] - stage,
+        "encoder": lambda stage: count["decoder"] + count["encoder"] - stage,
+    }
+    return {name: distances[part_of(name)](stages[name]) for name in names}
+
+
+class FinetuneLRScheduler(PolyLRScheduler):
+    """nnU-Net's, which it steps at the start of an epoch, with a learning rate for every part.
+
+    What has none in an epoch takes no gradient either, which costs nothing then.
+
+    Args:
+        optimizer: over :func:`parameter_groups`.
+    """
+
+    def __init__(self, optimizer: Optimizer, settings: FinetuneSettings):
+        self.settings = settings
+        super().__init__(optimizer, settings.initial_lr, settings.num_epochs)
+
+    def step(self, current_step: int | None = None) -> None:
+        if current_step is None or current_step == -1:
+            current_step = self.ctr
+            self.ctr += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.initial_lr * group["share"] * rate(self.settings, group["part"], current_step)
+            for parameter in group["params"]:
+                parameter.requires_grad_(group["lr"] > 0)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def in_words(settings: FinetuneSettings) -> str:
+    """The schedule as a line for the log."""
+    alone = decoder_epochs(settings)
+    parts = {
+        "full": "all of the network is trained from the first epoch on",
+        "sawtooth": f"decoder and heads alone for {alone} epochs, then all of the network",
+        "encoder_only": "all of the network is trained; of pretrained weights only the encoder's are taken",
+        "frozen_encoder": "decoder and heads are trained, the encoder stays as it is",
+    }
+    return f"Schedule {settings.schedule}: {parts[settings.schedule]}"

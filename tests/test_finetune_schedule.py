@@ -1,0 +1,281 @@
+"""Schedules of fine-tuning: learning rates, what is trained, and going on in the middle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATASET, DATASET_ID, PLANS_OF_NETWORKS
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.run.run_training import get_trainer_from_args, run_training
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from test_long_training import make_trainer
+from torch import nn
+
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.finetune_schedule import FinetuneLRScheduler, parameter_groups, part_of, rate
+from nnunetv2_vf.settings import FinetuneSettings
+from nnunetv2_vf.weights import read_artifact
+
+CPU = torch.device("cpu")
+SCHEDULES = ("full", "sawtooth", "encoder_only", "frozen_encoder")
+PARTS = ("heads", "decoder", "encoder")
+
+
+class Tiny(nn.Module):
+    """Named like nnU-Net's networks: two stages down, one up, a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.ModuleDict({"stages": nn.ModuleList(nn.Sequential(nn.Linear(1, 1)) for _ in range(2))})
+        self.decoder = nn.ModuleDict({"encoder": self.encoder})
+        self.decoder["stages"] = nn.ModuleList([nn.Sequential(nn.Linear(1, 1))])
+        self.decoder["seg_layers"] = nn.ModuleList([nn.Linear(1, 1)])
+
+
+def rates(part: str, **settings) -> list[float]:
+    chosen = FinetuneSettings(**settings)
+    return [rate(chosen, part, epoch) for epoch in range(chosen.num_epochs)]
+
+
+# ---------------------------------------------------------------- learning rates
+
+
+def test_full_without_warmup_is_nnunets_schedule():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    theirs = PolyLRScheduler(optimizer, 1.0, 20)
+    for epoch in range(20):
+        theirs.step(epoch)
+        assert rates("encoder", num_epochs=20)[epoch] == pytest.approx(theirs.get_last_lr()[0])
+
+
+@pytest.mark.parametrize("decay", ["poly", "cosine"])
+def test_full_rises_to_its_highest_and_then_decays(decay):
+    for part in PARTS:
+        values = rates(part, num_epochs=20, warmup_fraction=0.2, decay=decay)
+        assert values[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+        assert values[4:] == sorted(values[4:], reverse=True)
+        assert 0 < values[-1] < 0.1
+
+
+def test_cosine_is_half_way_down_in_the_middle():
+    assert rates("heads", num_epochs=10, decay="cosine")[5] == pytest.approx(0.5)
+
+
+def test_sawtooth_ramps_decoder_and_heads_first():
+    settings = {"num_epochs": 20, "schedule": "sawtooth", "decoder_fraction": 0.2, "warmup_fraction": 0.1}
+    ramp, rise = [0.25, 0.5, 0.75, 1.0], [1 / 3, 2 / 3, 1.0]
+    for part in ("heads", "decoder"):
+        assert rates(part, **settings)[:7] == pytest.approx([*ramp, *rise])
+    assert rates("encoder", **settings)[:7] == pytest.approx([0, 0, 0, 0, *rise])
+    assert rates("encoder", **settings)[4:] == rates("heads", **settings)[4:]
+
+
+def test_a_frozen_encoder_has_no_learning_rate():
+    settings = {"num_epochs": 20, "schedule": "frozen_encoder", "warmup_fraction": 0.2}
+    assert set(rates("encoder", **settings)) == {0.0}
+    assert rates("decoder", **settings) == rates("decoder", **{**settings, "schedule": "full"})
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 10])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_of_any_length_train(epochs, schedule):
+    for fraction in (0.0, 0.1, 0.9):
+        settings = {"schedule": schedule, "decoder_fraction": fraction, "warmup_fraction": fraction}
+        assert all(0 < value <= 1 for value in rates("heads", num_epochs=epochs, **settings))
+        if schedule != "frozen_encoder":
+            assert 0 < rates("encoder", num_epochs=epochs, **settings)[-1] <= 1
+
+
+# ---------------------------------------------------------------- groups of parameters
+
+
+def test_every_parameter_is_in_one_group_and_the_heads_come_first():
+    network = Tiny()
+    groups = parameter_groups(network, FinetuneSettings())
+    assert [group["part"] for group in groups] == ["heads", "decoder", "encoder"]
+    assert [group["share"] for group in groups] == [1, 1, 1]
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in network.parameters())
+
+
+def test_layer_wise_decay_halves_from_stage_to_stage():
+    groups = parameter_groups(Tiny(), FinetuneSettings(layer_decay=0.5))
+    assert [(group["part"], group["share"]) for group in groups] == [
+        ("heads", 1), ("decoder", 0.5), ("encoder", 0.25), ("encoder", 0.125)
+    ]  # fmt: skip
+
+
+def test_the_rate_is_a_function_of_the_epoch_alone_and_what_has_none_takes_no_gradient():
+    network = Tiny()
+    settings = FinetuneSettings(num_epochs=10, schedule="sawtooth", decoder_fraction=0.3, layer_decay=0.5)
+    optimizer = torch.optim.SGD(parameter_groups(network, settings), lr=1.0)
+    schedule = FinetuneLRScheduler(optimizer, settings)
+    for epoch in (0, 7, 2, 3):
+        schedule.step(epoch)
+        for group, lr in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            assert lr == group["lr"] == settings.initial_lr * group["share"] * rate(settings, group["part"], epoch)
+        assert all(p.requires_grad == (epoch >= 3) for p in network.encoder.parameters())
+        assert all(p.requires_grad for p in network.decoder["seg_layers"].parameters())
+
+
+def test_a_network_without_encoder_is_trained_as_a_whole_or_refused():
+    network = nn.Sequential(nn.Linear(1, 1))
+    (group,) = parameter_groups(network, FinetuneSettings())
+    assert group["part"] == "decoder"
+    with pytest.raises(UserError, match="schedule 'sawtooth' needs a network with an encoder, which Sequential"):
+        parameter_groups(network, FinetuneSettings(schedule="sawtooth"))
+
+
+# ---------------------------------------------------------------- trainings
+
+
+@pytest.fixture
+def schedule_of(tiny, monkeypatch):
+    """Sets the settings of a schedule of 4 epochs, with a first phase of 2 where there is one."""
+
+    def choose(schedule: str, **settings) -> None:
+        values = {"schedule": schedule, "num_epochs": 4, "decoder_fraction": 0.5, "warmup_fraction": 0.25, **settings}
+        for name, value in values.items():
+            monkeypatch.setenv(f"nnUNet_vf_finetune_{name}", str(value))
+
+    return choose
+
+
+def trainer_of(plans: str, weights: Path | None = None, monkeypatch=None, go_on: bool = False):
+    """What nnUNetv2_train makes of its arguments."""
+    if weights is not None:
+        monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", str(weights)])
+    trainer = get_trainer_from_args(str(DATASET_ID), "3d_fullres", 0, "VFFinetuneTrainer", plans, device=CPU)
+    if weights is not None:
+        trainer.initialize()
+        load_pretrained_weights(trainer.network, str(weights))
+    return trainer
+
+
+def weights_by_part(network: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+    found: dict[str, dict[str, torch.Tensor]] = {part: {} for part in PARTS}
+    for name, parameter in network.named_parameters():
+        found[part_of(name)][name] = parameter.detach().clone()
+    return found
+
+
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:
+    return any((before[name] != after[name]).any() for name in before)
+
+
+@pytest.mark.parametrize("network", PLANS_OF_NETWORKS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_which_parameters_move_in_each_epoch(artifacts, schedule_of, schedule, network):
+    schedule_of(schedule)
+    trainer = trainer_of(PLANS_OF_NETWORKS[network])
+    trainer.on_train_start()
+    for epoch in range(4):
+        before = weights_by_part(trainer.network)
+        trainer.on_epoch_start()
+        trainer.on_train_epoch_start()
+        losses = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)]
+        trainer.on_train_epoch_end(losses)
+        trainer.current_epoch += 1
+        after = weights_by_part(trainer.network)
+        expected = {"heads": True, "decoder": True, "encoder": True}
+        if schedule == "frozen_encoder" or (schedule == "sawtooth" and epoch < 2):
+            expected["encoder"] = False
+        assert {part: moved(before[part], after[part]) for part in PARTS} == expected, epoch
+    trainer.on_train_end()
+
+
+@pytest.mark.parametrize("network", ["U-Net", "PCT-Net"])
+def test_encoder_only_takes_nothing_else_and_the_rest_is_that_of_the_baseline(
+    artifacts, schedule_of, monkeypatch, network
+):
+    plans, pretrained = PLANS_OF_NETWORKS[network], read_artifact(artifacts[network])["network_weights"]
+    scratch = trainer_of(plans)
+    scratch.initialize()
+    starts = {}
+    for schedule in ("encoder_only", "full"):
+        schedule_of(schedule)
+        trainer = trainer_of(plans, artifacts[network], monkeypatch)
+        trainer.on_train_start()
+        starts[schedule] = trainer.network.state_dict()
+        log = Path(trainer.log_file).read_text()
+        assert f"Schedule {schedule}: all of the network is trained" in log
+        trainer.on_train_end()
+    for name, fresh in scratch.network.state_dict().items():
+        encoder = "encoder." in name
+        torch.testing.assert_close(starts["encoder_only"][name], pretrained[name] if encoder else fresh)
+        torch.testing.assert_close(starts["full"][name], fresh if ".seg_layers." in name else pretrained[name])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_going_on_in_any_phase_is_as_if_there_had_been_no_interruption(
+    artifacts, schedule_of, tmp_path, monkeypatch, schedule
+):
+    """Checkpoints after every epoch: in the first phase, at its end, in the warm-up and in the decay."""
+    schedule_of(schedule, save_every=1)
+    weights = artifacts["U-Net"]
+
+    def interrupted_after(epochs: int, folder: str) -> dict:
+        monkeypatch.setenv("nnUNet_results", str(tmp_path / folder))
+        trainer = trainer_of("nnUNetPlans", weights, monkeypatch)
+        stop_after(trainer, epochs)
+        monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "--c"])
+        if epochs < 4:
+            torch.manual_seed(epochs)  # another process has other random numbers
+            np.random.seed(epochs)  # noqa: NPY002
+            make_trainer("VFFinetuneTrainer", go_on=True).run_training()
+        return torch.load(next((tmp_path / folder).rglob("checkpoint_final.pth")), weights_only=False)
+
+    whole = interrupted_after(4, "whole")
+    for epochs in (1, 2, 3):
+        continued = interrupted_after(epochs, f"after_{epochs}")
+        assert continued["volume_fusion"]["pretrained"] == whole["volume_fusion"]["pretrained"] is not None
+        assert continued["logging"]["train_losses"] == whole["logging"]["train_losses"]
+        for name, tensor in whole["network_weights"].items():
+            torch.testing.assert_close(continued["network_weights"][name], tensor, rtol=0, atol=0)
+
+
+class KilledError(Exception):
+    pass
+
+
+def stop_after(trainer, epochs: int) -> None:
+    """Train, and be killed right after so many epochs."""
+    end = trainer.on_epoch_end
+
+    def end_or_stop():
+        end()
+        if trainer.current_epoch == epochs < trainer.num_epochs:
+            raise KilledError
+
+    trainer.on_epoch_end = end_or_stop
+    if epochs < trainer.num_epochs:
+        with pytest.raises(KilledError):
+            trainer.run_training()
+    else:
+        trainer.run_training()
+
+
+def train(**kwargs) -> None:
+    run_training(str(DATASET_ID), "3d_fullres", 0, "VFFinetuneTrainer", device=CPU, **kwargs)
+
+
+def test_a_training_is_not_continued_with_another_schedule(schedule_of, tmp_path, monkeypatch):
+    schedule_of("sawtooth")
+    train()
+    monkeypatch.setenv("nnUNet_vf_finetune_schedule", "full")
+    with pytest.raises(SystemExit, match=r"schedule = 'full' \(recorded: 'sawtooth'\).* --c"):
+        train(continue_training=True)
+    train(only_run_validation=True)  # with the settings of the checkpoint
+
+
+def test_without_mirroring_nothing_is_mirrored_and_predictors_know(schedule_of, tmp_path):
+    schedule_of("full", mirroring="off")
+    train()
+    folder = tmp_path / "results" / DATASET / "VFFinetuneTrainer__nnUNetPlans__3d_fullres"
+    checkpoint = torch.load(folder / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    assert checkpoint["inference_allowed_mirroring_axes"] is None
+    assert json.loads((folder / "plans.json").read_text())["volume_fusion_finetune"]["mirroring"] == "off"
