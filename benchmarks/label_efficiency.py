@@ -91,8 +91,6 @@ class Experiment:
         self.config, self.host, self.device, self.jobs = config, host, device, jobs
         self.dataset = config["dataset"]
         self.dataset_id = int(self.dataset[7:10])
-        # the loader draws in the training process: the same samples in the same order whatever the machine does
-        host.environment |= {"nnUNet_n_proc_DA": "0"}
         if jobs > 1:
             host.environment |= {"OMP_NUM_THREADS": "1"}
 
@@ -240,7 +238,8 @@ class Experiment:
 
 
 def variables(prefix: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{prefix}{name}": value for name, value in settings.items()}
+    """For a training that draws its samples itself: the same ones in the same order, whatever the machine does."""
+    return {"nnUNet_n_proc_DA": 0, **{f"{prefix}{name}": value for name, value in settings.items()}}
 
 
 # ---------------------------------------------------------------- scores
@@ -249,10 +248,10 @@ def variables(prefix: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 def score(truth_file: Path, predicted_file: Path, label: int) -> dict[str, float]:
     """Dice, and the 95th percentile of the distances between both surfaces in mm: NaN where one of them is empty."""
     truth, predicted = (SimpleITK.ReadImage(str(file)) == label for file in (truth_file, predicted_file))
-    sizes = [int(SimpleITK.GetArrayViewFromImage(image).sum()) for image in (truth, predicted)]
-    common = int(SimpleITK.GetArrayViewFromImage(SimpleITK.And(truth, predicted)).sum())
-    dice = 2 * common / sum(sizes) if sum(sizes) else float("nan")
-    if not all(sizes):
+    true, found = (SimpleITK.GetArrayFromImage(image) > 0 for image in (truth, predicted))
+    voxels = int(true.sum() + found.sum())
+    dice = 2 * int((true & found).sum()) / voxels if voxels else float("nan")
+    if not (true.any() and found.any()):
         return {"dice": dice, "sd95": float("nan")}
     distances = np.concatenate([_to_surface(truth, predicted), _to_surface(predicted, truth)])
     return {"dice": dice, "sd95": float(np.percentile(distances, 95))}

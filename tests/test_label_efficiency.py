@@ -1,0 +1,125 @@
+"""The experiment's bookkeeping: splits, scores, cells that are done, tables. Its trainings are run by hand."""
+
+from __future__ import annotations
+
+import json
+
+import label_efficiency
+import numpy as np
+import pytest
+import SimpleITK
+from label_efficiency import Cell, Experiment, append_rows, score
+from label_efficiency_report import CELL, CURVES, SCORES, is_done, read_rows, table, write_report
+
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.host import Host
+
+CONFIG = json.loads(label_efficiency.CONFIG.read_text())
+ARMS = ("scratch", "encoder", "full")
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    return Experiment(CONFIG, Host(tmp_path / "host", processes=1), "cpu", jobs=1)
+
+
+# ---------------------------------------------------------------- splits
+
+
+def test_no_case_has_two_roles():
+    roles = CONFIG["split"]
+    cases = [case for role in ("labelled", "validation", "test") for case in roles[role]]
+    assert len(cases) == len(set(cases)) == 130
+    assert len(roles["labelled"] + roles["validation"]) == 90
+
+
+def test_more_labels_are_further_cases_and_another_seed_means_others(experiment):
+    splits = {(labels, seed): set(experiment._split(labels, seed)["train"]) for labels in (2, 5, 40) for seed in (0, 1)}
+    assert {key: len(cases) for key, cases in splits.items()} == {key: key[0] for key in splits}
+    assert splits[2, 0] < splits[5, 0] < splits[40, 0]
+    assert splits[5, 0] != splits[5, 1]
+    assert not set().union(*splits.values()) & {*CONFIG["split"]["validation"], *CONFIG["split"]["test"]}
+
+
+def test_a_fold_is_a_number_of_labels_and_a_seed(experiment):
+    folds = [experiment.fold(Cell("p", "full", labels, seed)) for labels in CONFIG["labels"] for seed in (0, 7)]
+    assert len(set(folds)) == len(folds)
+    assert [experiment._of_fold(fold) for fold in folds] == [(n, s) for n in CONFIG["labels"] for s in (0, 7)]
+    with pytest.raises(UserError, match="3 labels"):
+        experiment.fold(Cell("p", "full", 3, 0))
+
+
+# ---------------------------------------------------------------- scores
+
+
+def box(tmp_path, name: str, start: int, size: int = 10):
+    array = np.zeros((20, 20, 30), np.uint8)
+    array[5:15, 5:15, start : start + size] = 2
+    image = SimpleITK.GetImageFromArray(array)
+    image.SetSpacing((2.0, 1.0, 1.0))  # the last axis of the array: 2 mm
+    file = tmp_path / f"{name}.nii.gz"
+    SimpleITK.WriteImage(image, str(file))
+    return file
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_dice_and_distance_of_a_shifted_box(tmp_path, shift):
+    found = score(box(tmp_path, "truth", 5), box(tmp_path, "predicted", 5 + shift), 2)
+    assert found["dice"] == pytest.approx((10 - shift) / 10)
+    assert found["sd95"] == pytest.approx(2.0 * shift)
+
+
+def test_what_is_not_found_has_no_distance(tmp_path):
+    found = score(box(tmp_path, "truth", 5), box(tmp_path, "empty", 5, size=0), 2)
+    assert found["dice"] == 0
+    assert np.isnan(found["sd95"])
+    assert np.isnan(score(box(tmp_path, "truth", 5), box(tmp_path, "predicted", 5), 1)["dice"])
+
+
+# ---------------------------------------------------------------- cells and tables
+
+
+def test_a_cell_that_is_done_is_known_from_the_table_alone(tmp_path):
+    file, cell = tmp_path / SCORES, Cell("p", "full", 5, 1)
+    assert not is_done(read_rows(file), vars(cell))
+    append_rows(file, CELL, cell, [{"case": "a", "class": "Anterior", "dice": 0.5, "sd95": float("nan")}])
+    append_rows(file, CELL, Cell("p", "full", 5, 2), [{"case": "a", "class": "Anterior", "dice": 1 / 3, "sd95": 2.0}])
+    assert file.read_text().splitlines() == [
+        "plans,arm,labels,seed,case,class,dice,sd95",
+        "p,full,5,1,a,Anterior,0.5000,nan",
+        "p,full,5,2,a,Anterior,0.3333,2.0000",
+    ]
+    assert is_done(read_rows(file), vars(cell))
+    assert not is_done(read_rows(file), vars(Cell("p", "scratch", 5, 1)))
+
+
+def write_made_up_results(docs, dice: dict[str, float], iterations: dict[str, list[float]]) -> None:
+    for arm in ARMS:
+        for seed in (0, 1):
+            cell = Cell("p", arm, 5, seed)
+            rows = [
+                {"case": case, "class": name, "dice": dice[arm] + 0.1 * seed, "sd95": 1.0}
+                for case in "ab"
+                for name in ("Anterior", "Posterior")
+            ]
+            append_rows(docs / SCORES, CELL, cell, rows)
+            curve = [
+                {"iteration": 10 * (i + 1), "class": name, "dice": value}
+                for i, value in enumerate(iterations[arm])
+                for name in ("Anterior", "Posterior")
+            ]
+            append_rows(docs / CURVES, CELL, cell, curve)
+
+
+def test_the_table_tells_gains_speed_and_collapses(tmp_path):
+    curves = {"scratch": [0, 0, 0.5, 0.5, 0.5, 0.5], "encoder": [0.0] * 6, "full": [0.5] * 6}
+    write_made_up_results(tmp_path, {"scratch": 0.5, "encoder": 0.0, "full": 0.6}, curves)
+    rows = {row["arm"]: row for row in table(read_rows(tmp_path / SCORES), read_rows(tmp_path / CURVES), ARMS)}
+    assert rows["full"]["Dice"] == "0.650 ± 0.050"
+    assert rows["full"]["against scratch"] == "+10.0 (+10.0 to +10.0)"
+    assert rows["full"]["reaches scratch's"] == "10"
+    assert rows["scratch"]["reaches scratch's"] == "50"
+    assert (rows["encoder"]["reaches scratch's"], rows["encoder"]["collapsed"]) == ("not", "2")
+    write_report(tmp_path, CONFIG)
+    assert (tmp_path / "label_efficiency.png").stat().st_size > 10_000
+    assert "| p | 5 | full |" in (tmp_path / "label_efficiency_table.md").read_text()
