@@ -127,7 +127,7 @@ class Experiment:
         (self.host.preprocessed / self.dataset / "splits_final.json").write_text(json.dumps(splits))
         finished.touch()
 
-    def _derive_plans(self, name: str, of: str, features: Sequence[int], batch_size: int) -> None:
+    def _derive_plans(self, name: str, of: str, features: Sequence[int], batch_size: int, **_: Any) -> None:
         """Plans with fewer features and a smaller batch; they use the preprocessed data of those they come from."""
         folder = self.host.preprocessed / self.dataset
         plans = json.loads((folder / f"{of}.json").read_text())

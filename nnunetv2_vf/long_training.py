@@ -179,6 +179,11 @@ class LongTraining(nnUNetTrainer):
         return time.monotonic() - self._saved_at > 60 * self.settings.save_every_minutes
 
     def on_train_end(self) -> None:
+        sums = self.ranks.gather(_checksum(self.network))
+        if len(set(sums)) > 1:
+            self.print_to_log_file(
+                f"WARNING: the weights of the ranks have drifted apart, sums {sums}; rank 0's are kept"
+            )
         super().on_train_end()
         if self.ranks.rank == 0:
             (Path(self.output_folder) / PREVIOUS).unlink(missing_ok=True)  # as nnU-Net does with the latest
@@ -252,6 +257,10 @@ class LongTraining(nnUNetTrainer):
         self._best_ema = max(self.logger.get_value("ema_fg_dice", step=None), default=None)
         self._resumed = True
         self._require_agreement("the checkpoint", (self._run, self.current_epoch, len(state.get("losses", ()))))
+
+
+def _checksum(network: nn.Module) -> float:
+    return sum(float(parameter.detach().double().sum()) for parameter in network.parameters())
 
 
 def _seed(seed: int, rank: int) -> None:
