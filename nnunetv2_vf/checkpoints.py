@@ -100,6 +100,8 @@ def is_whole(path: Path) -> bool:
 def newest_whole(asked: Path, report: Callable[[str], None]) -> Path:
     """The checkpoint to continue from: of the one asked for and those beside it that are not damaged, the furthest.
 
+    What is damaged is renamed to ``NAME.damaged``: the next checkpoint must not keep it in the place of a whole one.
+
     Args:
         asked: nnU-Net takes the latest one where there is one, even if the best one is further.
         report: told what is damaged, and what is used instead.
@@ -110,11 +112,12 @@ def newest_whole(asked: Path, report: Callable[[str], None]) -> Path:
     beside = [path for name in (FINAL, LATEST, BEST, PREVIOUS) if (path := asked.with_name(name)) != asked]
     there = [asked, *(path for path in beside if path.is_file())]
     whole = [path for path in there if is_whole(path)]
-    for path in there:
-        if path not in whole:
-            report(f"WARNING: {path} is damaged")
     if not whole:
         raise UserError(f"all checkpoints in {asked.parent} are damaged; move them away and train anew without --c")
+    for path in there:
+        if path not in whole:
+            aside = path.replace(path.with_name(f"{path.name}.damaged"))
+            report(f"WARNING: {path} is damaged, now {aside.name}")
     stages = {path: _stage(path) for path in whole}
     # a file may be left of a training before this one; copies of a folder do not keep the order of times
     run = stages[max(whole, key=lambda path: path.stat().st_mtime)][0]

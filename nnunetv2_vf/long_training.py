@@ -75,6 +75,13 @@ class LongTraining(nnUNetTrainer):
         self._resumed = False
         self._require_agreement("the settings", self.settings.as_dict())
 
+    def print_to_log_file(self, *args: object, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
+        """As nnU-Net's; of the other ranks only the warnings, on the console."""
+        if self.local_rank == 0:  # nnU-Net's name for the rank among all
+            super().print_to_log_file(*args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
+        elif str(args[0]).startswith("WARNING"):
+            print(f"rank {self.local_rank}:", *args)
+
     # ------------------------------------------------------------------ ranks
 
     @one_line_errors()
@@ -256,7 +263,11 @@ class LongTraining(nnUNetTrainer):
         # nnU-Net writes checkpoint_latest before it compares the epoch with the best one so far
         self._best_ema = max(self.logger.get_value("ema_fg_dice", step=None), default=None)
         self._resumed = True
-        self._require_agreement("the checkpoint", (self._run, self.current_epoch, len(state.get("losses", ()))))
+        steps = len(state.get("losses", ()))
+        self._require_agreement("the checkpoint", (self._run, self.current_epoch, steps))
+        if self._continues:
+            within = f", {steps} steps of which are done" if steps else ""
+            self.print_to_log_file(f"Going on from {file.name}: epoch {self.current_epoch}{within}")
 
 
 def _checksum(network: nn.Module) -> float:

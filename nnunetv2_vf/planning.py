@@ -15,6 +15,7 @@ from nnunetv2.experiment_planning.experiment_planners.network_topology import pa
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.host import require_variables
@@ -59,6 +60,8 @@ def plan_datasets(
     require_variables(nnUNet_raw, nnUNet_preprocessed)
     if target_spacing is not None and not all(0 < mm < math.inf for mm in target_spacing):
         raise UserError(f"-overwrite_target_spacing {list(target_spacing)}; legal: three positive numbers, mm")
+    if get_allowed_n_proc_DA() < 1:
+        raise UserError("nnUNet_n_proc_DA=0 is for training; nnU-Net's planning divides by it: unset nnUNet_n_proc_DA")
     if gpu_memory_target is not None and not 0 < gpu_memory_target < math.inf:
         raise UserError(f"-gpu_memory_target {gpu_memory_target:g}; legal: a positive number of GB")
     return [

@@ -129,13 +129,26 @@ def test_of_several_checkpoints_the_newest_that_is_whole_is_taken(latest):
     said.clear()
     assert newest_whole(latest, said.append) == latest.with_name(PREVIOUS)
     assert said == [
-        f"WARNING: {latest} is damaged",
-        f"WARNING: {best} is damaged",
+        f"WARNING: {latest} is damaged, now {LATEST}.damaged",
+        f"WARNING: {best} is damaged, now {BEST}.damaged",
         f"Going on from {PREVIOUS} instead of {LATEST}",
     ]
-    latest.with_name(PREVIOUS).write_bytes(b"")
+
+
+def test_where_all_are_damaged_nothing_is_touched(latest):
+    for path in (latest, latest.with_name(PREVIOUS)):
+        path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
-        newest_whole(latest, said.append)
+        newest_whole(latest, print)
+    assert not list(latest.parent.glob("*.damaged"))
+
+
+def test_a_damaged_checkpoint_does_not_become_the_previous_one(latest):
+    latest.write_bytes(latest.read_bytes()[:-10])
+    previous = newest_whole(latest, print)
+    write_durably(content(5), latest, previous=previous)
+    assert is_whole(previous)
+    assert is_whole(latest)
 
 
 def test_a_checkpoint_of_a_training_before_is_left_alone(latest):

@@ -125,3 +125,9 @@ def test_wrong_numbers_are_refused_by_the_parser(number, capsys):
         main(["preview", "-d", "7", "-n", number])
     assert exit_info.value.code == 2
     assert "-n" in capsys.readouterr().err
+
+
+def test_planning_says_why_it_needs_a_process(nnunet, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    with pytest.raises(SystemExit, match="nnUNet_n_proc_DA=0 is for training; nnU-Net's planning divides by it"):
+        main(["plan", "-d", "7"])

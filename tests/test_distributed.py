@@ -175,7 +175,14 @@ def test_the_script_for_slurm_ends_in_time_and_requeues_itself(tmp_path):
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
         (tmp_path / name).chmod(0o755)
-    slurm = {"SLURM_JOB_ID": "42", "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "host-[1-4]"}
+    slurm = {
+        "SLURM_JOB_ID": "42",
+        "SLURM_NNODES": "4",
+        "nnUNet_raw": "r",
+        "nnUNet_preprocessed": "p",
+        "nnUNet_results": "s",
+        "SLURM_JOB_NODELIST": "host-[1-4]",
+    }
     script = Path(__file__).parent.parent / "docs" / "slurm.sh"
     with subprocess.Popen(
         ["bash", str(script)], env={**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
@@ -187,5 +194,5 @@ def test_the_script_for_slurm_ends_in_time_and_requeues_itself(tmp_path):
         time.sleep(0.3)  # until the script waits
         job.send_signal(signal.SIGUSR1)
         assert job.wait(20) == 0
-    assert "--rdzv-endpoint host-1:29400 -m nnunetv2_vf.distributed 100 3d_fullres all" in told.read_text()
+    assert "--rdzv-endpoint host-1:20042 -m nnunetv2_vf.distributed 100 3d_fullres all" in told.read_text()
     assert told.read_text().splitlines()[-2:] == ["ended", "scontrol requeue 42"]

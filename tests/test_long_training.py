@@ -206,7 +206,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(
     capsys.readouterr()
     trainer = make_trainer(go_on=True)
     said = capsys.readouterr().out
-    assert f"WARNING: {latest} is damaged" in said
+    assert f"WARNING: {latest} is damaged, now checkpoint_latest.pth.damaged" in said
     assert "Going on from checkpoint_previous.pth instead of checkpoint_latest.pth" in said
     trainer.run_training()
     assert_same_training(uninterrupted["nnUNetPlans"], checkpoint(tmp_path / "results"))
