@@ -6,7 +6,8 @@
 DATA is the dataset that ``label_efficiency.json`` names, in nnU-Net's raw format; that file has the budgets, the arms
 and the split by case name. Pretrains on the images of the pool (labelled and validation cases), then fine-tunes a cell
 for every network, arm, number of labels and seed with VFFinetuneTrainer: the same cases, the same budget, and the same
-samples in the same order in all arms. nnUNetv2_predict predicts the test cases, which nothing before has seen.
+samples in the same order in all arms. nnUNetv2_predict predicts the test cases, which neither training nor planning
+have seen.
 
 Every cell that is done is a part of ``docs/label_efficiency.csv`` (and its curve of ``_curves.csv``) and is not run
 again; one that was interrupted goes on. With ``--variants``, which are for choosing, nothing is predicted: their scores
@@ -40,6 +41,7 @@ from nnunetv2_vf.host import Host
 CONFIG = Path(__file__).with_suffix(".json")
 PRETRAIN, FINETUNE = "VFPretrainTrainer", "VFFinetuneTrainer"
 BASE_VARIANT = "default"
+RECORD = "label_efficiency_config.json"  # what the tables beside it were made with
 MAX_SEEDS = 100  # folds of nnU-Net's split file for each number of labels
 
 
@@ -67,7 +69,7 @@ def main() -> None:
     parser.add_argument("--labels", nargs="+", type=int, default=config["labels"])
     parser.add_argument("--seeds", nargs="+", type=int, default=config["seeds"])
     parser.add_argument("--variants", nargs="+", default=[], choices=[BASE_VARIANT, *config["variants"]])
-    parser.add_argument("--jobs", type=int, default=1, help="cells at the same time, a thread each")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at the same time")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--docs", type=Path, default=DOCS)
     args = parser.parse_args()
@@ -80,6 +82,7 @@ def main() -> None:
                 args.plans, args.arms, args.labels, args.seeds, args.variants or [BASE_VARIANT]
             )
         ]
+        keep_to_one_configuration(args.docs / RECORD, config)
         experiment.run(cells, args.docs, on_test_cases=not args.variants)
         write_report(args.docs, config)
 
@@ -91,8 +94,6 @@ class Experiment:
         self.config, self.host, self.device, self.jobs = config, host, device, jobs
         self.dataset = config["dataset"]
         self.dataset_id = int(self.dataset[7:10])
-        if jobs > 1:
-            host.environment |= {"OMP_NUM_THREADS": "1"}
 
     # ------------------------------------------------------------------ data and plans
 
@@ -155,8 +156,11 @@ class Experiment:
 
     def run(self, cells: Sequence[Cell], docs: Path, on_test_cases: bool) -> None:
         """Those that are not done yet, the pretrainings that they need before."""
+        for cell in cells:
+            self._check(cell)
         file = docs / (SCORES if on_test_cases else VARIANTS)
-        todo = [cell for cell in cells if not is_done(read_rows(file), dataclasses.asdict(cell))]
+        done = read_rows(file)
+        todo = [cell for cell in cells if not is_done(done, dataclasses.asdict(cell))]
         print(f"{len(cells)} cells, {len(cells) - len(todo)} of them done before", flush=True)
         with ThreadPoolExecutor(self.jobs) as jobs:
             needed = {(cell.plans, self._pretraining(cell.variant)) for cell in todo if cell.arm != "scratch"}
@@ -164,13 +168,25 @@ class Experiment:
                 pretraining.result()
             running = {jobs.submit(self.finetune, cell, on_test_cases): cell for cell in todo}
             for number, future in enumerate(as_completed(running), 1):
-                scores, curve = future.result()
+                if future.exception() is not None:
+                    jobs.shutdown(cancel_futures=True)
+                scores, its_curve = future.result()
                 cell = running[future]
+                if on_test_cases:  # before the scores, which tell that the cell is done
+                    append_rows(docs / CURVES, CELL, cell, its_curve)
                 append_rows(file, CELL if on_test_cases else [*CELL, "variant"], cell, scores)
-                if on_test_cases:
-                    append_rows(docs / CURVES, CELL, cell, curve)
                 mean = np.mean([row["dice"] for row in scores])
                 print(f"{number} of {len(todo)}: {cell}: Dice {mean:.3f}", flush=True)
+
+    def _check(self, cell: Cell) -> None:
+        """Raise UserError if there is no such cell, or a variant does not change it."""
+        self.fold(cell)
+        changes, arm = self._changes(cell.variant), self.config["arms"][cell.arm]
+        common = changes.get("finetuning", {}).keys() & arm.keys()
+        if common:
+            raise UserError(f"{cell}: variant and arm both set {', '.join(common)}; leave the arm out (--arms)")
+        if cell.arm == "scratch" and ("pretraining" in changes or "schedule" in changes.get("finetuning", {})):
+            raise UserError(f"{cell}: from scratch this variant means nothing; leave the arm out (--arms)")
 
     def pretrain(self, plans: str, variant: str) -> Path:
         """Pretrain on the pool's images; returns the artifact."""
@@ -178,7 +194,7 @@ class Experiment:
         results = self.host.folder / "pretraining" / self._pretraining(variant)
         fold = self.host.fold_folder(self.dataset, PRETRAIN, "all", results, plans)
         if not (fold / "pretext_report.json").is_file():
-            go_on = ["--c"] if (fold / "checkpoint_latest.pth").is_file() else []
+            go_on = ["--c"] if has_checkpoint(fold) else []
             self.host.run(
                 "nnUNetv2_train", self.dataset_id, "3d_fullres", "all", "-p", plans, "-tr", PRETRAIN,
                 "-device", self.device, *go_on, nnUNet_results=results,
@@ -208,7 +224,7 @@ class Experiment:
         common = ("-p", cell.plans, "-tr", FINETUNE, "-device", self.device)
         if not (fold / "checkpoint_final.pth").is_file():
             begin: list[object] = []
-            if (fold / "checkpoint_latest.pth").is_file():
+            if has_checkpoint(fold):
                 begin = ["--c"]
             elif cell.arm != "scratch":
                 begin = ["-pretrained_weights", self.pretrain(cell.plans, cell.variant)]
@@ -216,6 +232,16 @@ class Experiment:
                 "nnUNetv2_train", self.dataset_id, "3d_fullres", self.fold(cell), *common, *begin,
                 nnUNet_results=results, **variables("nnUNet_vf_finetune_", settings),
             )  # fmt: skip
+        elif not (fold / "validation" / "summary.json").is_file():
+            self.host.run(
+                "nnUNetv2_train",
+                self.dataset_id,
+                "3d_fullres",
+                self.fold(cell),
+                *common,
+                "--val",
+                nnUNet_results=results,
+            )
         predictions, truth = fold / "validation", self.host.raw / self.dataset / "labelsTr"
         if on_test_cases:
             predictions, truth = fold / "predicted", self.host.raw / self.dataset / "labelsTs"
@@ -226,8 +252,8 @@ class Experiment:
             )  # fmt: skip
         classes = {name: value for name, value in self._labels().items() if value > 0}
         scores = [
-            {"case": path.name.removesuffix(".nii.gz"), "class": name, **score(truth / path.name, path, value)}
-            for path in sorted(predictions.glob("*.nii.gz"))
+            {"case": case, "class": name, **score(truth / f"{case}.nii.gz", predictions / f"{case}.nii.gz", value)}
+            for case in self.config["split"]["test" if on_test_cases else "validation"]
             for name, value in classes.items()
         ]
         return scores, curve(fold / "checkpoint_final.pth", settings["iterations_per_epoch"], [*classes])
@@ -240,6 +266,23 @@ class Experiment:
 def variables(prefix: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """For a training that draws its samples itself: the same ones in the same order, whatever the machine does."""
     return {"nnUNet_n_proc_DA": 0, **{f"{prefix}{name}": value for name, value in settings.items()}}
+
+
+def has_checkpoint(fold: Path) -> bool:
+    """Whether there is something to go on from."""
+    return any((fold / f"checkpoint_{name}.pth").is_file() for name in ("final", "latest", "best"))
+
+
+def keep_to_one_configuration(record: Path, config: Mapping[str, Any]) -> None:
+    """Raise UserError if a table was begun with another configuration; variants and further networks may be added."""
+    mine = {name: value for name, value in config.items() if name not in ("variants", "plans", "seeds")}
+    if record.is_file():
+        theirs = json.loads(record.read_text())
+        different = [name for name in mine if theirs.get(name) != mine[name]]
+        if different:
+            raise UserError(f"{record} has other {', '.join(different)}; move it and the tables beside it away")
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(mine, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------- scores
@@ -275,9 +318,10 @@ def curve(checkpoint: Path, iterations_per_epoch: int, classes: Sequence[str]) -
 
 
 def append_rows(file: Path, key: Sequence[str], cell: Cell, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Rows of a cell, all of them or none."""
-    of_cell = dataclasses.asdict(cell)
-    complete = [*read_rows(file), *({**{name: of_cell[name] for name in key}, **row} for row in rows)]
+    """Put a cell's rows into a file, all of them or none, in the place of those that it had."""
+    mine = {name: dataclasses.asdict(cell)[name] for name in key}
+    others = [row for row in read_rows(file) if any(row[name] != str(value) for name, value in mine.items())]
+    complete = [*others, *({**mine, **row} for row in rows)]
     part = file.with_suffix(".part")
     file.parent.mkdir(parents=True, exist_ok=True)
     with part.open("w", newline="") as output:

@@ -12,7 +12,7 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, median, pstdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -61,6 +61,11 @@ def by_seed(rows: Rows) -> dict[str, float]:
     return {seed: mean_dice(select(rows, seed=seed)) for seed in distinct(rows, "seed")}
 
 
+def with_spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over the seeds."""
+    return f"{fmean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{fmean(values):.3f}"
+
+
 # ---------------------------------------------------------------- table
 
 
@@ -80,16 +85,18 @@ def table(scores: Rows, curves: Rows, arms: Sequence[str]) -> list[dict[str, str
 
 def _figures(rows: Rows, baseline: Mapping[str, float]) -> dict[str, str]:
     dice = by_seed(rows)
-    gains = [100 * (dice[seed] - baseline[seed]) for seed in dice if seed in baseline]
+    points = [100 * (dice[seed] - baseline[seed]) for seed in dice if seed in baseline]
+    missing = sum(row["sd95"] == "nan" for row in rows)
     classes = {name: select(rows, **{"class": name}) for name in distinct(rows, "class")}
     collapses = sum(mean_dice(select(own, seed=seed)) < COLLAPSED for own in classes.values() for seed in dice)
     distances = [float(row["sd95"]) for row in rows if row["sd95"] != "nan"]
     return {
         "seeds": str(len(dice)),
-        "Dice": f"{fmean(dice.values()):.3f} ± {pstdev(dice.values()):.3f}",
-        "against scratch": f"{fmean(gains):+.1f} ({min(gains):+.1f} to {max(gains):+.1f})" if gains else "-",
+        "Dice": with_spread([*dice.values()]),
+        "points against scratch": f"{fmean(points):+.1f} ({min(points):+.1f} to {max(points):+.1f})" if points else "-",
         **{name: f"{mean_dice(own):.3f}" for name, own in classes.items()},
         "sd95 (mm)": f"{fmean(distances):.2f}" if distances else "-",
+        "not found": f"{missing} of {len(rows)}",
         "collapsed": str(collapses),
     }
 
@@ -139,9 +146,14 @@ def _draw_scores(axis: Axes, scores: Rows, arms: Sequence[str]) -> None:
     for arm in arms:
         rows = select(scores, arm=arm)
         dice = {labels: list(by_seed(select(rows, labels=labels)).values()) for labels in distinct(rows, "labels")}
-        axis.plot([*dice], [fmean(values) for values in dice.values()], color=COLORS.get(arm), label=arm)
+        axis.plot(
+            [int(labels) for labels in dice],
+            [fmean(values) for values in dice.values()],
+            color=COLORS.get(arm),
+            label=arm,
+        )
         for labels, values in dice.items():
-            axis.plot([labels] * len(values), values, "o", color=COLORS.get(arm), alpha=0.5)
+            axis.plot([int(labels)] * len(values), values, "o", color=COLORS.get(arm), alpha=0.5)
     axis.set(xlabel="labelled cases", ylabel="Dice, test cases")
     axis.grid(alpha=0.3)
 
@@ -171,7 +183,7 @@ def variants_table(rows: Rows) -> list[dict[str, str]]:
                     found.append(
                         {
                             "plans": plans, "labels": labels, "variant": variant, "arm": arm, "seeds": str(len(dice)),
-                            "Dice": f"{fmean(dice.values()):.3f} ± {pstdev(dice.values()):.3f}",
+                            "Dice": with_spread([*dice.values()]),
                             "of each seed": ", ".join(f"{value:.3f}" for value in dice.values()),
                         }
                     )  # fmt: skip

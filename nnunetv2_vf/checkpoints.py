@@ -89,7 +89,16 @@ def _flush_folder(folder: Path) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file of ``torch.save`` is as it was written: every checksum in it holds."""
+    """Whether a file of ``torch.save`` is as it was written: every checksum in it holds.
+
+    Raises:
+        OSError: the file system does not give it, which says nothing about the file.
+    """
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        while file.read(1 << 24):
+            pass
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -100,31 +109,46 @@ def is_whole(path: Path) -> bool:
 def newest_whole(asked: Path, report: Callable[[str], None]) -> Path:
     """The checkpoint to continue from: of the one asked for and those beside it that are not damaged, the furthest.
 
-    What is damaged is renamed to ``NAME.damaged``: the next checkpoint must not keep it in the place of a whole one.
+    What is damaged is renamed to ``NAME.damaged``, and the chosen one gets the name that was asked for beside its own:
+    the next checkpoint must not keep what is damaged in the place of a whole one.
 
     Args:
         asked: nnU-Net takes the latest one where there is one, even if the best one is further.
         report: told what is damaged, and what is used instead.
 
     Raises:
-        UserError: all are damaged.
+        UserError: all are damaged, or one cannot be read.
     """
     beside = [path for name in (FINAL, LATEST, BEST, PREVIOUS) if (path := asked.with_name(name)) != asked]
     there = [asked, *(path for path in beside if path.is_file())]
-    whole = [path for path in there if is_whole(path)]
+    try:
+        whole = [path for path in there if is_whole(path)]
+    except OSError as error:
+        raise UserError(f"a checkpoint in {asked.parent} cannot be read: {error}; try again") from error
     if not whole:
         raise UserError(f"all checkpoints in {asked.parent} are damaged; move them away and train anew without --c")
-    for path in there:
-        if path not in whole:
-            aside = path.replace(path.with_name(f"{path.name}.damaged"))
-            report(f"WARNING: {path} is damaged, now {aside.name}")
     stages = {path: _stage(path) for path in whole}
     # a file may be left of a training before this one; copies of a folder do not keep the order of times
     run = stages[max(whole, key=lambda path: path.stat().st_mtime)][0]
     chosen = max((path for path in whole if stages[path][0] == run), key=lambda path: stages[path][1])
+    for path in there:
+        if path not in whole:
+            aside = _put_aside(path, instead=chosen if path == asked else None)
+            report(f"WARNING: {path} is damaged, now {aside.name}")
     if chosen != asked:
         report(f"Going on from {chosen.name} instead of {asked.name}")
     return chosen
+
+
+def _put_aside(path: Path, instead: Path | None) -> Path:
+    """Rename a file; nnU-Net, on another rank for example, finds one in its place at every moment if there is to be."""
+    aside = path.with_name(f"{path.name}.damaged")
+    _give_second_name(path, aside)
+    if instead is None:
+        path.unlink()
+    else:
+        _give_second_name(instead, path)
+    return aside
 
 
 def _stage(path: Path) -> tuple[str, tuple[int, int]]:

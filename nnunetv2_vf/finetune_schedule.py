@@ -37,7 +37,7 @@ def rate(settings: FinetuneSettings, part: str, epoch: int) -> float:
         return 0.0
     if epoch < alone:
         return (epoch + 1) / alone
-    warmup = min(math.ceil(settings.warmup_fraction * epochs), epochs - alone - 1)
+    warmup = min(_epochs(settings.warmup_fraction, settings), epochs - alone - 1)
     since = epoch - alone
     if since < warmup:
         return (since + 1) / (warmup + 1)
@@ -49,7 +49,12 @@ def decoder_epochs(settings: FinetuneSettings) -> int:
     """How many epochs decoder and heads are trained alone."""
     if settings.schedule != "sawtooth":
         return 0
-    return min(math.ceil(settings.decoder_fraction * settings.num_epochs), settings.num_epochs - 1)
+    return min(_epochs(settings.decoder_fraction, settings), settings.num_epochs - 1)
+
+
+def _epochs(fraction: float, settings: FinetuneSettings) -> int:
+    """Rounded up; 0.07 of 100 is 7.000000000000001 to a computer."""
+    return math.ceil(round(fraction * settings.num_epochs, 6))
 
 
 def parameter_groups(network: nn.Module, settings: FinetuneSettings) -> list[dict[str, Any]]:
@@ -69,6 +74,8 @@ def parameter_groups(network: nn.Module, settings: FinetuneSettings) -> list[dic
     depth = _stages_to_output([name for name, _ in named])
     groups: dict[tuple[int, str], dict[str, Any]] = {}
     for name, parameter in named:
+        if not parameter.requires_grad:  # the network's own decision
+            continue
         part = part_of(name)
         stages = depth[name] if settings.layer_decay < 1 else ("heads", "decoder", "encoder").index(part)
         group = groups.setdefault((stages, part), {"part": part, "share": settings.layer_decay ** depth[name]})
@@ -85,7 +92,11 @@ def part_of(name: str) -> str:
 
 def _stages_to_output(names: Sequence[str]) -> dict[str, int]:
     """How many stages lie between a parameter and the output, on the way down and up again; heads: none."""
-    stages = {name: int((re.findall(r"\.(\d+)\.", name) or [0])[0]) for name in names}
+    stages = {
+        # PCT-Net's encoder.downs.0 leads to its encoder.stages.1
+        name: int((re.findall(r"\.(\d+)\.", name) or [0])[0]) + (".downs." in name)
+        for name in names
+    }
     count = {
         part: 1 + max((stages[name] for name in names if part_of(name) == part), default=-1)
         for part in ("decoder", "encoder")
@@ -101,8 +112,6 @@ def _stages_to_output(names: Sequence[str]) -> dict[str, int]:
 class FinetuneLRScheduler(PolyLRScheduler):
     """nnU-Net's, which it steps at the start of an epoch, with a learning rate for every part.
 
-    What has none in an epoch takes no gradient either, which costs nothing then.
-
     Args:
         optimizer: over :func:`parameter_groups`.
     """
@@ -117,9 +126,16 @@ class FinetuneLRScheduler(PolyLRScheduler):
             self.ctr += 1
         for group in self.optimizer.param_groups:
             group["lr"] = self.initial_lr * group["share"] * rate(self.settings, group["part"], current_step)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def take_gradients(self) -> None:
+        """Of what has a learning rate in this epoch; the others cost nothing then.
+
+        Not before the first epoch: DDP leaves out for good what takes none when it is made.
+        """
+        for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.requires_grad_(group["lr"] > 0)
-        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
 def in_words(settings: FinetuneSettings) -> str:

@@ -5,6 +5,7 @@ What both our trainers have beside their task. The seams are nnU-Net's own metho
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import random
@@ -99,7 +100,6 @@ class LongTraining(nnUNetTrainer):
             if self.weights_file is not None and not self._continues:
                 transfer(read_pretrained(self.weights_file)["network_weights"], self.network)
             self._set_batch_size_and_oversample()
-            self.network.requires_grad_(True)  # DDP leaves out for good what is not to be trained at first
             self.network = self.ranks.parallel(self.network, self.device)
             alone, self.loss = self.loss, self._build_loss()  # whose Dice is of all ranks
             if self.enable_deep_supervision:
@@ -186,11 +186,8 @@ class LongTraining(nnUNetTrainer):
         return time.monotonic() - self._saved_at > 60 * self.settings.save_every_minutes
 
     def on_train_end(self) -> None:
-        sums = self.ranks.gather(_checksum(self.network))
-        if len(set(sums)) > 1:
-            self.print_to_log_file(
-                f"WARNING: the weights of the ranks have drifted apart, sums {sums}; rank 0's are kept"
-            )
+        if self.ranks.size > 1 and len(set(self.ranks.gather(_fingerprint(self.network)))) > 1:
+            self.print_to_log_file("WARNING: the weights of the ranks have drifted apart; rank 0's are kept")
         super().on_train_end()
         if self.ranks.rank == 0:
             (Path(self.output_folder) / PREVIOUS).unlink(missing_ok=True)  # as nnU-Net does with the latest
@@ -270,8 +267,11 @@ class LongTraining(nnUNetTrainer):
             self.print_to_log_file(f"Going on from {file.name}: epoch {self.current_epoch}{within}")
 
 
-def _checksum(network: nn.Module) -> float:
-    return sum(float(parameter.detach().double().sum()) for parameter in network.parameters())
+def _fingerprint(network: nn.Module) -> str:
+    found = hashlib.sha256()
+    for parameter in network.parameters():
+        found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _seed(seed: int, rank: int) -> None:

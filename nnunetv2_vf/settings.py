@@ -56,9 +56,9 @@ class ScheduleSettings:
     iterations_per_epoch: int = _setting(250, "training steps per epoch", low=1)
     val_iterations_per_epoch: int = _setting(50, "validation steps per epoch", low=1)
     optimizer: str = _setting("sgd", _ABOUT_OPTIMIZERS, choices=_OPTIMIZERS)
-    initial_lr: float = _setting(1e-2, "highest learning rate; decays polynomially", low=1e-12, high=10)
+    initial_lr: float = _setting(1e-2, "highest learning rate, before it decays", low=1e-12, high=10)
     weight_decay: float = _setting(3e-5, "weight decay", low=0, high=1)
-    seed: int = _setting(0, "seed of first weights and dropout", low=0)
+    seed: int = _setting(0, "seed of first weights, dropout and, without workers, of nnU-Net's augmentation", low=0)
     save_every: int = _setting(50, "epochs between two checkpoint_latest.pth", low=1, free=True)
     save_every_minutes: float = _setting(
         30.0, "minutes between two checkpoints, whichever comes first", low=0, high=1e6, free=True
@@ -158,7 +158,7 @@ class VFSettings(ScheduleSettings):
     section: ClassVar[str] = "volume_fusion"
 
     optimizer: str = _setting("adam", _ABOUT_OPTIMIZERS, choices=_OPTIMIZERS)
-    initial_lr: float = _setting(1e-3, "highest learning rate; decays polynomially", low=1e-12, high=10)
+    initial_lr: float = _setting(1e-3, "highest learning rate, before it decays", low=1e-12, high=10)
     weight_decay: float = _setting(1e-5, "weight decay", low=0, high=1)
     precision: str = _setting("auto", _ABOUT_PRECISION, choices=("auto", "bf16", "fp16", "tf32", "fp32"), free=True)
     fused_optimizer: str = _setting(

@@ -146,9 +146,21 @@ def test_where_all_are_damaged_nothing_is_touched(latest):
 def test_a_damaged_checkpoint_does_not_become_the_previous_one(latest):
     latest.write_bytes(latest.read_bytes()[:-10])
     previous = newest_whole(latest, print)
+    assert newest_whole(latest, print) == latest, "killed before it saved, a training begins where it began"
     write_durably(content(5), latest, previous=previous)
     assert is_whole(previous)
     assert is_whole(latest)
+
+
+def test_a_file_system_that_fails_is_no_damage(latest, monkeypatch):
+    def fail(*_):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(UserError, match=r"cannot be read: .*Stale file handle; try again"):
+        newest_whole(latest, print)
+    monkeypatch.undo()
+    assert newest_whole(latest, print) == latest
 
 
 def test_a_checkpoint_of_a_training_before_is_left_alone(latest):

@@ -16,7 +16,7 @@ from test_long_training import make_trainer
 from torch import nn
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.finetune_schedule import FinetuneLRScheduler, parameter_groups, part_of, rate
+from nnunetv2_vf.finetune_schedule import FinetuneLRScheduler, decoder_epochs, parameter_groups, part_of, rate
 from nnunetv2_vf.settings import FinetuneSettings
 from nnunetv2_vf.weights import read_artifact
 
@@ -116,10 +116,24 @@ def test_the_rate_is_a_function_of_the_epoch_alone_and_what_has_none_takes_no_gr
     schedule = FinetuneLRScheduler(optimizer, settings)
     for epoch in (0, 7, 2, 3):
         schedule.step(epoch)
+        schedule.take_gradients()
         for group, lr in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
             assert lr == group["lr"] == settings.initial_lr * group["share"] * rate(settings, group["part"], epoch)
         assert all(p.requires_grad == (epoch >= 3) for p in network.encoder.parameters())
         assert all(p.requires_grad for p in network.decoder["seg_layers"].parameters())
+
+
+def test_what_a_network_keeps_fixed_itself_stays_so():
+    network = Tiny()
+    network.encoder["stages"][0].requires_grad_(False)
+    groups = parameter_groups(network, FinetuneSettings())
+    assert sum(len(group["params"]) for group in groups) == 6
+
+
+def test_parts_of_the_epochs_are_rounded_up_but_for_the_last_digit_of_a_float():
+    settings = {"schedule": "sawtooth", "num_epochs": 100}
+    assert decoder_epochs(FinetuneSettings(decoder_fraction=0.07, **settings)) == 7
+    assert decoder_epochs(FinetuneSettings(decoder_fraction=0.071, **settings)) == 8
 
 
 def test_a_network_without_encoder_is_trained_as_a_whole_or_refused():
@@ -169,9 +183,9 @@ def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bo
 
 @pytest.mark.parametrize("network", PLANS_OF_NETWORKS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_which_parameters_move_in_each_epoch(artifacts, schedule_of, schedule, network):
+def test_which_parameters_move_in_each_epoch(artifacts, schedule_of, monkeypatch, schedule, network):
     schedule_of(schedule)
-    trainer = trainer_of(PLANS_OF_NETWORKS[network])
+    trainer = trainer_of(PLANS_OF_NETWORKS[network], artifacts[network], monkeypatch)
     trainer.on_train_start()
     for epoch in range(4):
         before = weights_by_part(trainer.network)
@@ -208,6 +222,30 @@ def test_encoder_only_takes_nothing_else_and_the_rest_is_that_of_the_baseline(
         encoder = "encoder." in name
         torch.testing.assert_close(starts["encoder_only"][name], pretrained[name] if encoder else fresh)
         torch.testing.assert_close(starts["full"][name], fresh if ".seg_layers." in name else pretrained[name])
+
+
+def test_all_starts_see_the_same_samples_in_the_same_order(artifacts, schedule_of, monkeypatch):
+    """With nnUNet_n_proc_DA=0, as in benchmarks/label_efficiency.py."""
+    seen = []
+    for schedule, weights in (("full", None), ("encoder_only", artifacts["PCT-Net"]), ("full", artifacts["PCT-Net"])):
+        schedule_of(schedule)
+        trainer = trainer_of("PCTNetPlans", weights, monkeypatch)
+        trainer.on_train_start()
+        batches = []
+        for _ in range(3):  # the network's dropout draws between them
+            batches.append(next(trainer.dataloader_train)["data"])
+            trainer.train_step(next(trainer.dataloader_train))
+        trainer.on_train_end()
+        seen.append(torch.stack(batches))
+    for other in seen[1:]:
+        torch.testing.assert_close(other, seen[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("schedule", ["encoder_only", "frozen_encoder"])
+def test_a_schedule_of_pretrained_encoders_needs_one(schedule_of, tmp_path, schedule):
+    schedule_of(schedule)
+    with pytest.raises(SystemExit, match=rf"schedule '{schedule}' is for pretrained weights.* -pretrained_weights"):
+        trainer_of("nnUNetPlans").on_train_start()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -8,7 +8,7 @@ import label_efficiency
 import numpy as np
 import pytest
 import SimpleITK
-from label_efficiency import Cell, Experiment, append_rows, score
+from label_efficiency import RECORD, Cell, Experiment, append_rows, keep_to_one_configuration, score
 from label_efficiency_report import CELL, CURVES, SCORES, is_done, read_rows, table, write_report
 
 from nnunetv2_vf.errors import UserError
@@ -47,6 +47,28 @@ def test_a_fold_is_a_number_of_labels_and_a_seed(experiment):
     assert [experiment._of_fold(fold) for fold in folds] == [(n, s) for n in CONFIG["labels"] for s in (0, 7)]
     with pytest.raises(UserError, match="3 labels"):
         experiment.fold(Cell("p", "full", 3, 0))
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (Cell("p", "encoder", 5, 0, "sawtooth"), "both set schedule"),
+        (Cell("p", "scratch", 5, 0, "blocks"), "means nothing"),
+        (Cell("p", "scratch", 5, 0, "sawtooth"), "means nothing"),
+        (Cell("p", "full", 3, 0), "3 labels"),
+    ],
+)
+def test_cells_without_meaning_are_refused_before_anything_runs(experiment, tmp_path, cell, message):
+    with pytest.raises(UserError, match=message):
+        experiment.run([cell], tmp_path, on_test_cases=False)
+
+
+def test_a_table_is_of_one_configuration(tmp_path):
+    record = tmp_path / "docs" / RECORD
+    keep_to_one_configuration(record, CONFIG)
+    keep_to_one_configuration(record, {**CONFIG, "variants": {}})
+    with pytest.raises(UserError, match="has other finetuning; move it and the tables"):
+        keep_to_one_configuration(record, {**CONFIG, "finetuning": {}})
 
 
 # ---------------------------------------------------------------- scores
@@ -91,6 +113,8 @@ def test_a_cell_that_is_done_is_known_from_the_table_alone(tmp_path):
     ]
     assert is_done(read_rows(file), vars(cell))
     assert not is_done(read_rows(file), vars(Cell("p", "scratch", 5, 1)))
+    append_rows(file, CELL, cell, [{"case": "b", "class": "Anterior", "dice": 0.7, "sd95": 1.0}])
+    assert [row["case"] for row in read_rows(file)] == ["a", "b"], "done again it takes its own place"
 
 
 def write_made_up_results(docs, dice: dict[str, float], iterations: dict[str, list[float]]) -> None:
@@ -115,8 +139,8 @@ def test_the_table_tells_gains_speed_and_collapses(tmp_path):
     curves = {"scratch": [0, 0, 0.5, 0.5, 0.5, 0.5], "encoder": [0.0] * 6, "full": [0.5] * 6}
     write_made_up_results(tmp_path, {"scratch": 0.5, "encoder": 0.0, "full": 0.6}, curves)
     rows = {row["arm"]: row for row in table(read_rows(tmp_path / SCORES), read_rows(tmp_path / CURVES), ARMS)}
-    assert rows["full"]["Dice"] == "0.650 ± 0.050"
-    assert rows["full"]["against scratch"] == "+10.0 (+10.0 to +10.0)"
+    assert rows["full"]["Dice"] == "0.650 ± 0.071"
+    assert rows["full"]["points against scratch"] == "+10.0 (+10.0 to +10.0)"
     assert rows["full"]["reaches scratch's"] == "10"
     assert rows["scratch"]["reaches scratch's"] == "50"
     assert (rows["encoder"]["reaches scratch's"], rows["encoder"]["collapsed"]) == ("not", "2")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -191,6 +192,17 @@ def test_processes_that_were_forked_can_still_be_ended():
 
 
 # ---------------------------------------------------------------- checkpoints
+
+
+def test_weights_that_drifted_apart_are_told(three_epochs, folder, monkeypatch, capsys):
+    trainer = make_trainer()
+    trainer.initialize()
+    monkeypatch.setattr(trainer, "ranks", SimpleNamespace(size=2, rank=1, gather=lambda mine: [mine, mine]))
+    trainer.on_train_end()
+    assert "drifted apart" not in capsys.readouterr().out
+    monkeypatch.setattr(trainer, "ranks", SimpleNamespace(size=2, rank=1, gather=lambda mine: [mine, "another"]))
+    trainer.on_train_end()
+    assert "WARNING: the weights of the ranks have drifted apart" in capsys.readouterr().out
 
 
 def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(

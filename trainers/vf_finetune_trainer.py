@@ -21,6 +21,7 @@ from nnunetv2_vf.preflight import preprocessed_cases
 from nnunetv2_vf.settings import FINETUNE_RECIPES, FinetuneSettings
 from nnunetv2_vf.target import Target
 
+_OF_AN_ENCODER = ("encoder_only", "frozen_encoder")  # schedules that mean nothing without one
 _PROVENANCE = "volume_fusion"  # of a checkpoint: who wrote it, with what settings, from what weights
 
 
@@ -58,6 +59,10 @@ class VFFinetuneTrainer(LongTraining):
         plans = {**plans, FinetuneSettings.section: self.settings.as_dict()}
         super().__init__(plans, configuration, fold, dataset_json, device)
 
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self.lr_scheduler.take_gradients()
+
     def train_step(self, batch: dict) -> dict:
         self.between_steps()
         result: dict = super().train_step(batch)
@@ -79,7 +84,13 @@ class VFFinetuneTrainer(LongTraining):
             axes = self.inference_allowed_mirroring_axes = None  # the latter for prediction, recorded in checkpoints
         return (*others, axes)
 
+    @one_line_errors()
     def on_train_start(self) -> None:
+        if self.weights_file is None and not self._continues and self.settings.schedule in _OF_AN_ENCODER:
+            raise UserError(
+                f"schedule {self.settings.schedule!r} is for pretrained weights, and there are none; add "
+                "-pretrained_weights FILE, or nnUNet_vf_finetune_schedule=full"
+            )
         super().on_train_start()
         if self.settings.schedule == "encoder_only" and self.weights_file is not None and not self._continues:
             self._begin_decoder_anew()
