@@ -194,6 +194,10 @@ class LongTraining(nnUNetTrainer):
 
     # ------------------------------------------------------------------ checkpoints
 
+    def random_state(self) -> dict[str, Any]:
+        """The random numbers of this process that a continued training begins with."""
+        return current_random_state(self.device)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs beside what nnU-Net keeps; called on every rank, kept of the first."""
         return {}
@@ -209,7 +213,7 @@ class LongTraining(nnUNetTrainer):
 
     def save_checkpoint(self, filename: str) -> None:
         """As nnU-Net's, durably; in a training that goes on, a disk that is full is reported and nothing is lost."""
-        states = self.ranks.gather(_random_state(self.device))  # of every rank, so every rank has to come here
+        states = self.ranks.gather(self.random_state())  # of every rank, so every rank has to come here
         state = self.state()
         if self.ranks.rank > 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
@@ -282,7 +286,7 @@ def _seed(seed: int, rank: int) -> None:
     random.seed(number)
 
 
-def _random_state(device: torch.device) -> dict[str, Any]:
+def current_random_state(device: torch.device) -> dict[str, Any]:
     """Of this process: dropout takes its numbers from torch's, nnU-Net's augmentation from NumPy's and Python's."""
     legacy: Any = np.random.get_state()  # noqa: NPY002
     numpy_state = (legacy[0], legacy[1].tolist(), *legacy[2:])  # with an array a checkpoint would not load safely

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from conftest import DATASET, DATASET_ID, PLANS_OF_NETWORKS
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args, run_training
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
-from test_long_training import make_trainer
+from test_long_training import assert_same_training, before_step, leaves_early, make_trainer, send
 from torch import nn
 
 from nnunetv2_vf.errors import UserError
@@ -248,53 +249,35 @@ def test_a_schedule_of_pretrained_encoders_needs_one(schedule_of, tmp_path, sche
         trainer_of("nnUNetPlans").on_train_start()
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule", ["full", "sawtooth", *(pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES[2:])]
+)
 def test_going_on_in_any_phase_is_as_if_there_had_been_no_interruption(
     artifacts, schedule_of, tmp_path, monkeypatch, schedule
 ):
-    """Checkpoints after every epoch: in the first phase, at its end, in the warm-up and in the decay."""
-    schedule_of(schedule, save_every=1)
-    weights = artifacts["U-Net"]
+    """An epoch has two steps of training and two of validation."""
+    schedule_of(schedule)
 
-    def interrupted_after(epochs: int, folder: str) -> dict:
-        monkeypatch.setenv("nnUNet_results", str(tmp_path / folder))
-        trainer = trainer_of("nnUNetPlans", weights, monkeypatch)
-        stop_after(trainer, epochs)
-        monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "--c"])
-        if epochs < 4:
-            torch.manual_seed(epochs)  # another process has other random numbers
-            np.random.seed(epochs)  # noqa: NPY002
-            make_trainer("VFFinetuneTrainer", go_on=True).run_training()
-        return torch.load(next((tmp_path / folder).rglob("checkpoint_final.pth")), weights_only=False)
-
-    whole = interrupted_after(4, "whole")
-    for epochs in (1, 2, 3):
-        continued = interrupted_after(epochs, f"after_{epochs}")
-        assert continued["volume_fusion"]["pretrained"] == whole["volume_fusion"]["pretrained"] is not None
-        assert continued["logging"]["train_losses"] == whole["logging"]["train_losses"]
-        for name, tensor in whole["network_weights"].items():
-            torch.testing.assert_close(continued["network_weights"][name], tensor, rtol=0, atol=0)
-
-
-class KilledError(Exception):
-    pass
-
-
-def stop_after(trainer, epochs: int) -> None:
-    """Train, and be killed right after so many epochs."""
-    end = trainer.on_epoch_end
-
-    def end_or_stop():
-        end()
-        if trainer.current_epoch == epochs < trainer.num_epochs:
-            raise KilledError
-
-    trainer.on_epoch_end = end_or_stop
-    if epochs < trainer.num_epochs:
-        with pytest.raises(KilledError):
+    def interrupted_before(step: int | None) -> dict:
+        results = tmp_path / f"interrupted_before_{step}"
+        monkeypatch.setenv("nnUNet_results", str(results))
+        trainer = trainer_of("nnUNetPlans", artifacts["U-Net"], monkeypatch)
+        if step is None:
             trainer.run_training()
-    else:
-        trainer.run_training()
+        else:
+            before_step(trainer, step, send(signal.SIGTERM))
+            assert leaves_early(trainer)
+            torch.manual_seed(step)  # another process has other random numbers
+            np.random.seed(step)  # noqa: NPY002
+            monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "--c"])
+            make_trainer("VFFinetuneTrainer", go_on=True).run_training()
+        return torch.load(next(results.rglob("checkpoint_final.pth")), weights_only=False)
+
+    whole = interrupted_before(None)
+    for step in (1, 4, 7, 9, 14):  # in training, between epochs, in validation
+        continued = interrupted_before(step)
+        assert continued["volume_fusion"]["pretrained"] == whole["volume_fusion"]["pretrained"] is not None
+        assert_same_training(whole, continued)
 
 
 def train(**kwargs) -> None:

@@ -142,7 +142,7 @@ def test_only_the_output_layers_are_not_transferred(tmp_path, capsys):
     ("mode", "backend", "dropout", "checkpointing"),
     [
         (0, "aot_eager", 0.0, False),
-        (1, "aot_eager", 0.0, True),
+        pytest.param(1, "aot_eager", 0.0, True, marks=pytest.mark.slow),
         (2, "eager", 0.2, False),
         pytest.param(0, "inductor", 0.2, False, marks=pytest.mark.slow),
     ],

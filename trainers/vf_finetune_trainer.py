@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -15,7 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_vf.compatibility import check_weights, pretrained_weights_argument
 from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.finetune_schedule import ENCODER_PREFIX, FinetuneLRScheduler, in_words, parameter_groups
-from nnunetv2_vf.long_training import LongTraining
+from nnunetv2_vf.long_training import LongTraining, current_random_state
 from nnunetv2_vf.optimizer import clip_gradients, make_optimizer
 from nnunetv2_vf.preflight import preprocessed_cases
 from nnunetv2_vf.settings import FINETUNE_RECIPES, FinetuneSettings
@@ -58,20 +60,32 @@ class VFFinetuneTrainer(LongTraining):
             self.pretrained = check_weights(self.weights_file, Target(plans_manager, configuration, dataset_json))
         plans = {**plans, FinetuneSettings.section: self.settings.as_dict()}
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self._losses: list[float] = []  # of the steps of this epoch that are done, also before an interruption
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         self.lr_scheduler.take_gradients()
+        self.num_iterations_per_epoch = self.settings.iterations_per_epoch - len(self._losses)
 
     def train_step(self, batch: dict) -> dict:
         self.between_steps()
         result: dict = super().train_step(batch)
+        self._losses.append(float(result["loss"]))
+        self._between_draws = current_random_state(self.device)
         return result
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        super().on_train_epoch_end([{"loss": np.float32(loss)} for loss in self._losses])
 
     def validation_step(self, batch: dict) -> dict:
         self.between_steps()
         result: dict = super().validation_step(batch)
         return result
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        super().on_validation_epoch_end(val_outputs)
+        self._losses = []
+        self._between_draws = current_random_state(self.device)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         optimizer = make_optimizer(parameter_groups(self.bare_network(), self.settings), self.settings)
@@ -92,6 +106,7 @@ class VFFinetuneTrainer(LongTraining):
                 "-pretrained_weights FILE, or nnUNet_vf_finetune_schedule=full"
             )
         super().on_train_start()
+        self._between_draws = current_random_state(self.device)
         if self.settings.schedule == "encoder_only" and self.weights_file is not None and not self._continues:
             self._begin_decoder_anew()
         self.print_to_log_file(
@@ -117,6 +132,16 @@ class VFFinetuneTrainer(LongTraining):
         for name, tensor in self.bare_network().state_dict().items():
             if ENCODER_PREFIX not in name:  # which decoders list, too
                 tensor.copy_(fresh[name])
+
+    def random_state(self) -> dict[str, Any]:
+        """Of before the batch at hand was drawn, or a validation begun: both are drawn anew."""
+        return self._between_draws
+
+    def state(self) -> dict[str, Any]:
+        return {"losses": [fmean(of_step) for of_step in zip(*self.ranks.gather(self._losses), strict=True)]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._losses = list(state.get("losses", ()))
 
     def complete(self, checkpoint: dict[str, Any]) -> None:
         """Name nnU-Net's trainer as the writer; ours, settings and weights are in a field of their own."""
