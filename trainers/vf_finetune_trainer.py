@@ -61,6 +61,7 @@ class VFFinetuneTrainer(LongTraining):
         plans = {**plans, FinetuneSettings.section: self.settings.as_dict()}
         super().__init__(plans, configuration, fold, dataset_json, device)
         self._losses: list[float] = []  # of the steps of this epoch that are done, also before an interruption
+        self._between_draws = current_random_state(self.device)
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
