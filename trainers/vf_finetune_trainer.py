@@ -61,7 +61,7 @@ class VFFinetuneTrainer(LongTraining):
         plans = {**plans, FinetuneSettings.section: self.settings.as_dict()}
         super().__init__(plans, configuration, fold, dataset_json, device)
         self._losses: list[float] = []  # of the steps of this epoch that are done, also before an interruption
-        self._between_draws = current_random_state(self.device)
+        self._between_draws: dict[str, Any] | None = None
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
@@ -136,7 +136,7 @@ class VFFinetuneTrainer(LongTraining):
 
     def random_state(self) -> dict[str, Any]:
         """Of before the batch at hand was drawn, or a validation begun: both are drawn anew."""
-        return self._between_draws
+        return self._between_draws or super().random_state()
 
     def state(self) -> dict[str, Any]:
         return {"losses": [fmean(of_step) for of_step in zip(*self.ranks.gather(self._losses), strict=True)]}
