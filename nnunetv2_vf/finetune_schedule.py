@@ -37,7 +37,7 @@ def rate(settings: FinetuneSettings, part: str, epoch: int) -> float:
         return 0.0
     if epoch < alone:
         return (epoch + 1) / alone
-    warmup = min(_epochs(settings.warmup_fraction, settings), epochs - alone - 1)
+    warmup = _warmup_epochs(settings)
     since = epoch - alone
     if since < warmup:
         return (since + 1) / (warmup + 1)
@@ -50,6 +50,11 @@ def decoder_epochs(settings: FinetuneSettings) -> int:
     if settings.schedule != "sawtooth":
         return 0
     return min(_epochs(settings.decoder_fraction, settings), settings.num_epochs - 1)
+
+
+def _warmup_epochs(settings: FinetuneSettings) -> int:
+    """At least one epoch is left after it."""
+    return min(_epochs(settings.warmup_fraction, settings), settings.num_epochs - decoder_epochs(settings) - 1)
 
 
 def _epochs(fraction: float, settings: FinetuneSettings) -> int:
@@ -147,4 +152,6 @@ def in_words(settings: FinetuneSettings) -> str:
         "encoder_only": "all of the network is trained; of pretrained weights only the encoder's are taken",
         "frozen_encoder": "decoder and heads are trained, the encoder stays as it is",
     }
-    return f"Schedule {settings.schedule}: {parts[settings.schedule]}"
+    warmup = _warmup_epochs(settings)
+    rise = f"a warm-up over {warmup} epochs, then {settings.decay} decay" if warmup else f"{settings.decay} decay"
+    return f"Schedule {settings.schedule}: {parts[settings.schedule]}; {rise}"

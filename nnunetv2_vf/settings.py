@@ -21,6 +21,7 @@ _OWN_DEFAULTS = {
     "adamw": {"initial_lr": 1e-3, "weight_decay": 1e-2},
     "sgd": {"initial_lr": 1e-2, "weight_decay": 3e-5},
 }
+_SAWTOOTH_DEFAULTS = {"warmup_fraction": 0.1}  # without a warm-up the second tooth has no edge
 _S = TypeVar("_S", bound="ScheduleSettings")
 _FINETUNE_PREFIX = "nnUNet_vf_finetune_"
 _OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -97,6 +98,8 @@ class ScheduleSettings:
         defaults = {f.name: f.default for f in fields(cls)} | dict(recipe or {})
         if values.get("optimizer", defaults["optimizer"]) != defaults["optimizer"]:
             defaults |= _OWN_DEFAULTS[values["optimizer"]]
+        if values.get("schedule", defaults.get("schedule")) == "sawtooth":
+            defaults |= _SAWTOOTH_DEFAULTS
         return cls(**{**defaults, **values})
 
     @classmethod

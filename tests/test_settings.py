@@ -130,6 +130,13 @@ def test_differences_name_the_setting_and_both_values():
     assert VFSettings().differences({**recorded, "gone": 1}) == ["gone = None (recorded: 1)"]
 
 
+def test_sawtooth_comes_with_a_warmup_unless_one_is_set():
+    sawtooth = {"nnUNet_vf_finetune_schedule": "sawtooth"}
+    assert FinetuneSettings.resolve({}, sawtooth).warmup_fraction == 0.1
+    assert FinetuneSettings.resolve({}, {**sawtooth, "nnUNet_vf_finetune_warmup_fraction": "0"}).warmup_fraction == 0
+    assert FinetuneSettings.resolve({}, {}).warmup_fraction == 0
+
+
 @pytest.mark.parametrize("settings", [VFSettings, FinetuneSettings])
 def test_the_documentation_lists_every_setting_with_its_default(settings):
     pages = (Path(__file__).parent.parent / "docs" / "settings.md").read_text().split("\n## ")
