@@ -154,7 +154,7 @@ def _draw_scores(axis: Axes, scores: Rows, arms: Sequence[str]) -> None:
         )
         for labels, values in dice.items():
             axis.plot([int(labels)] * len(values), values, "o", color=COLORS.get(arm), alpha=0.5)
-    axis.set(xlabel="labelled cases", ylabel="Dice, test cases")
+    axis.set(xlabel="labelled cases", ylabel="Dice, test cases", xticks=[int(n) for n in distinct(scores, "labels")])
     axis.grid(alpha=0.3)
 
 

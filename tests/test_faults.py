@@ -29,7 +29,7 @@ from nnunetv2_vf.checkpoints import is_whole
 pytestmark = pytest.mark.slow
 
 KILLS = 50
-TIMEOUT = 150  # seconds, of anything
+TIMEOUT = 400  # seconds, of anything
 
 
 def wait_until(holds, what: str, process=None) -> None:
