@@ -186,7 +186,7 @@ class LongTraining(nnUNetTrainer):
         return time.monotonic() - self._saved_at > 60 * self.settings.save_every_minutes
 
     def on_train_end(self) -> None:
-        if self.ranks.size > 1 and len(set(self.ranks.gather(_fingerprint(self.network)))) > 1:
+        if self.ranks.size > 1 and len(set(self.ranks.gather(fingerprint(self.network)))) > 1:
             self.print_to_log_file("WARNING: the weights of the ranks have drifted apart; rank 0's are kept")
         super().on_train_end()
         if self.ranks.rank == 0:
@@ -271,10 +271,11 @@ class LongTraining(nnUNetTrainer):
             self.print_to_log_file(f"Going on from {file.name}: epoch {self.current_epoch}{within}")
 
 
-def _fingerprint(network: nn.Module) -> str:
+def fingerprint(network: nn.Module) -> str:
+    """The same for the same weights, bit by bit."""
     found = hashlib.sha256()
     for parameter in network.parameters():
-        found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

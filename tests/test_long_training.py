@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import signal
@@ -19,7 +18,7 @@ from conftest import DATASET, DATASET_ID, fold_folder
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
 from nnunetv2_vf.interruption import EXIT_STATUS, Interruption
-from nnunetv2_vf.long_training import LongTraining
+from nnunetv2_vf.long_training import LongTraining, fingerprint
 from nnunetv2_vf.weights import FILE_NAME, read_artifact
 
 CPU = torch.device("cpu")
@@ -203,16 +202,29 @@ def test_processes_that_were_forked_can_still_be_ended():
 # ---------------------------------------------------------------- checkpoints
 
 
+def test_a_fingerprint_is_of_every_bit_of_parameters_of_any_shape():
+    network = torch.nn.Module()
+    network.scale, network.kernel = torch.nn.Parameter(torch.tensor(1.0)), torch.nn.Parameter(torch.ones(2, 3).half())
+    before = fingerprint(network)
+    assert fingerprint(network) == before
+    for parameter in (network.scale, network.kernel):
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 2**-10
+        assert fingerprint(network) != before
+        before = fingerprint(network)
+
+
 def test_weights_that_drifted_apart_are_told(three_epochs, folder, monkeypatch, capsys):
     trainer = make_trainer()
     trainer.initialize()
-    for fingerprint in ("", "another"):
-        theirs = functools.partial(
-            lambda other, mine: [mine, other or mine if isinstance(mine, str) else mine], fingerprint
-        )
-        monkeypatch.setattr(trainer, "ranks", SimpleNamespace(size=2, rank=1, gather=theirs))
+    for theirs in (None, "another"):
+
+        def gather(mine, theirs=theirs):
+            return [mine, theirs if theirs and isinstance(mine, str) else mine]
+
+        monkeypatch.setattr(trainer, "ranks", SimpleNamespace(size=2, rank=1, gather=gather))
         LongTraining.on_train_end(trainer)
-        assert ("WARNING: the weights of the ranks have drifted apart" in capsys.readouterr().out) == bool(fingerprint)
+        assert ("WARNING: the weights of the ranks have drifted apart" in capsys.readouterr().out) == bool(theirs)
 
 
 def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(
