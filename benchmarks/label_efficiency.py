@@ -118,7 +118,7 @@ class Experiment:
         self.host.run("nnUNetv2_extract_fingerprint", "-d", self.dataset_id, "-np", 2)
         self.host.run("nnUNetv2_plan_experiment", "-d", self.dataset_id)
         self.host.run("nnUNetv2_vf", "plan", "-d", self.dataset_id)
-        for name, change in self.config["plans"].items():
+        for name, change in {**self.config["plans"], **self.config["pretraining_plans"]}.items():
             self._derive_plans(name, **change)
         for plans in {change["of"] for change in self.config["plans"].values()}:
             self.host.run(
@@ -128,13 +128,22 @@ class Experiment:
         (self.host.preprocessed / self.dataset / "splits_final.json").write_text(json.dumps(splits))
         finished.touch()
 
-    def _derive_plans(self, name: str, of: str, features: Sequence[int], batch_size: int, **_: Any) -> None:
-        """Plans with fewer features and a smaller batch; they use the preprocessed data of those they come from."""
+    def _derive_plans(
+        self,
+        name: str,
+        of: str,
+        features: Sequence[int],
+        batch_size: int,
+        patch_size: Sequence[int] | None = None,
+        **_: Any,
+    ) -> None:
+        """Plans with fewer features and smaller batches; they use the preprocessed data of those they come from."""
         folder = self.host.preprocessed / self.dataset
         plans = json.loads((folder / f"{of}.json").read_text())
         plans["plans_name"] = name
         configuration = plans["configurations"]["3d_fullres"]
         configuration["batch_size"] = batch_size
+        configuration["patch_size"] = patch_size or configuration["patch_size"]
         configuration["architecture"]["arch_kwargs"]["features_per_stage"] = features
         (folder / f"{name}.json").write_text(json.dumps(plans, indent=2))
 
@@ -189,7 +198,8 @@ class Experiment:
             raise UserError(f"{cell}: from scratch this variant means nothing; leave the arm out (--arms)")
 
     def pretrain(self, plans: str, variant: str) -> Path:
-        """Pretrain on the pool's images; returns the artifact."""
+        """Pretrain on the pool's images; returns the artifact, which fits all plans with the same network."""
+        plans = self.config["plans"][plans].get("pretrained_with", plans)
         changes = self._changes(variant).get("pretraining", {})
         results = self.host.folder / "pretraining" / self._pretraining(variant)
         fold = self.host.fold_folder(self.dataset, PRETRAIN, "all", results, plans)

@@ -24,6 +24,7 @@ The pipeline, and the module of each step::
         v
     nnUNetv2_train ... -tr VFFinetuneTrainer -pretrained_weights vf_pretrained.pth
         | compatibility       says what differs, and refuses what cannot work
+        | kernel_norms        lets pretrained kernels learn as fast as new ones
         | finetune_schedule   what is trained when, and how fast
 
 PCT-Net, the network of the paper::

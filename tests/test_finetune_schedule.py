@@ -207,6 +207,7 @@ def test_which_parameters_move_in_each_epoch(artifacts, schedule_of, monkeypatch
 def test_encoder_only_takes_nothing_else_and_the_rest_is_that_of_the_baseline(
     artifacts, schedule_of, monkeypatch, network
 ):
+    monkeypatch.setenv("nnUNet_vf_finetune_kernel_norms", "pretrained")
     plans, pretrained = PLANS_OF_NETWORKS[network], read_artifact(artifacts[network])["network_weights"]
     scratch = trainer_of(plans)
     scratch.initialize()

@@ -1,4 +1,4 @@
-"""The experiment's bookkeeping: splits, scores, cells that are done, tables. Its trainings are run by hand."""
+"""The experiment: splits, scores, cells that are done, tables; and (slow) all of it on a few phantoms."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import SimpleITK
 from label_efficiency import RECORD, Cell, Experiment, append_rows, keep_to_one_configuration, score
-from label_efficiency_report import CELL, CURVES, SCORES, is_done, read_rows, table, write_report
+from label_efficiency_report import CELL, CURVES, SCORES, VARIANTS, distinct, is_done, read_rows, table, write_report
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.host import Host
+from nnunetv2_vf.phantoms import write_dataset
 
 CONFIG = json.loads(label_efficiency.CONFIG.read_text())
 ARMS = ("scratch", "encoder", "full")
@@ -69,6 +70,48 @@ def test_a_table_is_of_one_configuration(tmp_path):
     keep_to_one_configuration(record, {**CONFIG, "variants": {}})
     with pytest.raises(UserError, match="has other finetuning; move it and the tables"):
         keep_to_one_configuration(record, {**CONFIG, "finetuning": {}})
+
+
+# ---------------------------------------------------------------- all of it, with nnU-Net's own commands
+
+TINY = {"of": "nnUNetPlans", "features": [4, 8, 16], "batch_size": 2}
+SHORT = {"num_epochs": 2, "iterations_per_epoch": 1, "val_iterations_per_epoch": 1, "save_every": 1}
+
+
+@pytest.mark.slow
+def test_pretrains_fine_tunes_and_scores_every_arm_and_goes_on_where_it_was_stopped(tmp_path):
+    write_dataset(tmp_path / "data", range(8), spacing=12.0)
+    cases = [f"torso_{number:04d}" for number in range(8)]
+    config = {
+        **CONFIG,
+        "plans": {"Tiny": {**TINY, "pretrained_with": "TinySmall", "finetuning": {"optimizer": "adam"}}},
+        "pretraining_plans": {"TinySmall": {**TINY, "patch_size": [16, 16, 16]}},
+        "pretraining": SHORT,
+        "finetuning": SHORT,
+        "variants": {"blocks": {"pretraining": {"fusion_map": "blocks"}}},
+        "labels": [2, 4],
+        "split": {"labelled": cases[:4], "validation": cases[4:6], "test": cases[6:]},
+    }
+    docs, arms = tmp_path / "docs", ("scratch", "encoder", "full")
+    experiment = Experiment(config, Host(tmp_path / "out", processes=1), "cpu", jobs=1)
+    experiment.prepare(tmp_path / "data")
+    cells = [Cell("Tiny", arm, 2, 1) for arm in arms]
+    experiment.run(cells[:1], docs, on_test_cases=True)
+    experiment.run(cells, docs, on_test_cases=True)
+    experiment.run([Cell("Tiny", "full", 2, 1, "blocks")], docs, on_test_cases=False)
+
+    scores, variants = read_rows(docs / SCORES), read_rows(docs / VARIANTS)
+    assert distinct(scores, "arm") == sorted(arms)
+    assert (distinct(scores, "case"), distinct(variants, "case")) == (cases[6:], cases[4:6])
+    assert {row["iteration"] for row in read_rows(docs / CURVES)} == {"1", "2"}
+    ran = [line for line in experiment.host.log.read_text().splitlines() if line.startswith("$") and "_train" in line]
+    pretrainings, finetunings = (
+        [line for line in ran if f"-tr {trainer} " in line] for trainer in ("VFPretrainTrainer", "VFFinetuneTrainer")
+    )
+    assert len(finetunings) == 4, "what was done is not done again"
+    assert all("-p TinySmall" in line for line in pretrainings)
+    assert ["fusion_map=blocks" in line for line in pretrainings] == [False, True]
+    assert ["-pretrained_weights" in line for line in finetunings] == [False, True, True, True]
 
 
 # ---------------------------------------------------------------- scores

@@ -17,6 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_vf.compatibility import check_weights, pretrained_weights_argument
 from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.finetune_schedule import ENCODER_PREFIX, FinetuneLRScheduler, in_words, parameter_groups
+from nnunetv2_vf.kernel_norms import match_kernel_norms
 from nnunetv2_vf.long_training import LongTraining, current_random_state
 from nnunetv2_vf.optimizer import clip_gradients, make_optimizer
 from nnunetv2_vf.preflight import preprocessed_cases
@@ -108,8 +109,7 @@ class VFFinetuneTrainer(LongTraining):
             )
         super().on_train_start()
         self._between_draws = current_random_state(self.device)
-        if self.settings.schedule == "encoder_only" and self.weights_file is not None and not self._continues:
-            self._begin_decoder_anew()
+        adapted = self._adapt_weights() if self.weights_file is not None and not self._continues else []
         self.print_to_log_file(
             f"Fine-tuning settings:\n{self.settings}\n{in_words(self.settings)}\n", add_timestamp=False
         )
@@ -117,22 +117,33 @@ class VFFinetuneTrainer(LongTraining):
         if self.pretrained is not None:
             dataset = self.pretrained["dataset"] or "an unknown dataset"
             lines = [f"Pretrained weights: {self.pretrained['file']} of {dataset}", *self.pretrained["compared"]]
+            lines += adapted
         self.print_to_log_file("\n  ".join(lines) + "\n", add_timestamp=False)
 
-    def _begin_decoder_anew(self) -> None:
+    def _adapt_weights(self) -> list[str]:
+        """What the settings change of pretrained weights; returns lines for the log."""
+        fresh = self._fresh_network()
+        if self.settings.schedule == "encoder_only":
+            weights = self.bare_network().state_dict()
+            for name, new in fresh.state_dict().items():
+                if ENCODER_PREFIX not in name:  # which decoders list, too
+                    weights[name].copy_(new)
+        factors = match_kernel_norms(self.bare_network(), fresh) if self.settings.kernel_norms == "fresh" else []
+        if not factors:
+            return []
+        return [f"{len(factors)} kernels scaled to the norm of new ones, by {min(factors):.2f} to {max(factors):.2f}"]
+
+    def _fresh_network(self) -> torch.nn.Module:
         """With the weights that this training, without pretrained ones, would have begun with."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.settings.seed)
-            fresh = self.build_network_architecture(
+            return self.build_network_architecture(
                 self.plans_manager,
                 self.configuration_manager,
                 self.num_input_channels,
                 self.label_manager.num_segmentation_heads,
                 self.enable_deep_supervision,
-            ).state_dict()
-        for name, tensor in self.bare_network().state_dict().items():
-            if ENCODER_PREFIX not in name:  # which decoders list, too
-                tensor.copy_(fresh[name])
+            )
 
     def random_state(self) -> dict[str, Any]:
         """Of before the batch at hand was drawn, or a validation begun: both are drawn anew."""
