@@ -137,13 +137,14 @@ class Experiment:
         patch_size: Sequence[int] | None = None,
         **_: Any,
     ) -> None:
-        """Plans with fewer features and smaller batches; they use the preprocessed data of those they come from."""
+        """Plans with other features, batch or patch; they use the preprocessed data of those they come from."""
         folder = self.host.preprocessed / self.dataset
         plans = json.loads((folder / f"{of}.json").read_text())
         plans["plans_name"] = name
         configuration = plans["configurations"]["3d_fullres"]
         configuration["batch_size"] = batch_size
-        configuration["patch_size"] = patch_size or configuration["patch_size"]
+        if patch_size is not None:
+            configuration["patch_size"] = patch_size
         configuration["architecture"]["arch_kwargs"]["features_per_stage"] = features
         (folder / f"{name}.json").write_text(json.dumps(plans, indent=2))
 
@@ -172,7 +173,11 @@ class Experiment:
         todo = [cell for cell in cells if not is_done(done, dataclasses.asdict(cell))]
         print(f"{len(cells)} cells, {len(cells) - len(todo)} of them done before", flush=True)
         with ThreadPoolExecutor(self.jobs) as jobs:
-            needed = {(cell.plans, self._pretraining(cell.variant)) for cell in todo if cell.arm != "scratch"}
+            needed = {
+                (self._pretrained_with(cell.plans), self._pretraining(cell.variant))
+                for cell in todo
+                if cell.arm != "scratch"
+            }
             for pretraining in [jobs.submit(self.pretrain, *each) for each in sorted(needed)]:
                 pretraining.result()
             running = {jobs.submit(self.finetune, cell, on_test_cases): cell for cell in todo}
@@ -194,12 +199,12 @@ class Experiment:
         common = changes.get("finetuning", {}).keys() & arm.keys()
         if common:
             raise UserError(f"{cell}: variant and arm both set {', '.join(common)}; leave the arm out (--arms)")
-        if cell.arm == "scratch" and ("pretraining" in changes or "schedule" in changes.get("finetuning", {})):
+        of_pretrained = {"schedule", "kernel_norms"} & changes.get("finetuning", {}).keys()
+        if cell.arm == "scratch" and ("pretraining" in changes or of_pretrained):
             raise UserError(f"{cell}: from scratch this variant means nothing; leave the arm out (--arms)")
 
     def pretrain(self, plans: str, variant: str) -> Path:
         """Pretrain on the pool's images; returns the artifact, which fits all plans with the same network."""
-        plans = self.config["plans"][plans].get("pretrained_with", plans)
         changes = self._changes(variant).get("pretraining", {})
         results = self.host.folder / "pretraining" / self._pretraining(variant)
         fold = self.host.fold_folder(self.dataset, PRETRAIN, "all", results, plans)
@@ -211,6 +216,10 @@ class Experiment:
                 **variables("nnUNet_vf_", {**self.config["pretraining"], **changes}),
             )  # fmt: skip
         return fold / "vf_pretrained.pth"
+
+    def _pretrained_with(self, plans: str) -> str:
+        """The plans that those of a cell are pretrained with: these have a patch of their own."""
+        return str(self.config["plans"][plans].get("pretrained_with", plans))
 
     def _changes(self, variant: str) -> Mapping[str, Any]:
         found: Mapping[str, Any] = {} if variant == BASE_VARIANT else self.config["variants"][variant]
@@ -237,7 +246,7 @@ class Experiment:
             if has_checkpoint(fold):
                 begin = ["--c"]
             elif cell.arm != "scratch":
-                begin = ["-pretrained_weights", self.pretrain(cell.plans, cell.variant)]
+                begin = ["-pretrained_weights", self.pretrain(self._pretrained_with(cell.plans), cell.variant)]
             self.host.run(
                 "nnUNetv2_train", self.dataset_id, "3d_fullres", self.fold(cell), *common, *begin,
                 nnUNet_results=results, **variables("nnUNet_vf_finetune_", settings),
@@ -285,9 +294,12 @@ def has_checkpoint(fold: Path) -> bool:
 
 def keep_to_one_configuration(record: Path, config: Mapping[str, Any]) -> None:
     """Raise UserError if a table was begun with another configuration; variants and further networks may be added."""
-    mine = {name: value for name, value in config.items() if name not in ("variants", "plans", "seeds")}
+    mine = {name: value for name, value in config.items() if name not in ("variants", "seeds")}
     if record.is_file():
         theirs = json.loads(record.read_text())
+        for name in ("plans", "pretraining_plans"):
+            theirs[name] = {**mine.get(name, {}), **theirs.get(name, {})}
+            mine[name] = {**theirs[name], **mine.get(name, {})}
         different = [name for name in mine if theirs.get(name) != mine[name]]
         if different:
             raise UserError(f"{record} has other {', '.join(different)}; move it and the tables beside it away")

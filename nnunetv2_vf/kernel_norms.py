@@ -1,51 +1,58 @@
 """Pretrained kernels at the norm of new ones, so that fine-tuning turns them as fast as training from scratch does.
 
 A convolution that a normalisation follows does the same at any norm of its kernel, but a step of the optimiser turns
-a kernel that has grown to twice its norm half as far (Adam), or a quarter (SGD): it has a lower learning rate than a
-new one (van Laarhoven, "L2 Regularization versus Batch and Weight Normalization", arXiv 1706.05350). Long pretraining
-makes kernels grow; docs/label_efficiency.md has what that costs.
+a kernel of twice the norm half as far (Adam), or a quarter (SGD): it has a lower learning rate than a new one (van
+Laarhoven, "L2 Regularization versus Batch and Weight Normalization", arXiv 1706.05350). Kernels that were pretrained
+with Adam have grown, most of all in the decoder: docs/label_efficiency.md has by how much, and what it costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import cast
 
 import torch
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from nnunetv2_vf.finetune_schedule import part_of
 
-@torch.no_grad()
-def match_kernel_norms(network: nn.Module, fresh: nn.Module) -> list[float]:
-    """Scale the kernels that an instance normalisation follows, with their biases, to the norms of another network's.
 
-    What the network computes stays the same, but for rounding and the normalisation's epsilon. Kernels before a batch
-    normalisation (PCT-Net) are left alone: its running statistics are of the norm that they have.
+def kernel_factors(network: nn.Module, fresh: nn.Module, parts: Collection[str]) -> dict[str, float]:
+    """By what to multiply kernels to give them the norms of another network's.
+
+    Those of nnU-Net's convolution blocks (U-Net, ResEnc) that an instance norm follows at once; one factor for all
+    filters of a kernel, so that their rates are those of new ones on average.
 
     Args:
         fresh: the same network with new weights.
+        parts: ``encoder``, ``decoder`` or both.
 
     Returns:
-        The factor of each kernel that was scaled.
+        Name of the convolution -> factor; kernels of norm 0 have no direction to keep and are left out.
     """
-    factors = []
-    for conv, like in zip(_before_instance_norms(network), _before_instance_norms(fresh), strict=True):
-        norm = conv.weight.norm()
-        if norm == 0:  # there is no direction to keep
-            continue
-        factor = like.weight.norm().to(norm.device) / norm
-        conv.weight.mul_(factor)
-        if conv.bias is not None:
-            conv.bias.mul_(factor)
-        factors.append(float(factor))
+    factors = {}
+    for (name, conv), (_, new) in zip(_before_instance_norms(network), _before_instance_norms(fresh), strict=True):
+        norm, norm_of_new = (float(kernel.detach().double().norm()) for kernel in (conv.weight, new.weight))
+        if part_of(name) in parts and norm > 0 and norm_of_new > 0:
+            factors[name] = norm_of_new / norm
     return factors
 
 
-def _before_instance_norms(network: nn.Module) -> Iterator[_ConvNd]:
-    for module in network.modules():
-        norm = getattr(module, "norm", None) if isinstance(module, ConvDropoutNormReLU) else None
-        if isinstance(norm, _InstanceNorm) and not norm.track_running_stats:
-            yield cast(_ConvNd, module.conv)
+@torch.no_grad()
+def scale_kernels(network: nn.Module, factors: Mapping[str, float]) -> None:
+    """Multiply kernels; what the network computes stays the same but for rounding and the normalisation's epsilon."""
+    for name, factor in factors.items():
+        cast(_ConvNd, network.get_submodule(name)).weight.mul_(factor)
+
+
+def _before_instance_norms(network: nn.Module) -> Iterator[tuple[str, _ConvNd]]:
+    """Each convolution once, with its name; an encoder that a decoder lists too is the encoder."""
+    for name, module in network.named_modules():
+        if isinstance(module, ConvDropoutNormReLU):
+            conv, *others = (layer for layer in module.all_modules if not isinstance(layer, _DropoutNd))
+            if others and isinstance(others[0], _InstanceNorm):
+                yield f"{name}.conv", cast(_ConvNd, conv)

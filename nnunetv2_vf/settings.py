@@ -31,8 +31,8 @@ _ABOUT_SCHEDULES = (
     "frozen_encoder: the encoder stays as it is"
 )
 _ABOUT_KERNEL_NORMS = (
-    "of pretrained kernels before an instance norm; fresh: as if they were new, so that they learn as fast; what the "
-    "network computes is the same"
+    "of pretrained kernels of U-Nets before an instance norm; fresh: as if they were new, so that they learn as fast; "
+    "what the network computes is the same but for rounding"
 )
 _ABOUT_OPTIMIZERS = "adam: the paper's; adamw: its weight decay apart; sgd: nnU-Net's, Nesterov momentum 0.99"
 
@@ -222,7 +222,7 @@ class FinetuneSettings(ScheduleSettings):
     layer_decay: float = _setting(
         1.0, "factor of the learning rate from one stage of the network to the one before it", low=0.1, high=1
     )
-    kernel_norms: str = _setting("fresh", _ABOUT_KERNEL_NORMS, choices=("fresh", "pretrained"))
+    kernel_norms: str = _setting("pretrained", _ABOUT_KERNEL_NORMS, choices=("fresh", "pretrained"))
     gradient_clip: float = _setting(12.0, "largest norm of the gradient; nnU-Net's own limit is 12", low=1e-6, high=12)
     mirroring: str = _setting(
         "on", "mirror images in training and prediction; off where left and right differ", choices=("on", "off")

@@ -7,88 +7,111 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PLANS_OF_NETWORKS
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args
 from test_adapt import unet
 from torch import nn
 
-from nnunetv2_vf.kernel_norms import match_kernel_norms
+from nnunetv2_vf.finetune_schedule import part_of
+from nnunetv2_vf.kernel_norms import kernel_factors, scale_kernels
 from nnunetv2_vf.weights import read_artifact
 
+BOTH = ("encoder", "decoder")
+KERNEL = "encoder.stages.0.0.convs.1.conv.weight"
 
-def grown(network: nn.Module, factor: float = 3.0) -> nn.Module:
-    """As if it had been trained for long."""
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if name.endswith(("conv.weight", "conv.bias")):
-                parameter.normal_().mul_(factor)
+
+def new_unet(residual: bool = False, factor: float = 1.0) -> nn.Module:
+    """In double precision, its kernels multiplied by a factor, and next to no epsilon in its norms."""
+    torch.manual_seed(0)
+    network = unet(residual=residual).double()
+    for module in network.modules():
+        if isinstance(module, nn.InstanceNorm3d):
+            module.eps = 1e-12
+        if isinstance(module, ConvDropoutNormReLU):
+            module.conv.weight.data *= factor
     return network
+
+
+def an_image() -> torch.Tensor:
+    return torch.randn(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.double)
 
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_kernels_get_the_norm_of_new_ones_and_the_network_does_the_same(residual):
-    network, fresh = grown(unet(residual=residual).double()), unet(residual=residual)
-    image = torch.randn(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.double)
-    before = network(image)
-    factors = match_kernel_norms(network, fresh)
-    assert all(factor < 1 for factor in factors)
-    for (name, kernel), new in zip(network.named_parameters(), fresh.parameters(), strict=True):
-        if name.endswith("conv.weight"):
-            torch.testing.assert_close(kernel.norm().float(), new.norm())
-    torch.testing.assert_close(network(image), before, atol=1e-3, rtol=1e-3)
-    assert match_kernel_norms(network, fresh) == pytest.approx([1.0] * len(factors)), "once is enough"
+    network, fresh = new_unet(residual, factor=3.0), new_unet(residual)
+    before, others = network(an_image()), {k: v.clone() for k, v in network.state_dict().items()}
+    factors = kernel_factors(network, fresh, BOTH)
+    scale_kernels(network, factors)
+    assert [*factors.values()] == pytest.approx([1 / 3] * len(factors))
+    torch.testing.assert_close(network(an_image()), before, atol=1e-8, rtol=1e-8)
+    scaled = {f"{name}.weight" for name in factors}
+    for name, parameter in network.named_parameters():
+        expected = fresh.get_parameter(name) if name in scaled else others[name]
+        torch.testing.assert_close(parameter, expected, msg=name)
+    assert not [name for name in scaled if "seg_layers" in name or "transpconvs" in name]
 
 
-def test_a_step_turns_a_kernel_as_far_whatever_norm_it_had():
-    """Of SGD, whose gradient falls with the norm, so that the turn falls with its square."""
+@pytest.mark.parametrize("parts", [["encoder"], ["decoder"]])
+def test_only_parts_that_are_asked_for(parts):
+    factors = kernel_factors(new_unet(factor=2.0), new_unet(), parts)
+    assert factors
+    assert {part_of(name) for name in factors} == {*parts}
 
-    def cosine_after_a_step(network: nn.Module) -> torch.Tensor:
-        kernel = network.encoder.stages[0][0].convs[1].conv.weight
+
+def test_kernels_without_a_direction_or_without_a_norm_at_once_are_left_alone():
+    network, fresh = new_unet(), new_unet()
+    everything = {*kernel_factors(network, fresh, BOTH)}
+    network.get_parameter(KERNEL).data.zero_()
+    assert {*kernel_factors(network, fresh, BOTH)} == everything - {KERNEL.removesuffix(".weight")}
+
+    options = {"norm_op": nn.InstanceNorm3d, "nonlin": nn.ELU, "nonlin_first": True}
+    nonlinear_first = nn.ModuleDict({"encoder": ConvDropoutNormReLU(nn.Conv3d, 1, 2, 3, 1, **options)})
+    assert kernel_factors(nonlinear_first, nonlinear_first, BOTH) == {}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rate", "slower"), [(torch.optim.SGD, 300.0, 4.0), (torch.optim.Adam, 1e-3, 2.0)]
+)
+def test_a_step_turns_a_kernel_of_twice_the_norm_less_unless_it_is_scaled(optimizer, rate, slower):
+    def angle_of_a_step(network: nn.Module) -> float:
+        kernel = network.get_parameter(KERNEL)
         before = kernel.detach().clone()
-        image = torch.randn(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
-        network(image)[0].square().mean().backward()
-        torch.optim.SGD([kernel], lr=0.1).step()
-        return torch.cosine_similarity(before.flatten(), kernel.detach().flatten(), dim=0)
+        network(an_image())[0].square().mean().backward()
+        optimizer([kernel], lr=rate).step()
+        cosine = torch.cosine_similarity(before.flatten(), kernel.detach().flatten(), dim=0)
+        return float(torch.acos(cosine))
 
-    def with_norm(factor: float, matched: bool) -> nn.Module:
-        torch.manual_seed(0)
-        network, fresh = unet(), unet()
-        for name, parameter in network.named_parameters():
-            if name.endswith(("conv.weight", "conv.bias")):
-                parameter.data *= factor
-        if matched:
-            match_kernel_norms(network, fresh)
-        return network
-
-    small, large = (cosine_after_a_step(with_norm(factor, matched=False)) for factor in (1.0, 4.0))
-    assert 1 - large < (1 - small) / 50
-    torch.testing.assert_close(cosine_after_a_step(with_norm(4.0, matched=True)), small, atol=1e-3, rtol=0.05)
+    scaled = new_unet(factor=2.0)
+    scale_kernels(scaled, kernel_factors(scaled, new_unet(), BOTH))
+    new = angle_of_a_step(new_unet())
+    assert new > 1e-4, "else rounding decides"
+    assert new / angle_of_a_step(new_unet(factor=2.0)) == pytest.approx(slower, rel=0.1)
+    assert angle_of_a_step(scaled) == pytest.approx(new, rel=1e-3)
 
 
-@pytest.mark.parametrize("norms", ["fresh", "pretrained"])
+@pytest.mark.parametrize("schedule", ["full", "frozen_encoder"])
 @pytest.mark.parametrize("network", PLANS_OF_NETWORKS)
-def test_fine_tuning_begins_with_the_norms_that_are_chosen(artifacts, tmp_path, monkeypatch, norms, network):
+def test_fine_tuning_begins_with_scaled_kernels(artifacts, tmp_path, monkeypatch, network, schedule):
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    monkeypatch.setenv("nnUNet_vf_finetune_kernel_norms", norms)
+    monkeypatch.setenv("nnUNet_vf_finetune_kernel_norms", "fresh")
+    monkeypatch.setenv("nnUNet_vf_finetune_schedule", schedule)
     monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", str(artifacts[network])])
     trainer = get_trainer_from_args(
         "7", "3d_fullres", 0, "VFFinetuneTrainer", PLANS_OF_NETWORKS[network], device=torch.device("cpu")
     )
     trainer.initialize()
-    fresh = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
+    fresh = {name: parameter.detach().clone() for name, parameter in trainer.network.named_parameters()}
     load_pretrained_weights(trainer.network, str(artifacts[network]))
     trainer.on_train_start()
     trainer.on_train_end()
 
-    pretrained = read_artifact(artifacts[network])["network_weights"]
-    scaled = norms == "fresh" and network != "PCT-Net"
-    assert ("scaled to the norm of new ones" in Path(trainer.log_file).read_text()) == scaled
-    for name, tensor in trainer.network.state_dict().items():
-        if name.endswith(".conv.weight") and scaled:
-            torch.testing.assert_close(tensor.norm(), fresh[name].norm())
-            torch.testing.assert_close(
-                torch.cosine_similarity(tensor.flatten(), pretrained[name].flatten(), 0), torch.tensor(1.0)
-            )
-        elif ".seg_layers." not in name and not scaled:
-            torch.testing.assert_close(tensor, pretrained[name], rtol=0, atol=0)
+    log, pretrained = Path(trainer.log_file).read_text(), read_artifact(artifacts[network])["network_weights"]
+    assert ("0 pretrained kernels" if network == "PCT-Net" else "pretrained kernels scaled to the norm of new") in log
+    for name, parameter in trainer.network.named_parameters():
+        frozen = schedule == "frozen_encoder" and part_of(name) == "encoder"
+        if name.endswith(".conv.weight") and network != "PCT-Net" and not frozen:
+            torch.testing.assert_close(parameter.norm(), fresh[name].norm())
+        elif part_of(name) != "heads":
+            torch.testing.assert_close(parameter, pretrained[name], rtol=0, atol=0)

@@ -56,6 +56,7 @@ def test_a_fold_is_a_number_of_labels_and_a_seed(experiment):
         (Cell("p", "encoder", 5, 0, "sawtooth"), "both set schedule"),
         (Cell("p", "scratch", 5, 0, "blocks"), "means nothing"),
         (Cell("p", "scratch", 5, 0, "sawtooth"), "means nothing"),
+        (Cell("p", "scratch", 5, 0, "pretrained_norms"), "means nothing"),
         (Cell("p", "full", 3, 0), "3 labels"),
     ],
 )
@@ -72,6 +73,15 @@ def test_a_table_is_of_one_configuration(tmp_path):
         keep_to_one_configuration(record, {**CONFIG, "finetuning": {}})
 
 
+def test_further_networks_may_join_a_table_but_none_may_change(tmp_path):
+    record, (name, *_) = tmp_path / RECORD, CONFIG["plans"]
+    keep_to_one_configuration(record, {**CONFIG, "plans": {name: CONFIG["plans"][name]}})
+    keep_to_one_configuration(record, CONFIG)
+    keep_to_one_configuration(record, {**CONFIG, "plans": {}})
+    with pytest.raises(UserError, match="has other plans; move it"):
+        keep_to_one_configuration(record, {**CONFIG, "plans": {name: {}}})
+
+
 # ---------------------------------------------------------------- all of it, with nnU-Net's own commands
 
 TINY = {"of": "nnUNetPlans", "features": [4, 8, 16], "batch_size": 2}
@@ -79,7 +89,7 @@ SHORT = {"num_epochs": 2, "iterations_per_epoch": 1, "val_iterations_per_epoch":
 
 
 @pytest.mark.slow
-def test_pretrains_fine_tunes_and_scores_every_arm_and_goes_on_where_it_was_stopped(tmp_path):
+def test_pretrains_fine_tunes_and_scores_every_arm_and_does_nothing_twice(tmp_path):
     write_dataset(tmp_path / "data", range(8), spacing=12.0)
     cases = [f"torso_{number:04d}" for number in range(8)]
     config = {
@@ -110,6 +120,8 @@ def test_pretrains_fine_tunes_and_scores_every_arm_and_goes_on_where_it_was_stop
     )
     assert len(finetunings) == 4, "what was done is not done again"
     assert all("-p TinySmall" in line for line in pretrainings)
+    small = json.loads((experiment.host.preprocessed / config["dataset"] / "TinySmall.json").read_text())
+    assert small["configurations"]["3d_fullres"]["patch_size"] == [16, 16, 16]
     assert ["fusion_map=blocks" in line for line in pretrainings] == [False, True]
     assert ["-pretrained_weights" in line for line in finetunings] == [False, True, True, True]
 

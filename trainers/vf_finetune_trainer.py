@@ -17,7 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_vf.compatibility import check_weights, pretrained_weights_argument
 from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.finetune_schedule import ENCODER_PREFIX, FinetuneLRScheduler, in_words, parameter_groups
-from nnunetv2_vf.kernel_norms import match_kernel_norms
+from nnunetv2_vf.kernel_norms import kernel_factors, scale_kernels
 from nnunetv2_vf.long_training import LongTraining, current_random_state
 from nnunetv2_vf.optimizer import clip_gradients, make_optimizer
 from nnunetv2_vf.preflight import preprocessed_cases
@@ -109,7 +109,8 @@ class VFFinetuneTrainer(LongTraining):
             )
         super().on_train_start()
         self._between_draws = current_random_state(self.device)
-        adapted = self._adapt_weights() if self.weights_file is not None and not self._continues else []
+        if self.weights_file is not None and not self._continues:
+            self._begin_with_pretrained_weights()
         self.print_to_log_file(
             f"Fine-tuning settings:\n{self.settings}\n{in_words(self.settings)}\n", add_timestamp=False
         )
@@ -117,21 +118,26 @@ class VFFinetuneTrainer(LongTraining):
         if self.pretrained is not None:
             dataset = self.pretrained["dataset"] or "an unknown dataset"
             lines = [f"Pretrained weights: {self.pretrained['file']} of {dataset}", *self.pretrained["compared"]]
-            lines += adapted
         self.print_to_log_file("\n  ".join(lines) + "\n", add_timestamp=False)
 
-    def _adapt_weights(self) -> list[str]:
-        """What the settings change of pretrained weights; returns lines for the log."""
-        fresh = self._fresh_network()
+    def _begin_with_pretrained_weights(self) -> None:
+        """Change of them what the settings say."""
         if self.settings.schedule == "encoder_only":
             weights = self.bare_network().state_dict()
-            for name, new in fresh.state_dict().items():
+            for name, new in self._fresh_network().state_dict().items():
                 if ENCODER_PREFIX not in name:  # which decoders list, too
                     weights[name].copy_(new)
-        factors = match_kernel_norms(self.bare_network(), fresh) if self.settings.kernel_norms == "fresh" else []
-        if not factors:
-            return []
-        return [f"{len(factors)} kernels scaled to the norm of new ones, by {min(factors):.2f} to {max(factors):.2f}"]
+        if self.settings.kernel_norms == "fresh":
+            parts = {"encoder_only": ["encoder"], "frozen_encoder": ["decoder"]}.get(
+                self.settings.schedule, ["encoder", "decoder"]
+            )  # those that are pretrained and trained on
+            factors = kernel_factors(self.bare_network(), self._fresh_network(), parts)
+            factors = self.ranks.from_first(factors)  # norms of other devices differ in the last digits
+            scale_kernels(self.bare_network(), factors)
+            told = [f"by {min(factors.values()):.2f} to {max(factors.values()):.2f}"] if factors else []
+            self.print_to_log_file(
+                ", ".join([f"{len(factors)} pretrained kernels scaled to the norm of new ones", *told])
+            )
 
     def _fresh_network(self) -> torch.nn.Module:
         """With the weights that this training, without pretrained ones, would have begun with."""
@@ -176,6 +182,7 @@ class VFFinetuneTrainer(LongTraining):
             raise UserError(
                 f"{file} was written by {checkpoint['trainer_name']}, not by {type(self).__name__}; move it"
             )
+        recorded = {"kernel_norms": "pretrained", **recorded}  # what was done before there was this setting
         if self._continues:
             self.settings.require_same(recorded, file)
         else:
