@@ -28,8 +28,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=60)
     args = parser.parse_args()
     cases = infer_dataset_class(str(args.preprocessed))(str(args.preprocessed))
-    samples = FusionDataset(cases, args.patch, VFSettings(), VALIDATION)
-    pairs = [(samples[i]["foreground"].numpy(), samples[i]["background"].numpy()) for i in range(args.samples)]
+    dataset = FusionDataset(cases, args.patch, VFSettings(), VALIDATION)
+    samples = (dataset[i] for i in range(args.samples))
+    pairs = [(sample["foreground"].numpy(), sample["background"].numpy()) for sample in samples]
     padding = np.mean([((a == 0) & (b == 0)).mean() for a, b in pairs])
     alike = np.mean([np.corrcoef(a.ravel(), b.ravel())[0, 1] > ALIKE for a, b in pairs])
     print(f"patch {args.patch}: padding in both {padding:.2f} of the voxels, alike {alike:.2f} of {len(pairs)} samples")

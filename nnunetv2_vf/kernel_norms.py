@@ -54,5 +54,6 @@ def _before_instance_norms(network: nn.Module) -> Iterator[tuple[str, _ConvNd]]:
     for name, module in network.named_modules():
         if isinstance(module, ConvDropoutNormReLU):
             conv, *others = (layer for layer in module.all_modules if not isinstance(layer, _DropoutNd))
-            if others and isinstance(others[0], _InstanceNorm):
+            # with running statistics it would follow the kernel's norm only after a while
+            if others and isinstance(others[0], _InstanceNorm) and not others[0].track_running_stats:
                 yield f"{name}.conv", cast(_ConvNd, conv)

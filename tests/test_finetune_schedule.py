@@ -303,6 +303,20 @@ def test_a_training_is_not_continued_with_another_schedule(schedule_of, tmp_path
     train(only_run_validation=True)  # with the settings of the checkpoint
 
 
+def test_a_checkpoint_from_before_kernel_norms_was_a_setting_goes_on(schedule_of, tmp_path, monkeypatch):
+    schedule_of("full")
+    train()
+    (file,) = tmp_path.rglob("checkpoint_final.pth")
+    checkpoint = torch.load(file, weights_only=False)
+    del checkpoint["volume_fusion"]["settings"]["kernel_norms"]
+    torch.save(checkpoint, file)
+    train(continue_training=True)
+    monkeypatch.setenv("nnUNet_vf_finetune_kernel_norms", "fresh")
+    torch.save(checkpoint, file)
+    with pytest.raises(SystemExit, match=r"kernel_norms = 'fresh' \(recorded: 'pretrained'\)"):
+        train(continue_training=True)
+
+
 def test_without_mirroring_nothing_is_mirrored_and_predictors_know(schedule_of, tmp_path):
     schedule_of("full", mirroring="off")
     train()

@@ -69,6 +69,10 @@ def test_kernels_without_a_direction_or_without_a_norm_at_once_are_left_alone():
     nonlinear_first = nn.ModuleDict({"encoder": ConvDropoutNormReLU(nn.Conv3d, 1, 2, 3, 1, **options)})
     assert kernel_factors(nonlinear_first, nonlinear_first, BOTH) == {}
 
+    options = {"norm_op": nn.InstanceNorm3d, "norm_op_kwargs": {"track_running_stats": True}}
+    remembers = nn.ModuleDict({"encoder": ConvDropoutNormReLU(nn.Conv3d, 1, 2, 3, 1, **options)})
+    assert kernel_factors(remembers, remembers, BOTH) == {}
+
 
 @pytest.mark.parametrize(
     ("optimizer", "rate", "slower"), [(torch.optim.SGD, 300.0, 4.0), (torch.optim.Adam, 1e-3, 2.0)]
