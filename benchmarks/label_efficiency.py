@@ -70,11 +70,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=config["seeds"])
     parser.add_argument("--variants", nargs="+", default=[], choices=[BASE_VARIANT, *config["variants"]])
     parser.add_argument("--jobs", type=int, default=1, help="cells at the same time")
+    parser.add_argument("--workers", type=int, default=0, help="of a pretraining; its samples do not depend on it")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--docs", type=Path, default=DOCS)
     args = parser.parse_args()
     with one_line_errors():
-        experiment = Experiment(config, Host(args.out, processes=2), args.device, args.jobs)
+        experiment = Experiment(config, Host(args.out, processes=2), args.device, args.jobs, args.workers)
         experiment.prepare(args.data)
         cells = [
             Cell(*choice)
@@ -90,8 +91,8 @@ def main() -> None:
 class Experiment:
     """Everything below one folder, so that what is there need not be done again."""
 
-    def __init__(self, config: Mapping[str, Any], host: Host, device: str, jobs: int):
-        self.config, self.host, self.device, self.jobs = config, host, device, jobs
+    def __init__(self, config: Mapping[str, Any], host: Host, device: str, jobs: int, workers: int = 0):
+        self.config, self.host, self.device, self.jobs, self.workers = config, host, device, jobs, workers
         self.dataset = config["dataset"]
         self.dataset_id = int(self.dataset[7:10])
 
@@ -120,7 +121,7 @@ class Experiment:
         self.host.run("nnUNetv2_vf", "plan", "-d", self.dataset_id)
         for name, change in {**self.config["plans"], **self.config["pretraining_plans"]}.items():
             self._derive_plans(name, **change)
-        for plans in {change["of"] for change in self.config["plans"].values()}:
+        for plans in {change.get("of", name) for name, change in self.config["plans"].items()}:
             self.host.run(
                 "nnUNetv2_preprocess", "-d", self.dataset_id, "-plans_name", plans, "-c", "3d_fullres", "-np", 2
             )
@@ -131,21 +132,26 @@ class Experiment:
     def _derive_plans(
         self,
         name: str,
-        of: str,
-        features: Sequence[int],
-        batch_size: int,
-        patch_size: Sequence[int] | None = None,
+        of: str | None = None,
+        features: Sequence[int] = (),
+        batch_size: int | None = None,
+        patch_size: Sequence[int] = (),
         **_: Any,
     ) -> None:
-        """Plans with other features, batch or patch; they use the preprocessed data of those they come from."""
+        """Plans with other features, batch or patch; they use the preprocessed data of those they come from.
+
+        Those that come from no others are as they were planned.
+        """
+        if of is None:
+            return
         folder = self.host.preprocessed / self.dataset
         plans = json.loads((folder / f"{of}.json").read_text())
         plans["plans_name"] = name
         configuration = plans["configurations"]["3d_fullres"]
-        configuration["batch_size"] = batch_size
-        if patch_size is not None:
-            configuration["patch_size"] = patch_size
-        configuration["architecture"]["arch_kwargs"]["features_per_stage"] = features
+        configuration["batch_size"] = batch_size or configuration["batch_size"]
+        configuration["patch_size"] = patch_size or configuration["patch_size"]
+        network = configuration["architecture"]["arch_kwargs"]
+        network["features_per_stage"] = features or network["features_per_stage"]
         (folder / f"{name}.json").write_text(json.dumps(plans, indent=2))
 
     def fold(self, cell: Cell) -> int:
@@ -199,13 +205,17 @@ class Experiment:
         common = changes.get("finetuning", {}).keys() & arm.keys()
         if common:
             raise UserError(f"{cell}: variant and arm both set {', '.join(common)}; leave the arm out (--arms)")
-        of_pretrained = {"schedule", "kernel_norms"} & changes.get("finetuning", {}).keys()
+        of_pretrained = {"schedule", "kernel_norms", "fresh_decoder_stages"} & changes.get("finetuning", {}).keys()
         if cell.arm == "scratch" and ("pretraining" in changes or of_pretrained):
             raise UserError(f"{cell}: from scratch this variant means nothing; leave the arm out (--arms)")
 
     def pretrain(self, plans: str, variant: str) -> Path:
         """Pretrain on the pool's images; returns the artifact, which fits all plans with the same network."""
-        changes = self._changes(variant).get("pretraining", {})
+        settings = {
+            **self.config["pretraining"],
+            **self.config["pretraining_plans"].get(plans, {}).get("pretraining", {}),
+            **self._changes(variant).get("pretraining", {}),
+        }
         results = self.host.folder / "pretraining" / self._pretraining(variant)
         fold = self.host.fold_folder(self.dataset, PRETRAIN, "all", results, plans)
         if not (fold / "pretext_report.json").is_file():
@@ -213,7 +223,7 @@ class Experiment:
             self.host.run(
                 "nnUNetv2_train", self.dataset_id, "3d_fullres", "all", "-p", plans, "-tr", PRETRAIN,
                 "-device", self.device, *go_on, nnUNet_results=results,
-                **variables("nnUNet_vf_", {**self.config["pretraining"], **changes}),
+                **variables("nnUNet_vf_", settings, self.workers),
             )  # fmt: skip
         return fold / "vf_pretrained.pth"
 
@@ -282,9 +292,16 @@ class Experiment:
         return labels
 
 
-def variables(prefix: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """For a training that draws its samples itself: the same ones in the same order, whatever the machine does."""
-    return {"nnUNet_n_proc_DA": 0, **{f"{prefix}{name}": value for name, value in settings.items()}}
+def variables(prefix: str, settings: Mapping[str, Any], workers: int = 0) -> dict[str, Any]:
+    """Without workers a fine-tuning draws its samples itself: the same in the same order, whatever the machine does.
+
+    Compiling, which nnU-Net does on GPUs, would take longer than a training of this length gains.
+    """
+    return {
+        "nnUNet_n_proc_DA": workers,
+        "nnUNet_compile": "f",
+        **{f"{prefix}{name}": value for name, value in settings.items()},
+    }
 
 
 def has_checkpoint(fold: Path) -> bool:

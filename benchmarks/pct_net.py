@@ -22,6 +22,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,8 @@ def main() -> None:
     if args.memory_of:
         print(peak_memory(makers[args.memory_of](), x, target))
         return
-    peaks = {name: peak_memory_apart(name) for name in makers}
+    with ThreadPoolExecutor(3 if x.is_cuda else 1) as processes:  # of a GPU's memory torch counts its own
+        peaks = dict(zip(makers, processes.map(peak_memory_apart, makers), strict=True))
     made = {name: make() for name, make in makers.items()}
     seconds = {task: measure(task, made, x, target, args.repeats) for task in TASKS}
     reference = THEIRS if THEIRS in made else next(iter(made))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
@@ -86,6 +86,29 @@ def parameter_groups(network: nn.Module, settings: FinetuneSettings) -> list[dic
         group = groups.setdefault((stages, part), {"part": part, "share": settings.layer_decay ** depth[name]})
         group.setdefault("params", []).append(parameter)
     return [groups[key] for key in sorted(groups)]
+
+
+def begin_anew(names: Iterable[str], settings: FinetuneSettings) -> set[str]:
+    """Which of a network's weights begin anew although pretrained ones are at hand; the heads do anyway.
+
+    Args:
+        names: of its state, in which a decoder may list the encoder too.
+
+    Raises:
+        UserError: the decoder has fewer stages than are to begin anew.
+    """
+    own = [name for name in names if name.startswith(ENCODER_PREFIX) or ENCODER_PREFIX not in name]
+    of_decoder = [name for name in own if part_of(name) == "decoder"]
+    if settings.schedule == "encoder_only":
+        return set(of_decoder)
+    distance = _stages_to_output(own)
+    stages = max((distance[name] for name in of_decoder), default=0)
+    if settings.fresh_decoder_stages > stages:
+        raise UserError(
+            f"nnUNet_vf_finetune_fresh_decoder_stages={settings.fresh_decoder_stages}, and the decoder has {stages} "
+            f"stages; legal: 0 to {stages}"
+        )
+    return {name for name in of_decoder if distance[name] <= settings.fresh_decoder_stages}
 
 
 def part_of(name: str) -> str:

@@ -34,6 +34,9 @@ _ABOUT_KERNEL_NORMS = (
     "of pretrained kernels of U-Nets before an instance norm; fresh: as if they were new, so that they learn as fast; "
     "what the network computes is the same but for rounding"
 )
+_ABOUT_FRESH_STAGES = (
+    "last stages of the decoder, counted from the output, that begin anew with the heads, whatever was pretrained"
+)
 _ABOUT_OPTIMIZERS = "adam: the paper's; adamw: its weight decay apart; sgd: nnU-Net's, Nesterov momentum 0.99"
 
 
@@ -223,6 +226,7 @@ class FinetuneSettings(ScheduleSettings):
         1.0, "factor of the learning rate from one stage of the network to the one before it", low=0.1, high=1
     )
     kernel_norms: str = _setting("pretrained", _ABOUT_KERNEL_NORMS, choices=("fresh", "pretrained"))
+    fresh_decoder_stages: int = _setting(0, _ABOUT_FRESH_STAGES, low=0)
     gradient_clip: float = _setting(12.0, "largest norm of the gradient; nnU-Net's own limit is 12", low=1e-6, high=12)
     mirroring: str = _setting(
         "on", "mirror images in training and prediction; off where left and right differ", choices=("on", "off")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -229,6 +230,28 @@ def test_encoder_only_takes_nothing_else_and_the_rest_is_that_of_the_baseline(
             torch.testing.assert_close(direction(full), direction(pretrained[name]))
         if norms == "pretrained" and "encoder." in name:
             torch.testing.assert_close(full, pretrained[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("network", ["U-Net", "PCT-Net"])
+def test_the_last_stages_of_the_decoder_can_begin_anew(artifacts, schedule_of, monkeypatch, network):
+    plans, pretrained = PLANS_OF_NETWORKS[network], read_artifact(artifacts[network])["network_weights"]
+    scratch = trainer_of(plans)
+    scratch.initialize()
+    schedule_of("full", fresh_decoder_stages=1)
+    trainer = trainer_of(plans, artifacts[network], monkeypatch)
+    trainer.on_train_start()
+    trainer.on_train_end()
+    last = len(scratch.network.decoder.stages) - 1
+    for name, fresh in scratch.network.state_dict().items():
+        anew = ".seg_layers." in name or re.match(rf"decoder\.(stages|transpconvs|ups)\.{last}\.", name)
+        expected = fresh if anew else pretrained[name]
+        torch.testing.assert_close(trainer.network.state_dict()[name], expected, rtol=0, atol=0, msg=name)
+
+
+def test_more_stages_than_there_are_cannot_begin_anew(artifacts, schedule_of, monkeypatch):
+    schedule_of("full", fresh_decoder_stages=5)
+    with pytest.raises(SystemExit, match=r"fresh_decoder_stages=5, and the decoder has 2 stages; legal: 0 to 2"):
+        trainer_of("nnUNetPlans", artifacts["U-Net"], monkeypatch).on_train_start()
 
 
 def direction(weights: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 from conftest import edit_json, pretrain
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+
+from nnunetv2_vf.preflight import patch_warning
 
 
 def refused(folder: Path, *parts: str, **kwargs) -> None:
@@ -84,3 +87,22 @@ def test_unpreprocessed_data_are_refused(own_dataset, folder):
 def test_strange_files_among_the_preprocessed_are_named(own_dataset, folder):
     (own_dataset / "nnUNetPlans_3d_fullres" / "notes.txt").touch()
     refused(folder, "no preprocessed cases", "nnUNetv2_preprocess -d 7 -plans_name nnUNetPlans -c 3d_fullres")
+
+
+@pytest.mark.parametrize(("median", "warned"), [([35.0, 50, 35], True), ([35, 50, 64], False), (None, False)])
+def test_a_patch_that_holds_whole_images_is_warned_of(own_dataset, median, warned):
+    plan = json.loads((own_dataset / "nnUNetPlans.json").read_text())["configurations"]["3d_fullres"]
+    del plan["median_image_size_in_voxels"]
+    plan |= {"patch_size": [40, 56, 40], **({"median_image_size_in_voxels": median} if median else {})}
+    warning = patch_warning(ConfigurationManager(plan))
+    assert ("(40x56x40) holds the median image (35x50x35) whole" in warning) if warned else warning is None
+
+
+def test_the_log_of_a_pretraining_warns_of_such_a_patch(own_dataset, folder):
+    def shrink(plans):
+        plans["configurations"]["3d_fullres"]["median_image_size_in_voxels"] = [16, 16, 24]
+
+    edit_json(own_dataset / "nnUNetPlans.json", shrink)
+    pretrain()
+    (log,) = folder.rglob("training_log*")
+    assert "WARNING: the patch (16x16x24) holds the median image" in log.read_text()

@@ -16,7 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.compatibility import check_weights, pretrained_weights_argument
 from nnunetv2_vf.errors import UserError, one_line_errors
-from nnunetv2_vf.finetune_schedule import ENCODER_PREFIX, FinetuneLRScheduler, in_words, parameter_groups
+from nnunetv2_vf.finetune_schedule import FinetuneLRScheduler, begin_anew, in_words, parameter_groups
 from nnunetv2_vf.kernel_norms import kernel_factors, scale_kernels
 from nnunetv2_vf.long_training import LongTraining, current_random_state
 from nnunetv2_vf.optimizer import clip_gradients, make_optimizer
@@ -122,11 +122,9 @@ class VFFinetuneTrainer(LongTraining):
 
     def _begin_with_pretrained_weights(self) -> None:
         """Change of them what the settings say."""
-        if self.settings.schedule == "encoder_only":
-            weights = self.bare_network().state_dict()
-            for name, new in self._fresh_network().state_dict().items():
-                if ENCODER_PREFIX not in name:  # which decoders list, too
-                    weights[name].copy_(new)
+        weights, new = (network.state_dict() for network in (self.bare_network(), self._fresh_network()))
+        for name in begin_anew(weights, self.settings):
+            weights[name].copy_(new[name])
         if self.settings.kernel_norms == "fresh":
             parts = {"encoder_only": ["encoder"], "frozen_encoder": ["decoder"]}.get(
                 self.settings.schedule, ["encoder", "decoder"]
@@ -182,7 +180,7 @@ class VFFinetuneTrainer(LongTraining):
             raise UserError(
                 f"{file} was written by {checkpoint['trainer_name']}, not by {type(self).__name__}; move it"
             )
-        recorded = {"kernel_norms": "pretrained", **recorded}  # what was done before there was this setting
+        recorded = {"kernel_norms": "pretrained", "fresh_decoder_stages": 0, **recorded}  # from before they existed
         if self._continues:
             self.settings.require_same(recorded, file)
         else:

@@ -26,7 +26,7 @@ from nnunetv2_vf.fusion import fuse_batch
 from nnunetv2_vf.long_training import LongTraining
 from nnunetv2_vf.model_card import CARD_NAME, write_model_card
 from nnunetv2_vf.optimizer import make_optimizer
-from nnunetv2_vf.preflight import check_pretraining
+from nnunetv2_vf.preflight import check_pretraining, patch_warning
 from nnunetv2_vf.pretext_report import count_confusion, pretext_warning, write_report
 from nnunetv2_vf.preview import class_names, draw_examples, make_examples, plane_names
 from nnunetv2_vf.progress import PretextLogger
@@ -291,6 +291,9 @@ class VFPretrainTrainer(LongTraining):
         super().on_train_start()
         self.print_to_log_file(f"Volume Fusion settings:\n{self.settings}\n", add_timestamp=False)
         self.print_to_log_file(f"Computing in {self.precision.name} on {self.device}\n", add_timestamp=False)
+        warning = patch_warning(self.configuration_manager)
+        if warning:
+            self.print_to_log_file(warning)
 
     def on_train_end(self) -> None:
         super().on_train_end()
