@@ -115,6 +115,22 @@ def _speed(curves: Rows, setting: Mapping[str, str], arm: str) -> dict[str, str]
     return {"reaches scratch's": "not" if middle == float("inf") else f"{middle:.0f}"}
 
 
+def curves_table(curves: Rows, arms: Sequence[str]) -> list[dict[str, str]]:
+    """A row for every network, number of labels and arm, also of trainings whose test cases were not predicted."""
+    found = []
+    for plans in distinct(curves, "plans"):
+        for labels in distinct(select(curves, plans=plans), "labels"):
+            setting = {"plans": plans, "labels": labels}
+            for arm in arms:
+                rows = select(curves, **setting, arm=arm)
+                ends = [list(smooth(select(rows, seed=seed)).values())[-1] for seed in distinct(rows, "seed")]
+                if ends:
+                    of_each = ", ".join(f"{end:.3f}" for end in ends)
+                    figures = {"seeds": str(len(ends)), "pseudo Dice": with_spread(ends), "of each seed": of_each}
+                    found.append({**setting, "arm": arm, **figures, **_speed(curves, setting, arm)})
+    return found
+
+
 def smooth(rows: Rows) -> dict[int, float]:
     """Iteration -> mean Dice of the classes, averaged over the last epochs."""
     iterations = [int(i) for i in distinct(rows, "iteration")]
@@ -159,10 +175,16 @@ def _draw_scores(axis: Axes, scores: Rows, arms: Sequence[str]) -> None:
 
 
 def _draw_curves(axis: Axes, curves: Rows, arms: Sequence[str]) -> None:
+    if not curves:
+        axis.set_axis_off()
+        return
     for arm in arms:
-        for seed in distinct(select(curves, arm=arm), "seed"):
-            values = smooth(select(curves, arm=arm, seed=seed))
-            axis.plot([*values], [*values.values()], color=COLORS.get(arm), alpha=0.7)
+        of_arm = select(curves, arm=arm)
+        for seed in distinct(of_arm, "seed"):
+            values = smooth(select(of_arm, seed=seed))
+            axis.plot([*values], [*values.values()], color=COLORS.get(arm), alpha=0.3, linewidth=0.8)
+        mean = smooth(of_arm)
+        axis.plot([*mean], [*mean.values()], color=COLORS.get(arm), linewidth=2)
     axis.set(xlabel="iteration", ylabel="pseudo Dice, validation cases")
     axis.grid(alpha=0.3)
 
@@ -198,6 +220,8 @@ def write_report(docs: Path, config: Mapping[str, Any]) -> None:
     if scores:
         parts += ["Test cases:", markdown(table(scores, curves, arms))]
         draw(scores, curves, arms, docs / "label_efficiency.png")
+    if curves:
+        parts += ["Ends of the curves, validation cases:", markdown(curves_table(curves, arms))]
     if variants:
         parts += ["Variants, validation cases:", markdown(variants_table(variants))]
     text = "\n\n".join(parts) + "\n"

@@ -1,21 +1,22 @@
 """What PCTNetPlanner makes of very different datasets, and whether a training step of each plan runs in the memory.
 
-    python benchmarks/plans.py [--targets 3 8 24] [--device cpu|cuda] [--largest-step 3]
+    python benchmarks/plans.py [--targets 3 8 24] [--device cpu|cuda] [--largest-step 3] [--jobs 1]
 
-Plans made-up fingerprints with ``nnUNetv2_vf plan``. Builds the network of each plan that is estimated to take at most
-``--largest-step`` GB with nnU-Net's own function, and takes training steps with nnU-Net's loss on random data. On CUDA
-it compares the peak of the allocated memory with the planner's estimate; ``--compile`` compiles, as nnU-Net does there.
-Prints a Markdown table; writes ``plans_DEVICE.json``.
+Plans made-up fingerprints with ``nnUNetv2_vf plan``, ``--jobs`` at the same time. Then builds the network of each plan
+that is estimated to take at most ``--largest-step`` GB with nnU-Net's own function, and takes training steps with
+nnU-Net's loss on random data. On CUDA it compares the peak of the allocated memory with the planner's estimate;
+``--compile`` compiles, as nnU-Net does there. Prints a Markdown table; writes ``plans_DEVICE.json``, row by row.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import re
 import tempfile
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_vf.errors import one_line_errors
 from nnunetv2_vf.host import Host
+from nnunetv2_vf.pct_net import MODES
 
 FINGERPRINTS = {  # spacing in mm, median shape in voxels, slices first; cases
     "anisotropic": ((5.0, 0.7, 0.7), (24, 320, 320), 40),
@@ -44,33 +46,47 @@ def main() -> None:
     parser.add_argument("--largest-step", type=float, default=3, help="GB")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1, help="plans made at the same time")
     parser.add_argument("--docs", type=Path, default=Path(__file__).parent.parent / "docs")
     args = parser.parse_args()
+    args.docs.mkdir(parents=True, exist_ok=True)
     with one_line_errors(), tempfile.TemporaryDirectory() as folder:
         host = Host(Path(folder), processes=1)
         for name in FINGERPRINTS:
             write_fingerprint(host, name)
-        rows = [row(host, name, target, args) for name in FINGERPRINTS for target in args.targets]
-    (args.docs / f"plans_{args.device}.json").write_text(json.dumps(rows, indent=2) + "\n")
+        choices = list(itertools.product(FINGERPRINTS, args.targets))
+        with ThreadPoolExecutor(args.jobs) as jobs:
+            plans = list(jobs.map(lambda choice: make_plan(host, *choice), choices))
+        rows: list[dict[str, object]] = []
+        for (name, target), (plan, seconds) in zip(choices, plans, strict=True):
+            rows.append(row(name, target, plan, seconds, args))
+            (args.docs / f"plans_{args.device}.json").write_text(json.dumps(rows, indent=2) + "\n")
     print("\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
     for each in rows:
         print("| " + " | ".join(map(str, each.values())) + " |")
 
 
-def row(host: Host, name: str, target: float, args: argparse.Namespace) -> dict[str, object]:
-    """Plan one fingerprint and take training steps with the plan."""
-    start = time.monotonic()
-    host.run("nnUNetv2_vf", "plan", "-d", dataset(name), "-gpu_memory_target", target)
+def make_plan(host: Host, name: str, target: float) -> tuple[dict, float]:
+    """Plan one fingerprint; returns the configuration and how many seconds it took."""
+    start, plans_name = time.monotonic(), f"For{target:g}GB"
+    host.run(
+        "nnUNetv2_vf", "plan", "-d", dataset(name), "-gpu_memory_target", target, "-overwrite_plans_name", plans_name
+    )
     seconds = time.monotonic() - start
-    plans = json.loads((host.preprocessed / dataset(name) / "PCTNetPlans.json").read_text())
-    plan = plans["configurations"]["3d_fullres"]
+    plans = json.loads((host.preprocessed / dataset(name) / f"{plans_name}.json").read_text())
+    return plans["configurations"]["3d_fullres"], seconds
+
+
+def row(name: str, target: float, plan: dict, seconds: float, args: argparse.Namespace) -> dict[str, object]:
+    """A plan, and training steps with it."""
+    strides = tuple(map(tuple, plan["architecture"]["arch_kwargs"]["strides"]))
     estimate = plan["estimated_training_memory_gb"]
     return {
         "fingerprint": name,
         "spacing, mm": by(f"{mm:g}" for mm in plan["spacing"]),
         "median shape": by(map(str, FINGERPRINTS[name][1])),
         "target, GB": f"{target:g}",
-        "mode": re.findall(r"3d_fullres: .*resolution mode (\d)", host.log.read_text())[-1],
+        "mode": str(MODES.index(strides)),
         "patch": by(map(str, plan["patch_size"])),
         "batch": plan["batch_size"],
         "estimate, GB": estimate,

@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 import SimpleITK
 from label_efficiency import RECORD, Cell, Experiment, append_rows, keep_to_one_configuration, score
-from label_efficiency_report import CELL, CURVES, SCORES, VARIANTS, distinct, is_done, read_rows, table, write_report
+from label_efficiency_report import (
+    CELL,
+    CURVES,
+    SCORES,
+    VARIANTS,
+    curves_table,
+    distinct,
+    is_done,
+    read_rows,
+    table,
+    write_report,
+)
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.host import Host
@@ -198,6 +209,16 @@ def test_the_table_tells_gains_speed_and_collapses(tmp_path):
     assert rows["full"]["points against scratch"] == "+10.0 (+10.0 to +10.0)"
     assert rows["full"]["reaches scratch's"] == "10"
     assert rows["scratch"]["reaches scratch's"] == "50"
+
+
+def test_a_curve_counts_though_its_test_cases_were_not_predicted(tmp_path):
+    curve = [0.1, 0.2, 0.5, 0.5]
+    write_made_up_results(tmp_path, dict.fromkeys(ARMS, 0.5), dict.fromkeys(ARMS, curve))
+    rows = curves_table(read_rows(tmp_path / CURVES), ARMS)
+    assert [row["arm"] for row in rows] == [*ARMS]
+    assert {(row["pseudo Dice"], row["of each seed"], row["reaches scratch's"]) for row in rows} == {
+        ("0.400 ± 0.000", "0.400, 0.400", "40")
+    }
     assert (rows["encoder"]["reaches scratch's"], rows["encoder"]["collapsed"]) == ("not", "2")
     write_report(tmp_path, CONFIG)
     assert (tmp_path / "label_efficiency.png").stat().st_size > 10_000
