@@ -1,0 +1,153 @@
+"""What pretrained features tell without any fine-tuning: a linear classifier of single voxels, in minutes.
+
+    python benchmarks/linear_probe.py FOLDER NAME=vf_pretrained.pth ... [--plans nnUNetPlansHalf] [--labels 2]
+
+FOLDER is what ``label_efficiency.py --out`` has prepared. The network of the plans stays as it is; its features are the
+outputs of all stages of the encoder, of the decoder, or of the decoder's last stage alone, interpolated to the voxels
+of the image. A logistic regression learns from the same labelled cases that the experiment trains on with these labels
+and seeds, and marks ``--cases`` of its validation cases. Prints the mean Dice of the classes beside that of a network
+that begins anew; writes ``docs/linear_probe.json``. On CPUs; no test case is looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetBaseDataset
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from side_by_side import DOCS, report
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from nnunetv2_vf.adapt import transfer
+from nnunetv2_vf.errors import UserError, one_line_errors
+from nnunetv2_vf.weights import read_artifact
+
+NEW = "new weights"
+VOXELS = 2500  # of every class in every labelled case
+DEPTHS = ("encoder", "decoder", "last stage")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("weights", nargs="+", metavar="NAME=FILE")
+    parser.add_argument("--plans", default="nnUNetPlansHalf")
+    parser.add_argument("--labels", type=int, default=2)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--cases", type=int, default=10, help="validation cases that are marked")
+    parser.add_argument("--docs", type=Path, default=DOCS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with one_line_errors():
+        config = json.loads(Path(__file__).with_name("label_efficiency.json").read_text())
+        preprocessed = args.folder / "preprocessed" / config["dataset"]
+        if not preprocessed.is_dir():
+            raise UserError(f"{preprocessed} is not there; prepare it: python benchmarks/label_efficiency.py")
+        plan = PlansManager(str(preprocessed / f"{args.plans}.json")).get_configuration("3d_fullres")
+        images = preprocessed / plan.data_identifier
+        cases = infer_dataset_class(str(images))(str(images))
+        folds = [config["labels"].index(args.labels) * 100 + seed for seed in args.seeds]
+        splits = json.loads((preprocessed / "splits_final.json").read_text())
+        named = {NEW: None, **dict(each.split("=", 1) for each in args.weights)}
+        rows, dice = [], {}
+        for name, file in named.items():
+            network = build(plan, file)
+            dice[name] = {
+                depth: [probe(network, depth, cases, splits[fold], args.cases) for fold in folds] for depth in DEPTHS
+            }
+            each = {depth: ", ".join(f"{value:.3f}" for value in values) for depth, values in dice[name].items()}
+            rows.append(
+                {"weights": name}
+                | {depth: f"{fmean(values):.3f} ({each[depth]})" for depth, values in dice[name].items()}
+            )
+    about = f"{args.plans}, {args.labels} labels, Dice of {args.cases} validation cases: mean (of each seed)"
+    report("linear_probe", about, rows, args.docs, dice=dice)
+
+
+def build(plan: ConfigurationManager, file: str | None) -> nn.Module:
+    """The plan's network with pretrained or, without a file, new weights."""
+    torch.manual_seed(0)
+    network: nn.Module = get_network_from_plans(
+        plan.network_arch_class_name,
+        plan.network_arch_init_kwargs,
+        plan.network_arch_init_kwargs_req_import,
+        1,
+        2,
+        deep_supervision=True,
+    )
+    if file is not None:
+        transfer(read_artifact(Path(file))["network_weights"], network)
+    return network.eval()
+
+
+def probe(network: nn.Module, depth: str, cases: nnUNetBaseDataset, split: dict[str, list[str]], number: int) -> float:
+    """Mean Dice over classes and cases of what a linear classifier of the features makes of validation cases."""
+    rng = np.random.default_rng(0)
+    samples = [labelled_voxels(network, depth, cases, case, rng) for case in split["train"]]
+    x, y = (np.concatenate(parts) for parts in zip(*samples, strict=True))
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300)).fit(x, y)
+    return fmean(dice_of(classifier, network, depth, cases, case) for case in split["val"][:number])
+
+
+def labelled_voxels(
+    network: nn.Module, depth: str, cases: nnUNetBaseDataset, case: str, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features and labels of as many voxels of every class."""
+    image, labels = load(cases, case)
+    of_classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    chosen = np.concatenate([rng.choice(these, min(VOXELS, len(these)), replace=False) for these in of_classes])
+    return features(network, depth, image)[chosen], labels.ravel()[chosen]
+
+
+def dice_of(classifier: Pipeline, network: nn.Module, depth: str, cases: nnUNetBaseDataset, case: str) -> float:
+    """Mean over the classes."""
+    image, labels = load(cases, case)
+    marked = classifier.predict(features(network, depth, image)).reshape(labels.shape)
+    both = [(labels == label, marked == label) for label in np.unique(labels) if label > 0]
+    return fmean(2 * (true & found).sum() / (true.sum() + found.sum()) for true, found in both)
+
+
+def load(cases: nnUNetBaseDataset, case: str) -> tuple[Tensor, np.ndarray]:
+    """The image (C, D, H, W) and its labels (D, H, W); -1, nnU-Net's mark of what was cropped away, is background."""
+    image, labels, *_ = cases.load_case(case)
+    return torch.from_numpy(np.asarray(image[:], np.float32)), np.asarray(labels[:])[0].clip(min=0)
+
+
+@torch.no_grad()
+def features(network: nn.Module, depth: str, image: Tensor) -> np.ndarray:
+    """(voxels, features): the outputs of stages, interpolated to the image's voxels."""
+    network_: Any = network
+    stages: Sequence[nn.Module] = {
+        "encoder": list(network_.encoder.stages),
+        "decoder": list(network_.decoder.stages),
+        "last stage": [network_.decoder.stages[-1]],
+    }[depth]
+    shape = image.shape[1:]
+    padding = [end for side in reversed(shape) for end in (0, -side % 2 ** (len(network_.encoder.stages) - 1))]
+    padded = F.pad(image[None], padding)
+    outputs: list[Tensor] = []
+    with ExitStack() as hooks:
+        for stage in stages:
+            hook = stage.register_forward_hook(lambda _module, _input, output: outputs.append(output))
+            hooks.callback(hook.remove)
+        network(padded)
+    maps = [F.interpolate(output, size=padded.shape[2:], mode="trilinear")[0] for output in outputs]
+    inside = [each[:, : shape[0], : shape[1], : shape[2]].flatten(1) for each in maps]
+    return torch.cat(inside).T.numpy()
+
+
+if __name__ == "__main__":
+    main()
