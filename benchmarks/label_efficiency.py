@@ -236,8 +236,10 @@ class Experiment:
         return found
 
     def _pretraining(self, variant: str) -> str:
-        """The variant whose pretraining is this one's."""
-        return variant if "pretraining" in self._changes(variant) else BASE_VARIANT
+        """The first variant that pretrains as this one does."""
+        mine = self._changes(variant).get("pretraining")
+        alike = (name for name, each in self.config["variants"].items() if each.get("pretraining") == mine)
+        return next(alike) if mine else BASE_VARIANT
 
     def finetune(self, cell: Cell, on_test_cases: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Train and score a cell; returns the rows of its scores and of its curve."""

@@ -76,6 +76,12 @@ def test_cells_without_meaning_are_refused_before_anything_runs(experiment, tmp_
         experiment.run([cell], tmp_path, on_test_cases=False)
 
 
+def test_variants_that_pretrain_alike_share_a_pretraining(experiment):
+    assert [experiment._pretraining(name) for name in ("default", "sawtooth", "blocks", "blocks_lower_rate")] == [
+        "default", "default", "blocks", "blocks"
+    ]  # fmt: skip
+
+
 def test_a_table_is_of_one_configuration(tmp_path):
     record = tmp_path / "docs" / RECORD
     keep_to_one_configuration(record, CONFIG)
@@ -209,6 +215,10 @@ def test_the_table_tells_gains_speed_and_collapses(tmp_path):
     assert rows["full"]["points against scratch"] == "+10.0 (+10.0 to +10.0)"
     assert rows["full"]["reaches scratch's"] == "10"
     assert rows["scratch"]["reaches scratch's"] == "50"
+    assert (rows["encoder"]["reaches scratch's"], rows["encoder"]["collapsed"]) == ("not", "2")
+    write_report(tmp_path, CONFIG)
+    assert (tmp_path / "label_efficiency.png").stat().st_size > 10_000
+    assert "| p | 5 | full |" in (tmp_path / "label_efficiency_table.md").read_text()
 
 
 def test_a_curve_counts_though_its_test_cases_were_not_predicted(tmp_path):
@@ -219,7 +229,3 @@ def test_a_curve_counts_though_its_test_cases_were_not_predicted(tmp_path):
     assert {(row["pseudo Dice"], row["of each seed"], row["reaches scratch's"]) for row in rows} == {
         ("0.400 ± 0.000", "0.400, 0.400", "40")
     }
-    assert (rows["encoder"]["reaches scratch's"], rows["encoder"]["collapsed"]) == ("not", "2")
-    write_report(tmp_path, CONFIG)
-    assert (tmp_path / "label_efficiency.png").stat().st_size > 10_000
-    assert "| p | 5 | full |" in (tmp_path / "label_efficiency_table.md").read_text()
