@@ -101,8 +101,14 @@ class Experiment:
     def prepare(self, data: Path) -> None:
         """The pool as a training set, the test cases apart; nnU-Net's plans, and smaller ones derived from them."""
         finished = self.host.folder / "prepared"
-        if finished.exists():
-            return
+        if not finished.exists():
+            self._plan_and_preprocess(data)
+            finished.touch()
+        for name, change in {**self.config["plans"], **self.config["pretraining_plans"]}.items():
+            if "of" in change:  # the others are as they were planned
+                self._derive_plans(name, **change)
+
+    def _plan_and_preprocess(self, data: Path) -> None:
         split, raw = self.config["split"], self.host.raw / self.dataset
         for cases, images, labels in (
             (split["labelled"] + split["validation"], "imagesTr", "labelsTr"),
@@ -119,31 +125,23 @@ class Experiment:
         self.host.run("nnUNetv2_extract_fingerprint", "-d", self.dataset_id, "-np", 2)
         self.host.run("nnUNetv2_plan_experiment", "-d", self.dataset_id)
         self.host.run("nnUNetv2_vf", "plan", "-d", self.dataset_id)
-        for name, change in {**self.config["plans"], **self.config["pretraining_plans"]}.items():
-            self._derive_plans(name, **change)
         for plans in {change.get("of", name) for name, change in self.config["plans"].items()}:
             self.host.run(
                 "nnUNetv2_preprocess", "-d", self.dataset_id, "-plans_name", plans, "-c", "3d_fullres", "-np", 2
             )
         splits = [self._split(*self._of_fold(fold)) for fold in range(MAX_SEEDS * len(self.config["labels"]))]
         (self.host.preprocessed / self.dataset / "splits_final.json").write_text(json.dumps(splits))
-        finished.touch()
 
     def _derive_plans(
         self,
         name: str,
-        of: str | None = None,
+        of: str,
         features: Sequence[int] = (),
         batch_size: int | None = None,
         patch_size: Sequence[int] = (),
         **_: Any,
     ) -> None:
-        """Plans with other features, batch or patch; they use the preprocessed data of those they come from.
-
-        Those that come from no others are as they were planned.
-        """
-        if of is None:
-            return
+        """Plans with other features, batch or patch; they use the preprocessed data of those they come from."""
         folder = self.host.preprocessed / self.dataset
         plans = json.loads((folder / f"{of}.json").read_text())
         plans["plans_name"] = name
@@ -152,7 +150,9 @@ class Experiment:
         configuration["patch_size"] = patch_size or configuration["patch_size"]
         network = configuration["architecture"]["arch_kwargs"]
         network["features_per_stage"] = features or network["features_per_stage"]
-        (folder / f"{name}.json").write_text(json.dumps(plans, indent=2))
+        file, content = folder / f"{name}.json", json.dumps(plans, indent=2)
+        if not file.is_file() or file.read_text() != content:  # another experiment may be reading it
+            file.write_text(content)
 
     def fold(self, cell: Cell) -> int:
         """The number of a cell's split in nnU-Net's splits_final.json."""
@@ -206,6 +206,8 @@ class Experiment:
         if common:
             raise UserError(f"{cell}: variant and arm both set {', '.join(common)}; leave the arm out (--arms)")
         of_pretrained = {"schedule", "kernel_norms", "fresh_decoder_stages"} & changes.get("finetuning", {}).keys()
+        if arm.get("schedule") == "encoder_only" and "fresh_decoder_stages" in changes.get("finetuning", {}):
+            raise UserError(f"{cell}: all of this arm's decoder begins anew; leave the arm out (--arms)")
         if cell.arm == "scratch" and ("pretraining" in changes or of_pretrained):
             raise UserError(f"{cell}: from scratch this variant means nothing; leave the arm out (--arms)")
 
@@ -297,7 +299,7 @@ class Experiment:
 def variables(prefix: str, settings: Mapping[str, Any], workers: int = 0) -> dict[str, Any]:
     """Without workers a fine-tuning draws its samples itself: the same in the same order, whatever the machine does.
 
-    Compiling, which nnU-Net does on GPUs, would take longer than a training of this length gains.
+    Not compiled, which nnU-Net does on GPUs: that takes most of a minute, as long as such a training.
     """
     return {
         "nnUNet_n_proc_DA": workers,

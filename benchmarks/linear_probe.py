@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from label_efficiency import CONFIG, MAX_SEEDS
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetBaseDataset
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -31,9 +31,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from nnunetv2_vf.adapt import transfer
+from nnunetv2_vf.adapt import RANDOM, transfer, transferred_share
 from nnunetv2_vf.errors import UserError, one_line_errors
-from nnunetv2_vf.weights import read_artifact
+from nnunetv2_vf.weights import HEADS, read_artifact
 
 NEW = "new weights"
 VOXELS = 2500  # of every class in every labelled case
@@ -52,33 +52,47 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     with one_line_errors():
-        config = json.loads(Path(__file__).with_name("label_efficiency.json").read_text())
+        config = json.loads(CONFIG.read_text())
+        named = {NEW: None, **dict(map(name_and_file, args.weights))}
+        if args.labels not in config["labels"]:
+            raise UserError(f"--labels {args.labels} is not in the experiment; legal: {config['labels']}")
         preprocessed = args.folder / "preprocessed" / config["dataset"]
         if not preprocessed.is_dir():
             raise UserError(f"{preprocessed} is not there; prepare it: python benchmarks/label_efficiency.py")
         plan = PlansManager(str(preprocessed / f"{args.plans}.json")).get_configuration("3d_fullres")
         images = preprocessed / plan.data_identifier
         cases = infer_dataset_class(str(images))(str(images))
-        folds = [config["labels"].index(args.labels) * 100 + seed for seed in args.seeds]
+        folds = [config["labels"].index(args.labels) * MAX_SEEDS + seed for seed in args.seeds]
         splits = json.loads((preprocessed / "splits_final.json").read_text())
-        named = {NEW: None, **dict(each.split("=", 1) for each in args.weights)}
-        rows, dice = [], {}
-        for name, file in named.items():
-            network = build(plan, file)
-            dice[name] = {
+        networks = {name: build(plan, file) for name, file in named.items()}
+        dice = {
+            name: {
                 depth: [probe(network, depth, cases, splits[fold], args.cases) for fold in folds] for depth in DEPTHS
             }
-            each = {depth: ", ".join(f"{value:.3f}" for value in values) for depth, values in dice[name].items()}
-            rows.append(
-                {"weights": name}
-                | {depth: f"{fmean(values):.3f} ({each[depth]})" for depth, values in dice[name].items()}
-            )
+            for name, network in networks.items()
+        }
+    rows = [{"weights": name} | {depth: row(values) for depth, values in of.items()} for name, of in dice.items()]
     about = f"{args.plans}, {args.labels} labels, Dice of {args.cases} validation cases: mean (of each seed)"
     report("linear_probe", about, rows, args.docs, dice=dice)
 
 
+def name_and_file(argument: str) -> tuple[str, str]:
+    name, equals, file = argument.partition("=")
+    if not equals:
+        raise UserError(f"{argument!r} is not NAME=FILE, boxes=vf_pretrained.pth for one")
+    return name, file
+
+
+def row(values: Sequence[float]) -> str:
+    return f"{fmean(values):.3f} ({', '.join(f'{value:.3f}' for value in values)})"
+
+
 def build(plan: ConfigurationManager, file: str | None) -> nn.Module:
-    """The plan's network with pretrained or, without a file, new weights."""
+    """The plan's network with pretrained or, without a file, new weights.
+
+    Raises:
+        UserError: the weights are of another network.
+    """
     torch.manual_seed(0)
     network: nn.Module = get_network_from_plans(
         plan.network_arch_class_name,
@@ -89,7 +103,10 @@ def build(plan: ConfigurationManager, file: str | None) -> nn.Module:
         deep_supervision=True,
     )
     if file is not None:
-        transfer(read_artifact(Path(file))["network_weights"], network)
+        fates = transfer(read_artifact(Path(file))["network_weights"], network)
+        if transferred_share(fates) < 1:
+            missing = next(fate for fate in fates if fate.what == RANDOM and HEADS not in fate.name)
+            raise UserError(f"{file} is of another network than the plans: {missing.name} does not fit; see --plans")
     return network.eval()
 
 
@@ -105,7 +122,7 @@ def probe(network: nn.Module, depth: str, cases: nnUNetBaseDataset, split: dict[
 def labelled_voxels(
     network: nn.Module, depth: str, cases: nnUNetBaseDataset, case: str, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features and labels of as many voxels of every class."""
+    """Features and labels of up to VOXELS voxels of every class."""
     image, labels = load(cases, case)
     of_classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     chosen = np.concatenate([rng.choice(these, min(VOXELS, len(these)), replace=False) for these in of_classes])
@@ -129,14 +146,10 @@ def load(cases: nnUNetBaseDataset, case: str) -> tuple[Tensor, np.ndarray]:
 @torch.no_grad()
 def features(network: nn.Module, depth: str, image: Tensor) -> np.ndarray:
     """(voxels, features): the outputs of stages, interpolated to the image's voxels."""
-    network_: Any = network
-    stages: Sequence[nn.Module] = {
-        "encoder": list(network_.encoder.stages),
-        "decoder": list(network_.decoder.stages),
-        "last stage": [network_.decoder.stages[-1]],
-    }[depth]
+    encoder, decoder = (list(part.stages) for part in (network.encoder, network.decoder))
+    stages = {"encoder": encoder, "decoder": decoder, "last stage": decoder[-1:]}[depth]
     shape = image.shape[1:]
-    padding = [end for side in reversed(shape) for end in (0, -side % 2 ** (len(network_.encoder.stages) - 1))]
+    padding = [end for side in reversed(shape) for end in (0, -side % 2 ** (len(encoder) - 1))]
     padded = F.pad(image[None], padding)
     outputs: list[Tensor] = []
     with ExitStack() as hooks:

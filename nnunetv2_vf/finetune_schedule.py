@@ -71,10 +71,12 @@ def parameter_groups(network: nn.Module, settings: FinetuneSettings) -> list[dic
         UserError: the schedule tells encoder and decoder apart, and the network has no ``encoder``.
     """
     named = list(network.named_parameters())  # each once, those that a decoder lists too as the encoder's
-    if settings.schedule != "full" and not any(name.startswith(ENCODER_PREFIX) for name, _ in named):
+    told_apart = settings.schedule != "full" or settings.fresh_decoder_stages > 0
+    if told_apart and not any(name.startswith(ENCODER_PREFIX) for name, _ in named):
         raise UserError(
-            f"schedule {settings.schedule!r} needs a network with an encoder, which {type(network).__name__} does not "
-            "name so; legal for it: full (nnUNet_vf_finetune_schedule)"
+            f"schedule {settings.schedule!r} with fresh_decoder_stages={settings.fresh_decoder_stages} needs a network "
+            f"with an encoder, which {type(network).__name__} does not name so; legal for it: full and 0 "
+            "(nnUNet_vf_finetune_schedule, nnUNet_vf_finetune_fresh_decoder_stages)"
         )
     depth = _stages_to_output([name for name, _ in named])
     groups: dict[tuple[int, str], dict[str, Any]] = {}
@@ -98,17 +100,14 @@ def begin_anew(names: Iterable[str], settings: FinetuneSettings) -> set[str]:
         UserError: the decoder has fewer stages than are to begin anew.
     """
     own = [name for name in names if name.startswith(ENCODER_PREFIX) or ENCODER_PREFIX not in name]
-    of_decoder = [name for name in own if part_of(name) == "decoder"]
-    if settings.schedule == "encoder_only":
-        return set(of_decoder)
     distance = _stages_to_output(own)
-    stages = max((distance[name] for name in of_decoder), default=0)
-    if settings.fresh_decoder_stages > stages:
+    of_decoder = {name: distance[name] for name in own if part_of(name) == "decoder"}
+    anew, stages = settings.fresh_decoder_stages, max(of_decoder.values(), default=0)
+    if anew > stages:
         raise UserError(
-            f"nnUNet_vf_finetune_fresh_decoder_stages={settings.fresh_decoder_stages}, and the decoder has {stages} "
-            f"stages; legal: 0 to {stages}"
+            f"nnUNet_vf_finetune_fresh_decoder_stages={anew}, and the decoder has {stages} stages; legal: 0 to {stages}"
         )
-    return {name for name in of_decoder if distance[name] <= settings.fresh_decoder_stages}
+    return {name for name, stage in of_decoder.items() if settings.schedule == "encoder_only" or stage <= anew}
 
 
 def part_of(name: str) -> str:
@@ -177,4 +176,6 @@ def in_words(settings: FinetuneSettings) -> str:
     }
     warmup = _warmup_epochs(settings)
     rise = f"a warm-up over {warmup} epochs, then {settings.decay} decay" if warmup else f"{settings.decay} decay"
-    return f"Schedule {settings.schedule}: {parts[settings.schedule]}; {rise}"
+    anew = settings.fresh_decoder_stages
+    last = f"; the last {anew} stages of a pretrained decoder begin anew" if anew else ""
+    return f"Schedule {settings.schedule}: {parts[settings.schedule]}{last}; {rise}"

@@ -54,16 +54,17 @@ def pretraining_configuration(plans_manager: PlansManager, name: str) -> Configu
 def patch_warning(configuration: ConfigurationManager) -> str | None:
     """A line for the log if the patch holds the median image whole.
 
-    Then both sub-volumes mostly are the same image, and padding: docs/label_efficiency.md has what that costs.
+    Then sub-volumes are padded, and two of one case often are nearly the same: docs/label_efficiency.md has how often.
     """
     patch = configuration.patch_size
     median = configuration.configuration.get("median_image_size_in_voxels")  # not in everybody's plans
-    if median is None or any(side > mine for side, mine in zip(median, patch, strict=True)):
+    if median is None or any(side > patch_side for side, patch_side in zip(median, patch, strict=True)):
         return None
     shape, patches = ("x".join(f"{side:g}" for side in sides) for sides in (median, patch))
     return (
-        f"WARNING: the patch ({patches}) holds the median image ({shape}) whole, so that sub-volumes are padded and "
-        "much alike; pretrain with plans whose patch_size is smaller: the network and its weights are the same"
+        f"WARNING: the patch ({patches}) holds the median image ({shape}) whole, so that sub-volumes are padded, and "
+        "those of one case often alike; pretrain with plans whose patch_size is smaller: the network and its weights "
+        "are the same"
     )
 
 

@@ -18,9 +18,16 @@ from test_long_training import assert_same_training, before_step, leaves_early, 
 from torch import nn
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.finetune_schedule import FinetuneLRScheduler, decoder_epochs, parameter_groups, part_of, rate
+from nnunetv2_vf.finetune_schedule import (
+    FinetuneLRScheduler,
+    begin_anew,
+    decoder_epochs,
+    parameter_groups,
+    part_of,
+    rate,
+)
 from nnunetv2_vf.settings import FinetuneSettings
-from nnunetv2_vf.weights import read_artifact
+from nnunetv2_vf.weights import HEADS, read_artifact
 
 CPU = torch.device("cpu")
 SCHEDULES = ("full", "sawtooth", "encoder_only", "frozen_encoder")
@@ -142,7 +149,9 @@ def test_a_network_without_encoder_is_trained_as_a_whole_or_refused():
     network = nn.Sequential(nn.Linear(1, 1))
     (group,) = parameter_groups(network, FinetuneSettings())
     assert group["part"] == "decoder"
-    with pytest.raises(UserError, match="schedule 'sawtooth' needs a network with an encoder, which Sequential"):
+    with pytest.raises(
+        UserError, match="schedule 'sawtooth' with fresh_decoder_stages=0 needs a network with an encoder, which Seq"
+    ):
         parameter_groups(network, FinetuneSettings(schedule="sawtooth"))
 
 
@@ -232,20 +241,39 @@ def test_encoder_only_takes_nothing_else_and_the_rest_is_that_of_the_baseline(
             torch.testing.assert_close(full, pretrained[name], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("norms", ["fresh", "pretrained"])
 @pytest.mark.parametrize("network", ["U-Net", "PCT-Net"])
-def test_the_last_stages_of_the_decoder_can_begin_anew(artifacts, schedule_of, monkeypatch, network):
+def test_the_last_stages_of_the_decoder_can_begin_anew(artifacts, schedule_of, monkeypatch, network, norms):
     plans, pretrained = PLANS_OF_NETWORKS[network], read_artifact(artifacts[network])["network_weights"]
     scratch = trainer_of(plans)
     scratch.initialize()
-    schedule_of("full", fresh_decoder_stages=1)
+    schedule_of("full", fresh_decoder_stages=1, kernel_norms=norms)
     trainer = trainer_of(plans, artifacts[network], monkeypatch)
     trainer.on_train_start()
     trainer.on_train_end()
+    assert "the last 1 stages of a pretrained decoder begin anew" in Path(trainer.log_file).read_text()
     last = len(scratch.network.decoder.stages) - 1
     for name, fresh in scratch.network.state_dict().items():
-        anew = ".seg_layers." in name or re.match(rf"decoder\.(stages|transpconvs|ups)\.{last}\.", name)
-        expected = fresh if anew else pretrained[name]
-        torch.testing.assert_close(trainer.network.state_dict()[name], expected, rtol=0, atol=0, msg=name)
+        begun = trainer.network.state_dict()[name]
+        if ".seg_layers." in name or re.match(rf"decoder\.(stages|transpconvs|ups)\.{last}\.", name):
+            torch.testing.assert_close(begun, fresh, rtol=0, atol=0, msg=name)
+        elif norms == "fresh":
+            torch.testing.assert_close(direction(begun), direction(pretrained[name]), msg=name)
+        else:
+            torch.testing.assert_close(begun, pretrained[name], rtol=0, atol=0, msg=name)
+
+
+def test_a_decoder_all_of_whose_stages_begin_anew_is_that_of_encoder_only(nnunet):
+    network = trainer_of("nnUNetPlans")
+    network.initialize()
+    names = list(network.network.state_dict())
+    all_stages = begin_anew(names, FinetuneSettings(fresh_decoder_stages=2))
+    assert all_stages
+    assert all_stages | {name for name in names if HEADS in name} == {
+        name for name in names if name.startswith("decoder.") and ".encoder." not in name
+    }
+    assert begin_anew(names, FinetuneSettings(schedule="encoder_only")) == all_stages
+    assert begin_anew(names, FinetuneSettings()) == set()
 
 
 def test_more_stages_than_there_are_cannot_begin_anew(artifacts, schedule_of, monkeypatch):
@@ -326,17 +354,21 @@ def test_a_training_is_not_continued_with_another_schedule(schedule_of, tmp_path
     train(only_run_validation=True)  # with the settings of the checkpoint
 
 
-def test_a_checkpoint_from_before_kernel_norms_was_a_setting_goes_on(schedule_of, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [("kernel_norms", "fresh", "'fresh' .recorded: 'pretrained'"), ("fresh_decoder_stages", "1", "1 .recorded: 0")],
+)
+def test_a_checkpoint_from_before_it_was_a_setting_goes_on(schedule_of, tmp_path, monkeypatch, name, value, told):
     schedule_of("full")
     train()
     (file,) = tmp_path.rglob("checkpoint_final.pth")
     checkpoint = torch.load(file, weights_only=False)
-    del checkpoint["volume_fusion"]["settings"]["kernel_norms"]
+    del checkpoint["volume_fusion"]["settings"][name]
     torch.save(checkpoint, file)
     train(continue_training=True)
-    monkeypatch.setenv("nnUNet_vf_finetune_kernel_norms", "fresh")
+    monkeypatch.setenv(f"nnUNet_vf_finetune_{name}", value)
     torch.save(checkpoint, file)
-    with pytest.raises(SystemExit, match=r"kernel_norms = 'fresh' \(recorded: 'pretrained'\)"):
+    with pytest.raises(SystemExit, match=f"{name} = {told}"):
         train(continue_training=True)
 
 

@@ -68,6 +68,8 @@ def test_a_fold_is_a_number_of_labels_and_a_seed(experiment):
         (Cell("p", "scratch", 5, 0, "blocks"), "means nothing"),
         (Cell("p", "scratch", 5, 0, "sawtooth"), "means nothing"),
         (Cell("p", "scratch", 5, 0, "pretrained_norms"), "means nothing"),
+        (Cell("p", "scratch", 5, 0, "fresh_last_stage"), "means nothing"),
+        (Cell("p", "encoder", 5, 0, "fresh_last_stage"), "all of this arm's decoder begins anew"),
         (Cell("p", "full", 3, 0), "3 labels"),
     ],
 )

@@ -61,6 +61,7 @@ class VFFinetuneTrainer(LongTraining):
             self.pretrained = check_weights(self.weights_file, Target(plans_manager, configuration, dataset_json))
         plans = {**plans, FinetuneSettings.section: self.settings.as_dict()}
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self._anew: set[str] = set()  # of the pretrained weights
         self._losses: list[float] = []  # of the steps of this epoch that are done, also before an interruption
         self._between_draws: dict[str, Any] | None = None
 
@@ -90,7 +91,9 @@ class VFFinetuneTrainer(LongTraining):
         self._between_draws = current_random_state(self.device)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
-        optimizer = make_optimizer(parameter_groups(self.bare_network(), self.settings), self.settings)
+        network = self.bare_network()
+        optimizer = make_optimizer(parameter_groups(network, self.settings), self.settings)
+        self._anew = begin_anew(network.state_dict(), self.settings)
         clip_gradients(optimizer, self.settings.gradient_clip)
         return optimizer, FinetuneLRScheduler(optimizer, self.settings)
 
@@ -122,16 +125,21 @@ class VFFinetuneTrainer(LongTraining):
 
     def _begin_with_pretrained_weights(self) -> None:
         """Change of them what the settings say."""
-        weights, new = (network.state_dict() for network in (self.bare_network(), self._fresh_network()))
-        for name in begin_anew(weights, self.settings):
+        if not self._anew and self.settings.kernel_norms == "pretrained":
+            return
+        network, fresh = self.bare_network(), self._fresh_network()
+        weights, new = network.state_dict(), fresh.state_dict()
+        for name in self._anew:
             weights[name].copy_(new[name])
         if self.settings.kernel_norms == "fresh":
-            parts = {"encoder_only": ["encoder"], "frozen_encoder": ["decoder"]}.get(
-                self.settings.schedule, ["encoder", "decoder"]
-            )  # those that are pretrained and trained on
-            factors = kernel_factors(self.bare_network(), self._fresh_network(), parts)
+            trained_on = ["decoder"] if self.settings.schedule == "frozen_encoder" else ["encoder", "decoder"]
+            factors = {
+                name: factor
+                for name, factor in kernel_factors(network, fresh, trained_on).items()
+                if f"{name}.weight" not in self._anew
+            }
             factors = self.ranks.from_first(factors)  # norms of other devices differ in the last digits
-            scale_kernels(self.bare_network(), factors)
+            scale_kernels(network, factors)
             told = [f"by {min(factors.values()):.2f} to {max(factors.values()):.2f}"] if factors else []
             self.print_to_log_file(
                 ", ".join([f"{len(factors)} pretrained kernels scaled to the norm of new ones", *told])
