@@ -177,5 +177,5 @@ def in_words(settings: FinetuneSettings) -> str:
     warmup = _warmup_epochs(settings)
     rise = f"a warm-up over {warmup} epochs, then {settings.decay} decay" if warmup else f"{settings.decay} decay"
     anew = settings.fresh_decoder_stages
-    last = f"; the last {anew} stages of a pretrained decoder begin anew" if anew else ""
+    last = f"; of a pretrained decoder the last {anew} begin anew (fresh_decoder_stages)" if anew else ""
     return f"Schedule {settings.schedule}: {parts[settings.schedule]}{last}; {rise}"

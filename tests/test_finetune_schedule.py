@@ -251,7 +251,7 @@ def test_the_last_stages_of_the_decoder_can_begin_anew(artifacts, schedule_of, m
     trainer = trainer_of(plans, artifacts[network], monkeypatch)
     trainer.on_train_start()
     trainer.on_train_end()
-    assert "the last 1 stages of a pretrained decoder begin anew" in Path(trainer.log_file).read_text()
+    assert "of a pretrained decoder the last 1 begin anew (fresh_decoder_stages)" in Path(trainer.log_file).read_text()
     last = len(scratch.network.decoder.stages) - 1
     for name, fresh in scratch.network.state_dict().items():
         begun = trainer.network.state_dict()[name]
