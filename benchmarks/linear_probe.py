@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
@@ -66,12 +66,13 @@ def main() -> None:
         splits = json.loads((preprocessed / "splits_final.json").read_text())
         networks = {name: build(plan, file) for name, file in named.items()}
         dice = {
-            name: {
-                depth: [probe(network, depth, cases, splits[fold], args.cases) for fold in folds] for depth in DEPTHS
-            }
+            name: [probe(network, cases, splits[fold], args.cases) for fold in folds]
             for name, network in networks.items()
         }
-    rows = [{"weights": name} | {depth: row(values) for depth, values in of.items()} for name, of in dice.items()]
+    rows = [
+        {"weights": name} | {depth: row([of_seed[depth] for of_seed in of]) for depth in DEPTHS}
+        for name, of in dice.items()
+    ]
     about = f"{args.plans}, {args.labels} labels, Dice of {args.cases} validation cases: mean (of each seed)"
     report("linear_probe", about, rows, args.docs, dice=dice)
 
@@ -110,29 +111,45 @@ def build(plan: ConfigurationManager, file: str | None) -> nn.Module:
     return network.eval()
 
 
-def probe(network: nn.Module, depth: str, cases: nnUNetBaseDataset, split: dict[str, list[str]], number: int) -> float:
-    """Mean Dice over classes and cases of what a linear classifier of the features makes of validation cases."""
+def probe(network: nn.Module, cases: nnUNetBaseDataset, split: dict[str, list[str]], number: int) -> dict[str, float]:
+    """Mean Dice, by depth, of what a linear classifier of the features makes of the first validation cases."""
     rng = np.random.default_rng(0)
-    samples = [labelled_voxels(network, depth, cases, case, rng) for case in split["train"]]
-    x, y = (np.concatenate(parts) for parts in zip(*samples, strict=True))
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300)).fit(x, y)
-    return fmean(dice_of(classifier, network, depth, cases, case) for case in split["val"][:number])
+    samples = [labelled_voxels(network, cases, case, rng) for case in split["train"]]
+    labels = np.concatenate([of_case for _, of_case in samples])
+    classifiers = {
+        depth: make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300)).fit(
+            np.concatenate([of_case[depth] for of_case, _ in samples]), labels
+        )
+        for depth in DEPTHS
+    }
+    dice = [dice_of(classifiers, network, cases, case) for case in split["val"][:number]]
+    return {depth: fmean(of_case[depth] for of_case in dice) for depth in DEPTHS}
 
 
 def labelled_voxels(
-    network: nn.Module, depth: str, cases: nnUNetBaseDataset, case: str, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+    network: nn.Module, cases: nnUNetBaseDataset, case: str, rng: np.random.Generator
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Features and labels of up to VOXELS voxels of every class."""
     image, labels = load(cases, case)
     of_classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     chosen = np.concatenate([rng.choice(these, min(VOXELS, len(these)), replace=False) for these in of_classes])
-    return features(network, depth, image)[chosen], labels.ravel()[chosen]
+    return {depth: x[chosen] for depth, x in features(network, image).items()}, labels.ravel()[chosen]
 
 
-def dice_of(classifier: Pipeline, network: nn.Module, depth: str, cases: nnUNetBaseDataset, case: str) -> float:
-    """Mean over the classes."""
+def dice_of(
+    classifiers: Mapping[str, Pipeline], network: nn.Module, cases: nnUNetBaseDataset, case: str
+) -> dict[str, float]:
+    """Of every depth's classifier; mean over the classes."""
     image, labels = load(cases, case)
-    marked = classifier.predict(features(network, depth, image)).reshape(labels.shape)
+    found = features(network, image)
+    return {
+        depth: mean_dice(labels, classifier.predict(found[depth]).reshape(labels.shape))
+        for depth, classifier in classifiers.items()
+    }
+
+
+def mean_dice(labels: np.ndarray, marked: np.ndarray) -> float:
+    """Over the classes that there are, without the background."""
     both = [(labels == label, marked == label) for label in np.unique(labels) if label > 0]
     return fmean(2 * (true & found).sum() / (true.sum() + found.sum()) for true, found in both)
 
@@ -144,22 +161,25 @@ def load(cases: nnUNetBaseDataset, case: str) -> tuple[Tensor, np.ndarray]:
 
 
 @torch.no_grad()
-def features(network: nn.Module, depth: str, image: Tensor) -> np.ndarray:
-    """(voxels, features): the outputs of stages, interpolated to the image's voxels."""
+def features(network: nn.Module, image: Tensor) -> dict[str, np.ndarray]:
+    """By depth (voxels, features): the outputs of stages, interpolated to the image's voxels."""
     encoder, decoder = (list(part.stages) for part in (network.encoder, network.decoder))
-    stages = {"encoder": encoder, "decoder": decoder, "last stage": decoder[-1:]}[depth]
     shape = image.shape[1:]
     padding = [end for side in reversed(shape) for end in (0, -side % 2 ** (len(encoder) - 1))]
     padded = F.pad(image[None], padding)
     outputs: list[Tensor] = []
     with ExitStack() as hooks:
-        for stage in stages:
+        for stage in [*encoder, *decoder]:
             hook = stage.register_forward_hook(lambda _module, _input, output: outputs.append(output))
             hooks.callback(hook.remove)
         network(padded)
     maps = [F.interpolate(output, size=padded.shape[2:], mode="trilinear")[0] for output in outputs]
-    inside = [each[:, : shape[0], : shape[1], : shape[2]].flatten(1) for each in maps]
-    return torch.cat(inside).T.numpy()
+    inside = [each[:, : shape[0], : shape[1], : shape[2]].flatten(1).T.numpy() for each in maps]
+    return {
+        "encoder": np.concatenate(inside[: len(encoder)], 1),
+        "decoder": np.concatenate(inside[len(encoder) :], 1),
+        "last stage": inside[-1],
+    }
 
 
 if __name__ == "__main__":
