@@ -113,8 +113,13 @@ def test_pretrains_fine_tunes_and_scores_every_arm_and_does_nothing_twice(tmp_pa
     cases = [f"torso_{number:04d}" for number in range(8)]
     config = {
         **CONFIG,
-        "plans": {"Tiny": {**TINY, "pretrained_with": "TinySmall", "finetuning": {"optimizer": "adam"}}},
-        "pretraining_plans": {"TinySmall": {**TINY, "patch_size": [16, 16, 16]}},
+        "plans": {
+            "Tiny": {**TINY, "pretrained_with": "TinySmall", "finetuning": {"optimizer": "adam"}},
+            "nnUNetPlans": {"pretrained_with": "TinySmall"},  # as it was planned
+        },
+        "pretraining_plans": {
+            "TinySmall": {**TINY, "patch_size": [16, 16, 16], "pretraining": {"val_iterations_per_epoch": 2}}
+        },
         "pretraining": SHORT,
         "finetuning": SHORT,
         "variants": {"blocks": {"pretraining": {"fusion_map": "blocks"}}},
@@ -138,7 +143,7 @@ def test_pretrains_fine_tunes_and_scores_every_arm_and_does_nothing_twice(tmp_pa
         [line for line in ran if f"-tr {trainer} " in line] for trainer in ("VFPretrainTrainer", "VFFinetuneTrainer")
     )
     assert len(finetunings) == 4, "what was done is not done again"
-    assert all("-p TinySmall" in line for line in pretrainings)
+    assert all("-p TinySmall" in line and "vf_val_iterations_per_epoch=2" in line for line in pretrainings)
     small = json.loads((experiment.host.preprocessed / config["dataset"] / "TinySmall.json").read_text())
     assert small["configurations"]["3d_fullres"]["patch_size"] == [16, 16, 16]
     assert ["fusion_map=blocks" in line for line in pretrainings] == [False, True]
