@@ -299,7 +299,7 @@ class Experiment:
 def variables(prefix: str, settings: Mapping[str, Any], workers: int = 0) -> dict[str, Any]:
     """Without workers a fine-tuning draws its samples itself: the same in the same order, whatever the machine does.
 
-    Not compiled, which nnU-Net does on GPUs: that takes most of a minute, as long as such a training.
+    Not compiled, which nnU-Net does on GPUs: so short a training would not earn back the time.
     """
     return {
         "nnUNet_n_proc_DA": workers,

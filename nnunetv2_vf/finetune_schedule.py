@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
@@ -68,17 +68,12 @@ def parameter_groups(network: nn.Module, settings: FinetuneSettings) -> list[dic
     The heads come first: nnU-Net logs the learning rate of the first group.
 
     Raises:
-        UserError: the schedule tells encoder and decoder apart, and the network has no ``encoder``.
+        UserError: the settings tell encoder and decoder apart, and the network has no ``encoder``; or its decoder has
+            fewer stages than are to begin anew.
     """
     named = list(network.named_parameters())  # each once, those that a decoder lists too as the encoder's
-    told_apart = settings.schedule != "full" or settings.fresh_decoder_stages > 0
-    if told_apart and not any(name.startswith(ENCODER_PREFIX) for name, _ in named):
-        raise UserError(
-            f"schedule {settings.schedule!r} with fresh_decoder_stages={settings.fresh_decoder_stages} needs a network "
-            f"with an encoder, which {type(network).__name__} does not name so; legal for it: full and 0 "
-            "(nnUNet_vf_finetune_schedule, nnUNet_vf_finetune_fresh_decoder_stages)"
-        )
     depth = _stages_to_output([name for name, _ in named])
+    _require_parts(type(network).__name__, depth, settings)
     groups: dict[tuple[int, str], dict[str, Any]] = {}
     for name, parameter in named:
         if not parameter.requires_grad:  # the network's own decision
@@ -90,24 +85,36 @@ def parameter_groups(network: nn.Module, settings: FinetuneSettings) -> list[dic
     return [groups[key] for key in sorted(groups)]
 
 
+def _require_parts(network: str, depth: Mapping[str, int], settings: FinetuneSettings) -> None:
+    anew = settings.fresh_decoder_stages
+    told_apart = settings.schedule != "full" or anew > 0
+    if told_apart and not any(name.startswith(ENCODER_PREFIX) for name in depth):
+        raise UserError(
+            f"schedule {settings.schedule!r} with fresh_decoder_stages={anew} needs a network with an encoder, which "
+            f"{network} does not name so; legal for it: full and 0 (nnUNet_vf_finetune_schedule, "
+            "nnUNet_vf_finetune_fresh_decoder_stages)"
+        )
+    stages = max((stage for name, stage in depth.items() if part_of(name) == "decoder"), default=0)
+    if anew > stages:
+        raise UserError(
+            f"nnUNet_vf_finetune_fresh_decoder_stages={anew}, and the decoder has {stages} stages; legal: 0 to {stages}"
+        )
+
+
 def begin_anew(names: Iterable[str], settings: FinetuneSettings) -> set[str]:
     """Which of a network's weights begin anew although pretrained ones are at hand; the heads do anyway.
 
     Args:
         names: of its state, in which a decoder may list the encoder too.
-
-    Raises:
-        UserError: the decoder has fewer stages than are to begin anew.
     """
     own = [name for name in names if name.startswith(ENCODER_PREFIX) or ENCODER_PREFIX not in name]
     distance = _stages_to_output(own)
-    of_decoder = {name: distance[name] for name in own if part_of(name) == "decoder"}
-    anew, stages = settings.fresh_decoder_stages, max(of_decoder.values(), default=0)
-    if anew > stages:
-        raise UserError(
-            f"nnUNet_vf_finetune_fresh_decoder_stages={anew}, and the decoder has {stages} stages; legal: 0 to {stages}"
-        )
-    return {name for name, stage in of_decoder.items() if settings.schedule == "encoder_only" or stage <= anew}
+    whole = settings.schedule == "encoder_only"
+    return {
+        name
+        for name in own
+        if part_of(name) == "decoder" and (whole or distance[name] <= settings.fresh_decoder_stages)
+    }
 
 
 def part_of(name: str) -> str:

@@ -61,7 +61,6 @@ class VFFinetuneTrainer(LongTraining):
             self.pretrained = check_weights(self.weights_file, Target(plans_manager, configuration, dataset_json))
         plans = {**plans, FinetuneSettings.section: self.settings.as_dict()}
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self._anew: set[str] = set()  # of the pretrained weights
         self._losses: list[float] = []  # of the steps of this epoch that are done, also before an interruption
         self._between_draws: dict[str, Any] | None = None
 
@@ -91,9 +90,7 @@ class VFFinetuneTrainer(LongTraining):
         self._between_draws = current_random_state(self.device)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
-        network = self.bare_network()
-        optimizer = make_optimizer(parameter_groups(network, self.settings), self.settings)
-        self._anew = begin_anew(network.state_dict(), self.settings)
+        optimizer = make_optimizer(parameter_groups(self.bare_network(), self.settings), self.settings)
         clip_gradients(optimizer, self.settings.gradient_clip)
         return optimizer, FinetuneLRScheduler(optimizer, self.settings)
 
@@ -125,18 +122,21 @@ class VFFinetuneTrainer(LongTraining):
 
     def _begin_with_pretrained_weights(self) -> None:
         """Change of them what the settings say."""
-        if not self._anew and self.settings.kernel_norms == "pretrained":
+        network = self.bare_network()
+        weights = network.state_dict()
+        anew = begin_anew(weights, self.settings)
+        if not anew and self.settings.kernel_norms == "pretrained":
             return
-        network, fresh = self.bare_network(), self._fresh_network()
-        weights, new = network.state_dict(), fresh.state_dict()
-        for name in self._anew:
+        fresh = self._fresh_network()
+        new = fresh.state_dict()
+        for name in anew:
             weights[name].copy_(new[name])
         if self.settings.kernel_norms == "fresh":
             trained_on = ["decoder"] if self.settings.schedule == "frozen_encoder" else ["encoder", "decoder"]
             factors = {
                 name: factor
                 for name, factor in kernel_factors(network, fresh, trained_on).items()
-                if f"{name}.weight" not in self._anew
+                if f"{name}.weight" not in anew
             }
             factors = self.ranks.from_first(factors)  # norms of other devices differ in the last digits
             scale_kernels(network, factors)
