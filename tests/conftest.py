@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import unlabelled_data
 
 from nnunetv2_vf.host import trainer_path
 from nnunetv2_vf.phantoms import write_dataset
@@ -219,3 +220,19 @@ def _preprocessed(dataset_id: int) -> Path:
     from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
 
     return Path(nnUNet_preprocessed) / convert_id_to_dataset_name(dataset_id)
+
+
+@pytest.fixture
+def raw(tmp_path, monkeypatch) -> Path:
+    """An empty nnUNet_raw; returns the folder of the dataset that is to be."""
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / variable).mkdir()
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    return tmp_path / "nnUNet_raw" / unlabelled_data.DATASET
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    return folder

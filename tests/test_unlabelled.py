@@ -1,10 +1,9 @@
+"""``nnUNetv2_vf import``: what becomes a dataset, what is rejected, and what is refused."""
+
 from __future__ import annotations
 
 import csv
 import gzip
-import json
-import os
-import random
 import signal
 import subprocess
 import sys
@@ -16,95 +15,30 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from conftest import plan_and_preprocess, pretrain_dataset
 from unlabelled_data import (
+    DATASET,
+    ID,
     NAME,
     PATIENT,
     STUDY,
-    change_header,
-    change_pixdim,
+    check_consistent,
+    check_whole,
+    command,
+    content,
     ct,
     cut_off,
+    description,
+    error_of,
     image,
     mr,
-    shear,
+    reasons,
+    report,
+    run,
+    wait_until,
     write,
     write_4d,
     write_dicom,
+    write_rejected,
 )
-
-from nnunetv2_vf.cli import main
-
-ID, DATASET = 100, "Dataset100_Test"
-
-
-@pytest.fixture
-def raw(tmp_path, monkeypatch) -> Path:
-    """An empty nnUNet_raw; returns the folder of the dataset that is to be."""
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (tmp_path / variable).mkdir()
-        monkeypatch.setenv(variable, str(tmp_path / variable))
-    return tmp_path / "nnUNet_raw" / DATASET
-
-
-@pytest.fixture
-def data(tmp_path) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    return folder
-
-
-def command(*arguments: object) -> list[str]:
-    return ["import", "-d", str(ID), "-n", "Test", "-np", "1", *map(str, arguments)]
-
-
-def run(*arguments: object) -> None:
-    main(command(*arguments))
-
-
-def error_of(*arguments: object) -> str:
-    with pytest.raises(SystemExit) as exit_info:
-        run(*arguments)
-    message = str(exit_info.value.code)
-    assert message.startswith("nnUNetv2_vf: error: ")
-    assert "\n" not in message
-    return message
-
-
-def report(dataset: Path) -> list[dict[str, str]]:
-    with (dataset / "import_report.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def reasons(dataset: Path) -> dict[str, str]:
-    """Of each source's file name: 'accepted' or the kind of its rejection."""
-    return {Path(row["source"]).name: row["reason"].partition(":")[0] or row["status"] for row in report(dataset)}
-
-
-def description(dataset: Path) -> dict:
-    return json.loads((dataset / "dataset.json").read_text())
-
-
-def check_consistent(dataset: Path) -> None:
-    """Report, description and files tell the same, and nothing is left behind."""
-    cases = {row["case"] for row in report(dataset) if row["status"] == "accepted"}
-    told = description(dataset)
-    assert set(told["dataset"]) == cases
-    assert told["numTraining"] == len(cases) > 0
-    images = {dataset / name for case in told["dataset"].values() for name in case["images"]}
-    labels = {dataset / case["label"] for case in told["dataset"].values()}
-    assert {*(dataset / "imagesTr").iterdir()} == images
-    assert {*(dataset / "labelsTr").iterdir()} == labels
-    assert not list((dataset / "import_journals").glob("*.scratch"))
-    assert not (dataset / "import_report_refused.csv").exists()
-
-
-def content(dataset: Path) -> dict[str, bytes]:
-    """Every file that a user reads, by its path; not the journals, nor the picture."""
-    return {
-        str(path.relative_to(dataset)): path.read_bytes()
-        for path in sorted(dataset.rglob("*"))
-        if path.is_file() and "import_journals" not in path.parts and path.suffix != ".png"
-    }
-
 
 # ---------------------------------------------------------------- all formats, and every rejection
 
@@ -175,49 +109,6 @@ def test_no_identifier_comes_out(raw, data, capfd, ending):
     out += "".join(path.read_text() for path in (raw / "import_journals").iterdir())
     for secret in (NAME, "Doe", "Jane", PATIENT, STUDY):
         assert secret not in out
-
-
-def write_rejected(data: Path) -> dict[str, str]:
-    """One source for every reason, and the reason."""
-    write(data / "a_good.nii.gz", ct(0))
-    write(data / "small.nii.gz", ct(0, (15, 24, 28)))
-    write(data / "flat.nii.gz", ct(0)[0], (1.0, 1.0))
-    change_pixdim(write(data / "zero_spacing.nii", ct(1)), 1, 0.0)
-    change_header(write(data / "no_spacing.mha", ct(1)), rb"ElementSpacing[^\n]*\n", b"")
-    write(data / "far.nii.gz", ct(1), (21.0, 1.0, 1.0))
-    array = mr(0)
-    array[0, 0, 0] = np.nan
-    write(data / "nan.nii.gz", array)
-    array[0, 0, 0] = np.inf
-    write(data / "inf.nrrd", array)
-    write(data / "constant.nii.gz", ct(0) * 0)
-    cut_off(write(data / "cut_off.nii.gz", ct(2)))
-    (data / "text.nii.gz").write_text("no image")
-    (data / "gone.nii.gz").symlink_to(data / "nowhere")
-    write(data / "same.mha", ct(0))
-    shear(write(data / "sheared.nii", ct(3)), 0.2)
-    sitk.WriteImage(sitk.Compose([image(ct(0).astype(np.uint8))] * 3), str(data / "colour.nrrd"))
-    write_dicom(data / "gap", ct(4), skip=(7,))
-    write_dicom(data / "segmentation", ct(4), series=2, tags={"0008|0060": "SEG"})
-    return {
-        "a_good.nii.gz": "accepted",
-        "small.nii.gz": "size",
-        "flat.nii.gz": "size",
-        "zero_spacing.nii": "spacing",
-        "no_spacing.mha": "spacing",
-        "far.nii.gz": "spacing",
-        "nan.nii.gz": "nonfinite",
-        "inf.nrrd": "nonfinite",
-        "constant.nii.gz": "constant",
-        "cut_off.nii.gz": "unreadable",
-        "text.nii.gz": "unreadable",
-        "gone.nii.gz": "unreadable",
-        "same.mha": "duplicate",
-        "sheared.nii": "direction",
-        "colour.nrrd": "vector",
-        "gap": "slices",
-        "segmentation": "modality",
-    }
 
 
 def test_every_rejection_is_in_the_report_and_none_in_the_dataset(raw, data, capsys):
@@ -439,230 +330,6 @@ def test_the_file_ending_is_a_setting(raw, data, ending):
     assert all(path.name.endswith(f"_0000{ending}") for path in (raw / "imagesTr").iterdir())
     assert sum(path.is_symlink() for path in (raw / "imagesTr").iterdir()) == 1
     assert f"use --file-ending {ending}" in error_of(data)
-
-
-# ---------------------------------------------------------------- again, more, interrupted, in parts
-
-
-def test_a_second_run_changes_nothing_and_reads_nothing(raw, data):
-    write_rejected(data)
-    run(data)
-    before = content(raw)
-    times = {path: path.stat().st_mtime_ns for path in (raw / "imagesTr").iterdir()}
-    run(data)
-    assert content(raw) == before
-    assert times == {path: path.stat().st_mtime_ns for path in (raw / "imagesTr").iterdir()}
-
-
-def test_more_volumes_later(raw, data):
-    for number in range(3):
-        write(data / "first" / f"{number}.nii.gz", ct(number))
-    run(data / "first")
-    before = content(raw)
-    write(data / "second" / "3.nii.gz", ct(3))
-    write(data / "a_before" / "same.nii.gz", ct(0))  # sorts first, but the dataset has that case already
-    run(data)
-    check_consistent(raw)
-    after = content(raw)
-    assert all(after[name] == before[name] for name in before if name.startswith(("images", "labels")))
-    assert len(description(raw)["dataset"]) == 4
-    assert reasons(raw)["same.nii.gz"] == "duplicate"
-
-
-def test_a_source_that_changes_is_imported_again_and_one_that_is_gone_stays(raw, data):
-    first, second = write(data / "1.nii.gz", ct(1)), write(data / "2.nii.gz", ct(2))
-    run(data)
-    write(first, ct(3, (22, 24, 28)))
-    second.unlink()
-    run(data)
-    check_consistent(raw)
-    assert {Path(row["source"]).name: row["shape"] for row in report(raw)} == {
-        "1.nii.gz": "22x24x28",
-        "2.nii.gz": "20x24x28",
-    }
-    write(first, ct(3, (5, 24, 28)))
-    run(data)
-    check_consistent(raw)
-    assert reasons(raw) == {"1.nii.gz": "size", "2.nii.gz": "accepted"}
-
-
-def test_a_duplicate_of_what_has_changed_is_imported(raw, data):
-    first = write(data / "a.nii.gz", ct(1))
-    write(data / "b.nii.gz", ct(1))
-    run(data)
-    assert reasons(raw) == {"a.nii.gz": "accepted", "b.nii.gz": "duplicate"}
-    write(first, ct(2, (22, 24, 28)))
-    run(data)
-    check_consistent(raw)
-    assert reasons(raw) == {"a.nii.gz": "accepted", "b.nii.gz": "accepted"}
-
-
-def test_a_refused_command_leaves_nothing_for_the_next(raw, data):
-    """Neither files of another ending, nor the number of channels."""
-    for channel, make in enumerate((ct, mr)):
-        write(data / "two" / f"a_000{channel}.nii.gz", make(0))
-        write(data / "two" / f"b_000{channel}.nii.gz", mr(1) if channel else mr(2))
-    error_of(data / "two")
-    write(data / "one" / "c.nii.gz", ct(3))
-    run(data / "one", "--file-ending", ".nrrd")
-    check_consistent(raw)
-    assert reasons(raw) == {"c.nii.gz": "accepted"}
-
-
-def test_files_that_were_removed_come_back(raw, data):
-    write(data / "1.nii.gz", ct(1))
-    write(data / "2.nii.gz", ct(2))
-    run(data)
-    before = content(raw)
-    next((raw / "imagesTr").iterdir()).unlink()
-    run(data)
-    assert content(raw) == before
-
-
-def test_what_was_unreadable_is_tried_again(raw, data):
-    write(data / "1.nii.gz", ct(1))
-    path = write(data / "2.nii.gz", ct(2))
-    whole, stamp = path.read_bytes(), path.stat()
-    path.write_bytes(whole[:-20] + bytes(20))  # as by a failing disk
-    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    run(data)
-    assert reasons(raw)["2.nii.gz"] == "unreadable"
-    path.write_bytes(whole)
-    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    run(data)
-    assert reasons(raw)["2.nii.gz"] == "accepted"
-
-
-def test_other_settings_do_it_again(raw, data):
-    write(data / "1.nii.gz", ct(1))
-    write(data / "2.nii.gz", ct(2, (12, 24, 28)))
-    run(data)
-    assert reasons(raw)["2.nii.gz"] == "size"
-    run(data, "--min-size", 8)
-    assert reasons(raw)["2.nii.gz"] == "accepted"
-    run(data)
-    check_consistent(raw)
-    assert reasons(raw)["2.nii.gz"] == "size"
-
-
-def start(raw: Path, *arguments: object) -> subprocess.Popen:
-    words = [sys.executable, "-m", "nnunetv2_vf", *command(*arguments)]
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def children(process: subprocess.Popen) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def wait_until(condition, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def check_whole(dataset: Path) -> None:
-    """Every image that is there can be read to its end, and has a label."""
-    for path in (dataset / "imagesTr").iterdir():
-        assert sitk.GetArrayFromImage(sitk.ReadImage(str(path))).std() > 0
-        label = dataset / "labelsTr" / path.name.replace("_0000", "")
-        assert sitk.GetArrayFromImage(sitk.ReadImage(str(label))).max() == 1
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in Linux's /proc")
-def test_killed_in_the_middle_it_resumes_and_never_leaves_half_a_case(raw, data, tmp_path, monkeypatch):
-    for number in range(60):
-        write(data / f"{number:02d}.nii.gz", ct(number, (48, 48, 48)))
-    run(data, "-np", 2)
-    expected = content(raw)
-    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "other"))
-    other = tmp_path / "other" / DATASET
-    done = lambda: len(list((other / "imagesTr").glob("*"))) if other.exists() else 0  # noqa: E731
-    draw = random.Random(0)
-    killed, times = 0, {}
-    while killed < 4 and done() < 50:
-        before = done()
-        process = start(raw, data)
-        wait_until(lambda before=before: done() > before + draw.randrange(4))
-        workers = children(process)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-        wait_until(lambda workers=workers: not any(Path(f"/proc/{pid}").exists() for pid in workers))
-        check_whole(other)
-        now = {path: path.stat().st_mtime_ns for path in (other / "imagesTr").iterdir()}
-        assert sum(now[path] != times[path] for path in times) <= 2  # in place, but not yet in the journal
-        times = now
-    assert killed
-    run(data)
-    check_consistent(other)
-    assert {name: text for name, text in content(other).items() if name != "dataset.json"} == {
-        name: text for name, text in expected.items() if name != "dataset.json"
-    }
-    assert description(other) == description(raw)
-
-
-def test_two_parts_at_once_make_the_same_dataset_as_one(raw, data, tmp_path, monkeypatch):
-    write_rejected(data)
-    for number in range(8):
-        write(data / f"x{number}.nii.gz", ct(10 + number))
-    write(data / "y3.nii.gz", ct(13))  # its twin may be in the other part
-    run(data)
-    expected = content(raw)
-    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "other"))
-    (tmp_path / "other").mkdir()
-    parts = [start(raw, data, "--num_parts", 2, "--part_id", part) for part in range(2)]
-    assert [part.wait(timeout=120) for part in parts] == [0, 0]
-    check_consistent(tmp_path / "other" / DATASET)
-    assert content(tmp_path / "other" / DATASET) == expected
-    run(data, "--num_parts", 2, "--part_id", 0)
-    assert content(tmp_path / "other" / DATASET) == expected
-
-
-def test_a_part_alone_says_what_is_left_and_a_run_without_parts_finishes(raw, data, capsys):
-    for number in range(12):
-        write(data / f"{number}.nii.gz", ct(number))
-    run(data, "--num_parts", 3, "--part_id", 1)
-    assert "part 1 of 3 is done" in capsys.readouterr().out
-    assert not (raw / "dataset.json").exists()
-    some = {path: path.stat().st_mtime_ns for path in (raw / "imagesTr").iterdir()}
-    assert 0 < len(some) < 12
-    run(data)
-    check_consistent(raw)
-    assert len(description(raw)["dataset"]) == 12
-    assert all(path.stat().st_mtime_ns == some[path] for path in some)
-
-
-def test_the_same_part_cannot_run_twice_at_once(raw, data):
-    from filelock import FileLock
-
-    write(data / "1.nii.gz", ct(1))
-    run(data)
-    with FileLock(raw / "import_journals" / "part_0_of_1.lock"):
-        assert "part_0_of_1 of this import is already running" in error_of(data)
-
-
-def test_a_journal_that_was_cut_off_costs_one_source(raw, data):
-    for number in range(3):
-        write(data / f"{number}.nii.gz", ct(number))
-    run(data)
-    expected = content(raw)
-    journal = raw / "import_journals" / "part_0_of_1.jsonl"
-    journal.write_bytes(journal.read_bytes()[:-30])
-    run(data)
-    assert content(raw) == expected
-    assert len(journal.read_bytes().splitlines()) == 4
-
-
-def test_a_journal_of_others_names_no_files_elsewhere(raw, data):
-    """Names of cases are names of files: what leads out of the dataset's folder is as if it had not been written."""
-    write(data / "0.nii.gz", ct(0))
-    run(data)
-    expected = content(raw)
-    journal = raw / "import_journals" / "part_0_of_1.jsonl"
-    case = json.loads(journal.read_text().splitlines()[0])["rows"][0]["case"]
-    journal.write_text(journal.read_text().replace(f'"{case}"', f'"../{case}"'))
-    run(data)
-    assert content(raw) == expected
 
 
 # ---------------------------------------------------------------- what is refused

@@ -1,14 +1,24 @@
-"""Small unlabelled volumes in every format that ``import`` reads, whole and damaged."""
+"""Small unlabelled volumes in every format that ``import`` reads, whole and damaged; importing them, and looking."""
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 import SimpleITK as sitk  # noqa: N813  its own convention
+
+from nnunetv2_vf.cli import main
+
+ID, DATASET = 100, "Dataset100_Test"
 
 NAME, PATIENT, STUDY = "Doe^Jane", "PAT-4711", "1.2.826.0.1.3680043.99"  # what must never come out
 SHAPE = (20, 24, 28)
@@ -128,3 +138,130 @@ def shear(path: Path, amount: float) -> None:
     for row, values in enumerate(((-x, 0, amount * z, 0), (0, -y, 0, 0), (0, 0, z, 0))):
         struct.pack_into("<4f", content, 280 + 16 * row, *values)
     path.write_bytes(content)
+
+
+# ---------------------------------------------------------------- importing it
+
+
+def command(*arguments: object) -> list[str]:
+    return ["import", "-d", str(ID), "-n", "Test", "-np", "1", *map(str, arguments)]
+
+
+def run(*arguments: object) -> None:
+    main(command(*arguments))
+
+
+def error_of(*arguments: object) -> str:
+    with pytest.raises(SystemExit) as exit_info:
+        run(*arguments)
+    message = str(exit_info.value.code)
+    assert message.startswith("nnUNetv2_vf: error: ")
+    assert "\n" not in message
+    return message
+
+
+def report(dataset: Path) -> list[dict[str, str]]:
+    with (dataset / "import_report.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def reasons(dataset: Path) -> dict[str, str]:
+    """Of each source's file name: 'accepted' or the kind of its rejection."""
+    return {Path(row["source"]).name: row["reason"].partition(":")[0] or row["status"] for row in report(dataset)}
+
+
+def description(dataset: Path) -> dict:
+    return json.loads((dataset / "dataset.json").read_text())
+
+
+def check_consistent(dataset: Path) -> None:
+    """Report, description and files tell the same, and nothing is left behind."""
+    cases = {row["case"] for row in report(dataset) if row["status"] == "accepted"}
+    told = description(dataset)
+    assert set(told["dataset"]) == cases
+    assert told["numTraining"] == len(cases) > 0
+    images = {dataset / name for case in told["dataset"].values() for name in case["images"]}
+    labels = {dataset / case["label"] for case in told["dataset"].values()}
+    assert {*(dataset / "imagesTr").iterdir()} == images
+    assert {*(dataset / "labelsTr").iterdir()} == labels
+    assert not list((dataset / "import_journals").glob("*.scratch"))
+    assert not (dataset / "import_report_refused.csv").exists()
+
+
+def content(dataset: Path) -> dict[str, bytes]:
+    """Every file that a user reads, by its path; not the journals, nor the picture."""
+    return {
+        str(path.relative_to(dataset)): path.read_bytes()
+        for path in sorted(dataset.rglob("*"))
+        if path.is_file() and "import_journals" not in path.parts and path.suffix != ".png"
+    }
+
+
+def check_whole(dataset: Path) -> None:
+    """Every image that is there can be read to its end, and has a label."""
+    for path in (dataset / "imagesTr").iterdir():
+        assert sitk.GetArrayFromImage(sitk.ReadImage(str(path))).std() > 0
+        label = dataset / "labelsTr" / path.name.replace("_0000", "")
+        assert sitk.GetArrayFromImage(sitk.ReadImage(str(label))).max() == 1
+
+
+def start(raw: Path, *arguments: object) -> subprocess.Popen:
+    words = [sys.executable, "-m", "nnunetv2_vf", *command(*arguments)]
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def wait_until(condition, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# ---------------------------------------------------------------- volumes that are rejected
+
+
+def write_rejected(data: Path) -> dict[str, str]:
+    """One source for every reason, and the reason."""
+    write(data / "a_good.nii.gz", ct(0))
+    write(data / "small.nii.gz", ct(0, (15, 24, 28)))
+    write(data / "flat.nii.gz", ct(0)[0], (1.0, 1.0))
+    change_pixdim(write(data / "zero_spacing.nii", ct(1)), 1, 0.0)
+    change_header(write(data / "no_spacing.mha", ct(1)), rb"ElementSpacing[^\n]*\n", b"")
+    write(data / "far.nii.gz", ct(1), (21.0, 1.0, 1.0))
+    array = mr(0)
+    array[0, 0, 0] = np.nan
+    write(data / "nan.nii.gz", array)
+    array[0, 0, 0] = np.inf
+    write(data / "inf.nrrd", array)
+    write(data / "constant.nii.gz", ct(0) * 0)
+    cut_off(write(data / "cut_off.nii.gz", ct(2)))
+    (data / "text.nii.gz").write_text("no image")
+    (data / "gone.nii.gz").symlink_to(data / "nowhere")
+    write(data / "same.mha", ct(0))
+    shear(write(data / "sheared.nii", ct(3)), 0.2)
+    sitk.WriteImage(sitk.Compose([image(ct(0).astype(np.uint8))] * 3), str(data / "colour.nrrd"))
+    write_dicom(data / "gap", ct(4), skip=(7,))
+    write_dicom(data / "segmentation", ct(4), series=2, tags={"0008|0060": "SEG"})
+    return {
+        "a_good.nii.gz": "accepted",
+        "small.nii.gz": "size",
+        "flat.nii.gz": "size",
+        "zero_spacing.nii": "spacing",
+        "no_spacing.mha": "spacing",
+        "far.nii.gz": "spacing",
+        "nan.nii.gz": "nonfinite",
+        "inf.nrrd": "nonfinite",
+        "constant.nii.gz": "constant",
+        "cut_off.nii.gz": "unreadable",
+        "text.nii.gz": "unreadable",
+        "gone.nii.gz": "unreadable",
+        "same.mha": "duplicate",
+        "sheared.nii": "direction",
+        "colour.nrrd": "vector",
+        "gap": "slices",
+        "segmentation": "modality",
+    }
