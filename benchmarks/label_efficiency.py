@@ -25,7 +25,7 @@ import json
 import random
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,9 @@ def main() -> None:
         experiment = Experiment(config, Host(args.out, processes=2), args.device, args.jobs, args.workers)
         experiment.prepare(args.data)
         cells = [
-            Cell(*choice)
-            for choice in itertools.product(
-                args.plans, args.arms, args.labels, args.seeds, args.variants or [BASE_VARIANT]
+            Cell(plans, arm, labels, seed, variant)
+            for plans, labels, seed, arm, variant in itertools.product(  # one comparison after the other
+                args.plans, args.labels, args.seeds, args.arms, args.variants or [BASE_VARIANT]
             )
         ]
         keep_to_one_configuration(args.docs / RECORD, config)
@@ -171,22 +171,19 @@ class Experiment:
     # ------------------------------------------------------------------ trainings
 
     def run(self, cells: Sequence[Cell], docs: Path, on_test_cases: bool) -> None:
-        """Those that are not done yet, the pretrainings that they need before."""
+        """Those that are not done yet; pretrainings begin first, and from scratch nothing waits for them."""
         for cell in cells:
             self._check(cell)
         file = docs / (SCORES if on_test_cases else VARIANTS)
         done = read_rows(file)
         todo = [cell for cell in cells if not is_done(done, dataclasses.asdict(cell))]
+        todo.sort(key=lambda cell: cell.arm != "scratch")
         print(f"{len(cells)} cells, {len(cells) - len(todo)} of them done before", flush=True)
-        with ThreadPoolExecutor(self.jobs) as jobs:
-            needed = {
-                (self._pretrained_with(cell.plans), self._pretraining(cell.variant))
-                for cell in todo
-                if cell.arm != "scratch"
-            }
-            for pretraining in [jobs.submit(self.pretrain, *each) for each in sorted(needed)]:
-                pretraining.result()
-            running = {jobs.submit(self.finetune, cell, on_test_cases): cell for cell in todo}
+        with ThreadPoolExecutor(self.jobs) as jobs:  # takes them in this order: what a cell waits for is under way
+            sources = {cell: self._source(cell) for cell in todo if cell.arm != "scratch"}
+            pretrained = {each: jobs.submit(self.pretrain, *each) for each in sorted({*sources.values()})}
+            waits_for = {cell: pretrained[source] for cell, source in sources.items()}
+            running = {jobs.submit(self.finetune, cell, on_test_cases, waits_for.get(cell)): cell for cell in todo}
             for number, future in enumerate(as_completed(running), 1):
                 if future.exception() is not None:
                     jobs.shutdown(cancel_futures=True)
@@ -229,9 +226,9 @@ class Experiment:
             )  # fmt: skip
         return fold / "vf_pretrained.pth"
 
-    def _pretrained_with(self, plans: str) -> str:
-        """The plans that those of a cell are pretrained with: these have a patch of their own."""
-        return str(self.config["plans"][plans].get("pretrained_with", plans))
+    def _source(self, cell: Cell) -> tuple[str, str]:
+        """The plans that a cell is pretrained with, which have a patch of their own, and the pretraining's variant."""
+        return str(self.config["plans"][cell.plans].get("pretrained_with", cell.plans)), self._pretraining(cell.variant)
 
     def _changes(self, variant: str) -> Mapping[str, Any]:
         found: Mapping[str, Any] = {} if variant == BASE_VARIANT else self.config["variants"][variant]
@@ -243,7 +240,9 @@ class Experiment:
         alike = (name for name, each in self.config["variants"].items() if each.get("pretraining") == mine)
         return next(alike) if mine else BASE_VARIANT
 
-    def finetune(self, cell: Cell, on_test_cases: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def finetune(
+        self, cell: Cell, on_test_cases: bool, pretrained: Future[Path] | None
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Train and score a cell; returns the rows of its scores and of its curve."""
         results = self.host.folder / "finetuning" / cell.variant / cell.arm
         fold = self.host.fold_folder(self.dataset, FINETUNE, self.fold(cell), results, cell.plans)
@@ -259,8 +258,8 @@ class Experiment:
             begin: list[object] = []
             if has_checkpoint(fold):
                 begin = ["--c"]
-            elif cell.arm != "scratch":
-                begin = ["-pretrained_weights", self.pretrain(self._pretrained_with(cell.plans), cell.variant)]
+            elif pretrained:
+                begin = ["-pretrained_weights", pretrained.result()]
             self.host.run(
                 "nnUNetv2_train", self.dataset_id, "3d_fullres", self.fold(cell), *common, *begin,
                 nnUNet_results=results, **variables("nnUNet_vf_finetune_", settings),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import label_efficiency
 import numpy as np
@@ -82,6 +83,26 @@ def test_variants_that_pretrain_alike_share_a_pretraining(experiment):
     assert [experiment._pretraining(name) for name in ("default", "sawtooth", "blocks", "blocks_lower_rate")] == [
         "default", "default", "blocks", "blocks"
     ]  # fmt: skip
+
+
+def test_from_scratch_nothing_waits_for_a_pretraining(tmp_path):
+    one_is_done = threading.Event()
+
+    class Recorded(Experiment):
+        def pretrain(self, plans, variant):
+            assert one_is_done.wait(60), "the first cell to run has to be one from scratch"
+            return tmp_path / f"{plans}, {variant}"
+
+        def finetune(self, cell, on_test_cases, pretrained):
+            begins_with[cell.arm] = pretrained and pretrained.result().name
+            one_is_done.set()
+            return [{"case": "a", "class": "A", "dice": 0.5}], [{"iteration": 1, "class": "A", "dice": 0.5}]
+
+    begins_with: dict[str, str | None] = {}
+    cells = [Cell("nnUNetPlans", arm, 5, 0) for arm in ("full", "scratch", "encoder")]
+    Recorded(CONFIG, Host(tmp_path, processes=1), "cpu", jobs=2).run(cells, tmp_path, on_test_cases=True)
+    source = "nnUNetPlansSmall, default"
+    assert begins_with == {"scratch": None, "full": source, "encoder": source}
 
 
 def test_a_table_is_of_one_configuration(tmp_path):
