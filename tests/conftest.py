@@ -19,6 +19,11 @@ DATASET_ID, DATASET = 7, "Dataset007_Phantoms"
 NUM_CASES = 10
 PLANS_OF_NETWORKS = {"U-Net": "nnUNetPlans", "ResEnc-M": "nnUNetResEncUNetMPlans", "PCT-Net": "PCTNetPlans"}
 SPACING_MM = 10.0  # about 24x22x32 voxels a case
+THREE_EPOCHS = {
+    "nnUNet_vf_num_epochs": "3",
+    "nnUNet_vf_iterations_per_epoch": "4",
+    "nnUNet_vf_val_iterations_per_epoch": "2",
+}
 
 os.environ.update(nnUNet_def_n_proc="1", nnUNet_n_proc_DA="1")  # nnU-Net reads these when it is imported
 torch.set_num_threads(1)  # the networks are tiny
@@ -155,6 +160,13 @@ def tiny(nnunet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setenv(f"nnUNet_vf_{name}", str(value))
         monkeypatch.setenv(f"nnUNet_vf_finetune_{name}", str(value))
     return nnunet
+
+
+@pytest.fixture
+def three_epochs(tiny, monkeypatch) -> None:
+    """An epoch has 4 steps of training and 2 of validation: 18 steps."""
+    for name, value in THREE_EPOCHS.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from conftest import DATASET, DATASET_ID, PLANS_OF_NETWORKS
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args, run_training
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
-from test_long_training import assert_same_training, before_step, leaves_early, make_trainer, send
 from torch import nn
+from trainings import assert_same_training, before_step, leaves_early, make_trainer, send
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.finetune_schedule import (

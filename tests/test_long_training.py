@@ -1,9 +1,8 @@
-"""Trainings that are interrupted, run out of disk, or meet numbers that are not finite."""
+"""Trainings that are interrupted, or run out of disk."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,60 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import DATASET, DATASET_ID, fold_folder
-from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+from conftest import DATASET, DATASET_ID, THREE_EPOCHS, fold_folder
+from trainings import assert_same_training, before_step, leaves_early, make_trainer, send
 
 from nnunetv2_vf.interruption import EXIT_STATUS, Interruption
 from nnunetv2_vf.long_training import LongTraining, fingerprint
-from nnunetv2_vf.weights import FILE_NAME, read_artifact
-
-CPU = torch.device("cpu")
-LOGGED = ("train_losses", "val_losses", "mean_fg_dice", "ema_fg_dice", "lrs", "skipped_steps", "quarantined_cases")
-
-
-def make_trainer(name: str = "VFPretrainTrainer", plans: str = "nnUNetPlans", go_on: bool = False, fold: int | str = 0):
-    """As nnUNetv2_train makes it."""
-    trainer = get_trainer_from_args(str(DATASET_ID), "3d_fullres", fold, name, plans, go_on, CPU)
-    maybe_load_checkpoint(trainer, go_on, validation_only=False)
-    return trainer
-
-
-def before_step(trainer, number: int, do) -> None:
-    """Have something done before a step of training or validation, counted from 0 in this process."""
-    original, steps = trainer.between_steps, iter(range(10**6))
-
-    def between_steps() -> None:
-        if next(steps) == number:
-            do()
-        original()
-
-    trainer.between_steps = between_steps
-
-
-def leaves_early(trainer) -> bool:
-    try:
-        trainer.run_training()
-    except SystemExit as left:
-        return left.code == EXIT_STATUS
-    return False
-
-
-def send(number: signal.Signals):
-    return lambda: os.kill(os.getpid(), number)
-
-
-SCHEDULE = {
-    "nnUNet_vf_num_epochs": "3",
-    "nnUNet_vf_iterations_per_epoch": "4",
-    "nnUNet_vf_val_iterations_per_epoch": "2",
-}
-
-
-@pytest.fixture
-def three_epochs(tiny, monkeypatch) -> None:
-    """An epoch has 4 steps of training and 2 of validation: 18 steps."""
-    for name, value in SCHEDULE.items():
-        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +25,7 @@ def uninterrupted(nnunet, pct_plans, tmp_path_factory) -> dict[str, dict]:
     """The final checkpoint of a whole training in three epochs, by plans."""
     results = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**SCHEDULE, "nnUNet_results": str(results), "nnUNet_n_proc_DA": "0"}.items():
+        for name, value in {**THREE_EPOCHS, "nnUNet_results": str(results), "nnUNet_n_proc_DA": "0"}.items():
             patch.setenv(name, value)
         for plans in ("nnUNetPlans", pct_plans):
             make_trainer(plans=plans).run_training()
@@ -85,18 +35,6 @@ def uninterrupted(nnunet, pct_plans, tmp_path_factory) -> dict[str, dict]:
 def checkpoint(results: Path, plans: str = "nnUNetPlans") -> dict:
     folder = results / DATASET / f"VFPretrainTrainer__{plans}__3d_fullres" / "fold_0"
     return torch.load(folder / "checkpoint_final.pth", weights_only=False)
-
-
-def assert_same_training(one: dict, other: dict) -> None:
-    for name, tensor in one["network_weights"].items():
-        assert torch.equal(tensor, other["network_weights"][name]), name
-    for name in (name for name in LOGGED if name in one["logging"]):
-        np.testing.assert_array_equal(one["logging"][name], other["logging"][name], err_msg=name)
-    assert {name: len(values) for name, values in one["logging"].items()} == {
-        name: len(values) for name, values in other["logging"].items()
-    }
-    assert one["_best_ema"] == other["_best_ema"]
-    assert one["current_epoch"] == other["current_epoch"]
 
 
 # ---------------------------------------------------------------- signals
@@ -306,146 +244,3 @@ def test_val_best_after_c_is_of_the_best_one(three_epochs, folder, monkeypatch):
     assert torch.equal(
         again.network.state_dict()["decoder.seg_layers.1.bias"], best["network_weights"]["decoder.seg_layers.1.bias"]
     )
-
-
-# ---------------------------------------------------------------- numbers that are not finite
-
-
-def test_a_step_that_is_not_finite_is_left_out_and_counted(three_epochs, folder):
-    trainer = make_trainer()
-    loss, calls = trainer._build_loss, iter(range(100))
-    trainer.initialize()
-
-    def sometimes_nan(*args):
-        return loss_function(*args) * (float("nan") if next(calls) in (1, 2) else 1.0)
-
-    loss_function, trainer.loss = loss(), sometimes_nan
-    trainer.run_training()
-    logged = torch.load(folder / "checkpoint_final.pth", weights_only=False)["logging"]
-    assert logged["skipped_steps"] == [2, 2, 2]
-    assert np.isfinite(logged["train_losses"]).all()
-    assert all(t.isfinite().all() for t in read_artifact(folder / FILE_NAME)["network_weights"].values())
-
-
-def test_twenty_in_a_row_end_the_training_and_leave_their_samples(tiny, folder, monkeypatch):
-    monkeypatch.setenv("nnUNet_vf_iterations_per_epoch", "30")
-    trainer = make_trainer()
-    trainer.initialize()
-    loss, calls = trainer.loss, iter(range(100))
-    trainer.loss = lambda *args: loss(*args) * (float("nan") if next(calls) >= 3 else 1.0)
-    with pytest.raises(SystemExit, match=r"20 steps in a row .* from step 3 on; .*not_finite_0\.pth holds"):
-        trainer.run_training()
-    left = torch.load(folder / "not_finite_0.pth", weights_only=False)
-    assert left["steps"] == list(range(3, 23))
-    assert left["sample_indices"][0] == [6, 7]
-    assert left["first_batch"]["tensors"]["foreground"].shape == (2, 1, 16, 16, 24)
-    assert len(left["cases"]) == 20
-
-
-# ---------------------------------------------------------------- bad data
-
-
-@pytest.fixture
-def forty_cases(own_dataset, monkeypatch) -> Path:
-    """The folder of 40 preprocessed cases, four of each of the dataset's ten."""
-    folder = own_dataset / "nnUNetPlans_3d_fullres"
-    for file in list(folder.iterdir()):
-        for copy in "bcd":
-            shutil.copy(file, folder / file.name.replace("torso_", f"torso{copy}_"))
-    monkeypatch.setenv("nnUNet_vf_iterations_per_epoch", "30")
-    return folder
-
-
-def test_one_case_in_twenty_may_be_damaged(forty_cases, folder, monkeypatch):
-    """One truncated, one deleted while the training runs: each is told of once, and other cases take their place."""
-    trainer = make_trainer(fold="all")
-    truncated, deleted = forty_cases / "torso_0003.b2nd", forty_cases / "torsob_0005.b2nd"
-    truncated.write_bytes(truncated.read_bytes()[:500])
-    before_step(trainer, 3, deleted.unlink)
-    trainer.run_training()
-    log = next((folder.parent / "fold_all").glob("training_log*.txt")).read_text()
-    for case in ("torso_0003", "torsob_0005"):
-        assert log.count(f"WARNING: case {case} cannot be read (") == 1
-    assert trainer.logger.get_value("quarantined_cases", step=None)[-1] == 2
-
-
-def test_more_stop_the_training_with_the_list(forty_cases, folder):
-    cases = [f"torso_{number:04d}" for number in range(1, 4)]
-    for case in cases:
-        (forty_cases / f"{case}.b2nd").write_bytes(b"")
-    with pytest.raises(SystemExit) as stopped:
-        make_trainer(fold="all").run_training()
-    assert "3 of 40 cases cannot be used, more than 5%" in stopped.value.code
-    assert all(case in stopped.value.code for case in cases)
-    assert "nnUNet_vf_quarantine_limit" in stopped.value.code
-
-
-@pytest.mark.parametrize("suffix", [".b2nd", ".pkl"])
-def test_the_first_case_may_be_the_damaged_one(forty_cases, folder, suffix):
-    (forty_cases / f"torso_0000{suffix}").write_bytes(b"")
-    make_trainer(fold="all").run_training()
-    assert (folder.parent / "fold_all" / "checkpoint_final.pth").is_file()
-
-
-def test_a_worker_that_fails_is_reported_with_its_own_traceback(tiny, monkeypatch):
-    def fail(*_: object) -> None:
-        raise ZeroDivisionError("in the worker")
-
-    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
-    monkeypatch.setattr("nnunetv2_vf.sampling.draw_fusion_map", fail)
-    with pytest.raises(ZeroDivisionError, match=r"(?s)in DataLoader worker process 0.*in __getitem__.*in the worker"):
-        make_trainer().run_training()
-
-
-def test_a_worker_that_is_killed_is_reported(tiny, monkeypatch):
-    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
-    monkeypatch.setattr("nnunetv2_vf.sampling.draw_fusion_map", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid\(s\) \d+\) exited unexpectedly"):
-        make_trainer().run_training()
-
-
-# ---------------------------------------------------------------- what is watched
-
-
-class Backend:
-    """A logger as nnU-Net's MetaLogger feeds them, W&B's for one."""
-
-    def __init__(self) -> None:
-        self.logged: dict[str, list] = {}
-
-    def log(self, key: str, value, step: int) -> None:
-        self.logged.setdefault(key, []).append((step, value))
-
-    def log_summary(self, key: str, value) -> None:
-        pass
-
-    def update_config(self, config: dict) -> None:
-        pass
-
-
-def test_what_is_watched_goes_to_the_log_the_picture_and_nnunets_loggers(three_epochs, folder):
-    trainer = make_trainer()
-    backend = Backend()
-    trainer.logger.loggers.append(backend)
-    trainer.run_training()
-    log = next(folder.glob("training_log*.txt")).read_text()
-    assert log.count("samples/s, ") == log.count("cases in quarantine") == 3
-    assert (folder / "progress.png").stat().st_size > 10_000
-    for name in ("samples_per_second", "data_wait_share", "gpu_memory_gb", "skipped_steps", "quarantined_cases"):
-        assert [step for step, _ in backend.logged[name]] == [0, 1, 2]
-    assert all(value > 0 for _, value in backend.logged["samples_per_second"])
-    assert all(0 < value < 1 for _, value in backend.logged["data_wait_share"])
-
-
-def test_a_collapsed_pretext_is_told(tiny, folder):
-    trainer = make_trainer()
-    trainer.initialize()
-    with torch.no_grad():
-        for head in trainer.network.decoder.seg_layers:
-            head.weight.zero_()
-            head.bias.copy_(torch.tensor([0.0, 0, 50, 0, 0]))
-    for group in trainer.optimizer.param_groups:
-        group["params"] = group["params"][:1]  # the heads stay
-    trainer.run_training()
-    log = next(folder.glob("training_log*.txt")).read_text()
-    assert "WARNING: the pretext has collapsed: 100.0% of the voxels are answered with class 2" in log

@@ -1,3 +1,5 @@
+"""What a training watches of itself, alone and in a training."""
+
 from __future__ import annotations
 
 import json
@@ -6,6 +8,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from trainings import make_trainer
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.watch import NotFiniteError, Quarantine, StepWatch, Waiting
@@ -107,3 +110,47 @@ def test_a_device_that_is_at_work_does_not_wait():
     batches = Waiting((time.sleep(0.02) for _ in range(3)), idle=lambda: False)
     assert len(list(batches)) == 3
     assert batches.seconds == 0
+
+
+class Backend:
+    """A logger as nnU-Net's MetaLogger feeds them, W&B's for one."""
+
+    def __init__(self) -> None:
+        self.logged: dict[str, list] = {}
+
+    def log(self, key: str, value, step: int) -> None:
+        self.logged.setdefault(key, []).append((step, value))
+
+    def log_summary(self, key: str, value) -> None:
+        pass
+
+    def update_config(self, config: dict) -> None:
+        pass
+
+
+def test_what_is_watched_goes_to_the_log_the_picture_and_nnunets_loggers(three_epochs, folder):
+    trainer = make_trainer()
+    backend = Backend()
+    trainer.logger.loggers.append(backend)
+    trainer.run_training()
+    log = next(folder.glob("training_log*.txt")).read_text()
+    assert log.count("samples/s, ") == log.count("cases in quarantine") == 3
+    assert (folder / "progress.png").stat().st_size > 10_000
+    for name in ("samples_per_second", "data_wait_share", "gpu_memory_gb", "skipped_steps", "quarantined_cases"):
+        assert [step for step, _ in backend.logged[name]] == [0, 1, 2]
+    assert all(value > 0 for _, value in backend.logged["samples_per_second"])
+    assert all(0 < value < 1 for _, value in backend.logged["data_wait_share"])
+
+
+def test_a_collapsed_pretext_is_told(tiny, folder):
+    trainer = make_trainer()
+    trainer.initialize()
+    with torch.no_grad():
+        for head in trainer.network.decoder.seg_layers:
+            head.weight.zero_()
+            head.bias.copy_(torch.tensor([0.0, 0, 50, 0, 0]))
+    for group in trainer.optimizer.param_groups:
+        group["params"] = group["params"][:1]  # the heads stay
+    trainer.run_training()
+    log = next(folder.glob("training_log*.txt")).read_text()
+    assert "WARNING: the pretext has collapsed: 100.0% of the voxels are answered with class 2" in log

@@ -1,0 +1,59 @@
+"""Trainings in the test's own process: made as nnUNetv2_train makes them, interrupted, and compared."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import torch
+from conftest import DATASET_ID
+from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+
+from nnunetv2_vf.interruption import EXIT_STATUS
+
+CPU = torch.device("cpu")
+LOGGED = ("train_losses", "val_losses", "mean_fg_dice", "ema_fg_dice", "lrs", "skipped_steps", "quarantined_cases")
+
+
+def make_trainer(name: str = "VFPretrainTrainer", plans: str = "nnUNetPlans", go_on: bool = False, fold: int | str = 0):
+    """As nnUNetv2_train makes it."""
+    trainer = get_trainer_from_args(str(DATASET_ID), "3d_fullres", fold, name, plans, go_on, CPU)
+    maybe_load_checkpoint(trainer, go_on, validation_only=False)
+    return trainer
+
+
+def before_step(trainer, number: int, do) -> None:
+    """Have something done before a step of training or validation, counted from 0 in this process."""
+    original, steps = trainer.between_steps, iter(range(10**6))
+
+    def between_steps() -> None:
+        if next(steps) == number:
+            do()
+        original()
+
+    trainer.between_steps = between_steps
+
+
+def leaves_early(trainer) -> bool:
+    try:
+        trainer.run_training()
+    except SystemExit as left:
+        return left.code == EXIT_STATUS
+    return False
+
+
+def send(number: signal.Signals):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def assert_same_training(one: dict, other: dict) -> None:
+    for name, tensor in one["network_weights"].items():
+        assert torch.equal(tensor, other["network_weights"][name]), name
+    for name in (name for name in LOGGED if name in one["logging"]):
+        np.testing.assert_array_equal(one["logging"][name], other["logging"][name], err_msg=name)
+    assert {name: len(values) for name, values in one["logging"].items()} == {
+        name: len(values) for name, values in other["logging"].items()
+    }
+    assert one["_best_ema"] == other["_best_ema"]
+    assert one["current_epoch"] == other["current_epoch"]
