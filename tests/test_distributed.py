@@ -117,12 +117,14 @@ def test_a_launch_goes_on_where_the_last_one_was_ended(batch_of_four, tmp_path, 
     assert "seed = 1 (recorded: 0)" in done.stderr, "it went on, and so refused other settings"
 
 
-def test_ranks_share_what_is_trained_from_a_later_epoch_on(batch_of_four, tmp_path):
+def test_ranks_share_what_begins_anew_and_what_is_trained_from_a_later_epoch_on(batch_of_four, artifacts):
     """They compare their weights at the end; DDP knows no parameter that needs no gradient when it is made."""
-    settings = {"num_epochs": 2, "iterations_per_epoch": 3, "schedule": "sawtooth", "decoder_fraction": 0.5}
+    schedule = {"num_epochs": 2, "iterations_per_epoch": 3, "schedule": "sawtooth", "decoder_fraction": 0.5}
+    settings = {**schedule, "kernel_norms": "fresh", "fresh_decoder_stages": 1}
     variables = {f"nnUNet_vf_finetune_{name}": value for name, value in settings.items()}
-    done = torchrun(2, "-tr", "VFFinetuneTrainer", **variables)
+    done = torchrun(2, "-tr", "VFFinetuneTrainer", "-pretrained_weights", artifacts["U-Net"], **variables)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "pretrained kernels scaled to the norm of new ones, by" in done.stdout
     assert "decoder and heads alone for 1 epochs, then all of the network" in done.stdout
     assert "drifted apart" not in done.stdout
 
