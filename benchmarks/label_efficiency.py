@@ -253,46 +253,51 @@ class Experiment:
             **self.config["arms"][cell.arm],
             "seed": cell.seed,
         }
-        common = ("-p", cell.plans, "-tr", FINETUNE, "-device", self.device)
-        if not (fold / "checkpoint_final.pth").is_file():
+        final = fold / "checkpoint_final.pth"
+        if not final.is_file():
             begin: list[object] = []
             if has_checkpoint(fold):
                 begin = ["--c"]
             elif pretrained:
                 begin = ["-pretrained_weights", pretrained.result()]
-            self.host.run(
-                "nnUNetv2_train", self.dataset_id, "3d_fullres", self.fold(cell), *common, *begin,
-                nnUNet_results=results, **variables("nnUNet_vf_finetune_", settings),
-            )  # fmt: skip
+            self._train(cell, results, *begin, **variables("nnUNet_vf_finetune_", settings))
         elif not (fold / "validation" / "summary.json").is_file():
-            self.host.run(
-                "nnUNetv2_train",
-                self.dataset_id,
-                "3d_fullres",
-                self.fold(cell),
-                *common,
-                "--val",
-                nnUNet_results=results,
-            )
-        predictions, truth = fold / "validation", self.host.raw / self.dataset / "labelsTr"
+            self._train(cell, results, "--val")
         if on_test_cases:
-            predictions, truth = fold / "predicted", self.host.raw / self.dataset / "labelsTs"
-            self.host.run(
-                "nnUNetv2_predict", "-d", self.dataset_id, "-c", "3d_fullres", *common, "-f", self.fold(cell),
-                "-i", self.host.raw / self.dataset / "imagesTs", "-o", predictions, "-npp", 1, "-nps", 1,
-                nnUNet_results=results,
-            )  # fmt: skip
-        classes = {name: value for name, value in self._labels().items() if value > 0}
-        scores = [
-            {"case": case, "class": name, **score(truth / f"{case}.nii.gz", predictions / f"{case}.nii.gz", value)}
-            for case in self.config["split"]["test" if on_test_cases else "validation"]
-            for name, value in classes.items()
-        ]
-        return scores, curve(fold / "checkpoint_final.pth", settings["iterations_per_epoch"], [*classes])
+            scores = self._score("test", self._predict(cell, results, fold / "predicted"), "labelsTs")
+        else:
+            scores = self._score("validation", fold / "validation", "labelsTr")
+        return scores, curve(final, settings["iterations_per_epoch"], [*self._classes()])
 
-    def _labels(self) -> dict[str, int]:
-        labels: dict[str, int] = json.loads((self.host.raw / self.dataset / "dataset.json").read_text())["labels"]
-        return labels
+    def _train(self, cell: Cell, results: Path, *flags: object, **environment: object) -> None:
+        common = ("-p", cell.plans, "-tr", FINETUNE, "-device", self.device)
+        self.host.run(
+            *("nnUNetv2_train", self.dataset_id, "3d_fullres", self.fold(cell), *common, *flags),
+            nnUNet_results=results,
+            **environment,
+        )
+
+    def _predict(self, cell: Cell, results: Path, predictions: Path) -> Path:
+        common = ("-p", cell.plans, "-tr", FINETUNE, "-device", self.device, "-f", self.fold(cell))
+        self.host.run(
+            *("nnUNetv2_predict", "-d", self.dataset_id, "-c", "3d_fullres", *common, "-npp", 1, "-nps", 1),
+            *("-i", self.host.raw / self.dataset / "imagesTs", "-o", predictions),
+            nnUNet_results=results,
+        )
+        return predictions
+
+    def _score(self, cases: str, predictions: Path, labels: str) -> list[dict[str, Any]]:
+        truth = self.host.raw / self.dataset / labels
+        return [
+            {"case": case, "class": name, **score(truth / f"{case}.nii.gz", predictions / f"{case}.nii.gz", value)}
+            for case in self.config["split"][cases]
+            for name, value in self._classes().items()
+        ]
+
+    def _classes(self) -> dict[str, int]:
+        """Their values in the segmentations, without the background."""
+        labels = json.loads((self.host.raw / self.dataset / "dataset.json").read_text())["labels"]
+        return {name: value for name, value in labels.items() if value > 0}
 
 
 def variables(prefix: str, settings: Mapping[str, Any], workers: int = 0) -> dict[str, Any]:
