@@ -225,7 +225,7 @@ class FinetuneSettings(ScheduleSettings):
     layer_decay: float = _setting(
         1.0, "factor of the learning rate from one stage of the network to the one before it", low=0.1, high=1
     )
-    kernel_norms: str = _setting("pretrained", _ABOUT_KERNEL_NORMS, choices=("fresh", "pretrained"))
+    kernel_norms: str = _setting("fresh", _ABOUT_KERNEL_NORMS, choices=("fresh", "pretrained"))
     fresh_decoder_stages: int = _setting(0, _ABOUT_FRESH_STAGES, low=0)
     gradient_clip: float = _setting(12.0, "largest norm of the gradient; nnU-Net's own limit is 12", low=1e-6, high=12)
     mirroring: str = _setting(

@@ -359,7 +359,7 @@ def test_a_training_is_not_continued_with_another_schedule(schedule_of, tmp_path
     [("kernel_norms", "fresh", "'fresh' .recorded: 'pretrained'"), ("fresh_decoder_stages", "1", "1 .recorded: 0")],
 )
 def test_a_checkpoint_from_before_it_was_a_setting_goes_on(schedule_of, tmp_path, monkeypatch, name, value, told):
-    schedule_of("full")
+    schedule_of("full", kernel_norms="pretrained")  # as all trainings were before
     train()
     (file,) = tmp_path.rglob("checkpoint_final.pth")
     checkpoint = torch.load(file, weights_only=False)
