@@ -209,7 +209,7 @@ class VFSettings(ScheduleSettings):
 
 @dataclass(frozen=True)
 class FinetuneSettings(ScheduleSettings):
-    """Fine-tuning; nnU-Net's defaults, and :data:`FINETUNE_RECIPES` for other networks than U-Nets."""
+    """Fine-tuning; nnU-Net's defaults but for ``kernel_norms``, and :data:`FINETUNE_RECIPES` for other than U-Nets."""
 
     prefix: ClassVar[str] = _FINETUNE_PREFIX
     section: ClassVar[str] = "volume_fusion_finetune"
