@@ -32,8 +32,9 @@ class VFFinetuneTrainer(LongTraining):
     """nnU-Net's supervised training with the recipe that the plan's network needs.
 
     A U-Net is trained as by nnU-Net, its pretrained kernels scaled to the norm of new ones first; PCT-Net gets AdamW
-    with warm-up, decay and a tight gradient clipping. Every part is a setting, ``nnUNet_vf_finetune_<field>``: :class:`nnunetv2_vf.settings.FinetuneSettings`, recorded wherever
-    nnU-Net stores the plans. Without ``-pretrained_weights`` it is the matched baseline from scratch.
+    with warm-up, decay and a tight gradient clipping. Every part is a setting, ``nnUNet_vf_finetune_<field>``:
+    :class:`nnunetv2_vf.settings.FinetuneSettings`, recorded wherever nnU-Net stores the plans. Without
+    ``-pretrained_weights`` it is the matched baseline from scratch.
 
     Weights that do not fit are refused before anything is written, and the log says what differs between pretraining
     and this training. Checkpoints name nnU-Net's trainer, whose network and inference these are, so that others can
