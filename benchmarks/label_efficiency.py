@@ -3,16 +3,17 @@
     python benchmarks/label_efficiency.py DATA --out FOLDER [--labels 2 5 10] [--seeds 0 1 2] [--jobs 2] [--device cpu]
     python benchmarks/label_efficiency.py DATA --out FOLDER --variants VARIANT ... [--labels 5] [--seeds 0 1 2]
 
-DATA is the dataset that ``label_efficiency.json`` names, in nnU-Net's raw format; that file has the budgets, the arms
+DATA is the dataset that ``label_efficiency.json`` names, in nnU-Net's raw format (``nnUNetv2_convert_MSD_dataset -i
+Task04_Hippocampus`` makes it of what medicaldecathlon.com has); that file has the budgets, the arms
 and the split by case name. Pretrains on the images of the pool (labelled and validation cases), then fine-tunes a cell
 for every network, arm, number of labels and seed with VFFinetuneTrainer: the same cases, the same budget, and the same
 samples in the same order in all arms. nnUNetv2_predict predicts the test cases, which neither training nor planning
 have seen.
 
 Every cell that is done is a part of ``docs/label_efficiency.csv`` (and its curve of ``_curves.csv``) and is not run
-again; one that was interrupted goes on. With ``--variants``, which are for choosing, nothing is predicted: their scores
-are those of the validation cases, in ``label_efficiency_variants.csv``. Draws and tabulates at the end:
-``label_efficiency_report.py``.
+again (``--docs ELSEWHERE`` begins new tables); one that was interrupted goes on. With ``--variants``, which are for
+choosing, nothing is predicted: their scores are those of the validation cases, in ``label_efficiency_variants.csv``.
+Draws and tabulates at the end: ``label_efficiency_report.py``.
 """
 
 from __future__ import annotations
@@ -62,17 +63,17 @@ class Cell:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     config = json.loads(CONFIG.read_text())
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("data", type=Path, metavar="DATA")
+    parser.add_argument("--out", type=Path, required=True, help="for data, trainings and predictions")
     parser.add_argument("--plans", nargs="+", default=[*config["plans"]], choices=[*config["plans"]])
     parser.add_argument("--arms", nargs="+", default=[*config["arms"]], choices=[*config["arms"]])
-    parser.add_argument("--labels", nargs="+", type=int, default=config["labels"])
+    parser.add_argument("--labels", nargs="+", type=int, default=config["labels"], help="labelled cases")
     parser.add_argument("--seeds", nargs="+", type=int, default=config["seeds"])
     parser.add_argument("--variants", nargs="+", default=[], choices=[BASE_VARIANT, *config["variants"]])
-    parser.add_argument("--jobs", type=int, default=1, help="cells at the same time")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at the same time, a core each on CPUs")
     parser.add_argument("--workers", type=int, default=0, help="of a pretraining; its samples do not depend on it")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--docs", type=Path, default=DOCS)
+    parser.add_argument("--docs", type=Path, default=DOCS, help="tables; what is in them is not run again")
     args = parser.parse_args()
     with one_line_errors():
         experiment = Experiment(config, Host(args.out, processes=2), args.device, args.jobs, args.workers)
@@ -110,6 +111,7 @@ class Experiment:
 
     def _plan_and_preprocess(self, data: Path) -> None:
         split, raw = self.config["split"], self.host.raw / self.dataset
+        self._require(data, [case for cases in split.values() for case in cases])
         for cases, images, labels in (
             (split["labelled"] + split["validation"], "imagesTr", "labelsTr"),
             (split["test"], "imagesTs", "labelsTs"),
@@ -131,6 +133,16 @@ class Experiment:
             )
         splits = [self._split(*self._of_fold(fold)) for fold in range(MAX_SEEDS * len(self.config["labels"]))]
         (self.host.preprocessed / self.dataset / "splits_final.json").write_text(json.dumps(splits))
+
+    def _require(self, data: Path, cases: Sequence[str]) -> None:
+        """Raise UserError unless a folder holds the dataset's description and these cases."""
+        files = [f"imagesTr/{case}_0000.nii.gz" for case in cases] + [f"labelsTr/{case}.nii.gz" for case in cases]
+        missing = [file for file in ("dataset.json", *files) if not (data / file).is_file()]
+        if missing:
+            raise UserError(
+                f"{data} is not {self.dataset}: {len(missing)} files are missing, {missing[0]} for one; make it: "
+                "nnUNetv2_convert_MSD_dataset -i Task04_Hippocampus"
+            )
 
     def _derive_plans(
         self,

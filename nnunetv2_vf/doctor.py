@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import platform
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -114,7 +115,8 @@ def _variables() -> Iterator[Finding]:
 def _trainers() -> Iterator[Finding]:
     for name in _TRAINERS:
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net tells where it looks
+            with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # nnU-Net tells where it looks
+                warnings.simplefilter("ignore")  # of what it imports on the way
                 recursive_find_trainer_class_by_name(name)
         except Exception as error:  # whatever importing a folder of trainers may raise
             value = os.environ.get(TRAINER_VARIABLE)

@@ -172,17 +172,21 @@ class FinetuneLRScheduler(PolyLRScheduler):
                 parameter.requires_grad_(group["lr"] > 0)
 
 
+def _in_epochs(number: int) -> str:
+    return f"{number} epoch" if number == 1 else f"{number} epochs"
+
+
 def in_words(settings: FinetuneSettings) -> str:
     """The schedule as a line for the log."""
     alone = decoder_epochs(settings)
     parts = {
         "full": "all of the network is trained from the first epoch on",
-        "sawtooth": f"decoder and heads alone for {alone} epochs, then all of the network",
+        "sawtooth": f"decoder and heads alone for {_in_epochs(alone)}, then all of the network",
         "encoder_only": "all of the network is trained; of pretrained weights only the encoder's are taken",
         "frozen_encoder": "decoder and heads are trained, the encoder stays as it is",
     }
     warmup = _warmup_epochs(settings)
-    rise = f"a warm-up over {warmup} epochs, then {settings.decay} decay" if warmup else f"{settings.decay} decay"
+    rise = f"a warm-up over {_in_epochs(warmup)}, then {settings.decay} decay" if warmup else f"{settings.decay} decay"
     anew = settings.fresh_decoder_stages
     last = f"; of a pretrained decoder the last {anew} begin anew (fresh_decoder_stages)" if anew else ""
     return f"Schedule {settings.schedule}: {parts[settings.schedule]}{last}; {rise}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import random
 import sys
@@ -26,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_vf.checkpoints import FINAL, LATEST, PREVIOUS, STATE, newest_whole, read_checkpoint, write_durably
 from nnunetv2_vf.errors import UserError, one_line_errors
-from nnunetv2_vf.interruption import EXIT_STATUS, Interruption
+from nnunetv2_vf.interruption import Interruption
 from nnunetv2_vf.progress import SparingLogger
 from nnunetv2_vf.ranks import Ranks
 from nnunetv2_vf.settings import ScheduleSettings
@@ -36,7 +37,7 @@ _GO_ON, _SAVE, _LEAVE = range(3)  # what a rank wishes before a step; the larges
 
 
 class LongTraining(nnUNetTrainer):
-    """Ranks on any number of machines; checkpoints that are whole or not there; SIGTERM and SIGUSR1 save and leave.
+    """Ranks on any number of machines; checkpoints that are whole or not there; signals and Ctrl-C save and leave.
 
     A subclass sets :attr:`settings` and :attr:`weights_file` before it calls ``super().__init__``, and calls
     :meth:`between_steps` before every step. In its checkpoints it keeps :meth:`state`, and gets it back by
@@ -162,9 +163,11 @@ class LongTraining(nnUNetTrainer):
         else:
             _seed(self.settings.seed, self.ranks.rank)
         self._saved_at = time.monotonic()
+        if self.weights_file is not None and not self._continues:
+            self._saved_at = -math.inf  # --c, which cannot be given weights, would begin without them
 
     def between_steps(self) -> None:
-        """Save when it is time to, save and leave when the cluster says so; all ranks alike, before every step."""
+        """Save when it is time to, save and leave when a signal says so; all ranks alike, before every step."""
         wish = _LEAVE if self.interruption.received else _SAVE if self._save_is_due() else _GO_ON
         agreed = self.ranks.agree(wish)
         if agreed == _GO_ON:
@@ -176,9 +179,10 @@ class LongTraining(nnUNetTrainer):
         if agreed == _LEAVE:
             why = self.interruption.received or "A signal to another rank"
             how = "nothing is saved, as you asked for" if self.disable_checkpointing else "--c goes on"
-            self.print_to_log_file(f"{why}: leaving in epoch {self.current_epoch}, exit status {EXIT_STATUS}; {how}")
+            status = self.interruption.exit_status
+            self.print_to_log_file(f"{why}: leaving in epoch {self.current_epoch}, exit status {status}; {how}")
             self.ranks.agree(_GO_ON)  # the first to go may take the others along: not before rank 0 has written
-            sys.exit(EXIT_STATUS)
+            sys.exit(status)
 
     def _save_is_due(self) -> bool:
         if self.ranks.rank > 0 or self.disable_checkpointing:

@@ -21,6 +21,7 @@ _OWN_DEFAULTS = {
     "adamw": {"initial_lr": 1e-3, "weight_decay": 1e-2},
     "sgd": {"initial_lr": 1e-2, "weight_decay": 3e-5},
 }
+_LARGEST_RISE = 0.9  # part of the epochs in which the learning rate rises
 _SAWTOOTH_DEFAULTS = {"warmup_fraction": 0.1}  # without a warm-up the second tooth has no edge
 _S = TypeVar("_S", bound="ScheduleSettings")
 _FINETUNE_PREFIX = "nnUNet_vf_finetune_"
@@ -137,23 +138,26 @@ class ScheduleSettings:
         trainer.weight_decay = self.weight_decay
         trainer.save_every = self.save_every
 
-    def differences(self, recorded: Mapping[str, Any]) -> list[str]:
-        """Name every setting whose value is not the recorded one, with both values; the free ones may differ."""
+    def differences(self, recorded: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Every setting whose value is not the recorded one: (this one, the recorded one); the free ones may differ."""
         current = self.as_dict()
         free = {f.name for f in fields(self) if f.metadata["free"]}
-        return [
-            f"{name} = {current.get(name)!r} (recorded: {recorded.get(name)!r})"
+        return {
+            name: (current.get(name), recorded.get(name))
             for name in sorted({*current, *recorded} - free)
             if current.get(name) != recorded.get(name)
-        ]
+        }
 
     def require_same(self, recorded: Mapping[str, Any], file: object) -> None:
         """Raise UserError unless the settings are those of a checkpoint that training is to go on from."""
         different = self.differences(recorded)
         if different:
+            told = "; ".join(f"{name} = {mine!r} (recorded: {theirs!r})" for name, (mine, theirs) in different.items())
+            known = [f.name for f in fields(self) if f.name in different]
+            back = " ".join(f"{self.prefix}{name}={_as_text(different[name][1])}" for name in known)
             raise UserError(
-                f"the settings differ from those of {file}: {'; '.join(different)}. Set them back "
-                f"(export {self.prefix}NAME=VALUE), or train anew without --c"
+                f"the settings differ from those of {file}: {told}. Set them back (export {back}), or train anew "
+                "without --c"
             )
 
     def __str__(self) -> str:
@@ -216,10 +220,10 @@ class FinetuneSettings(ScheduleSettings):
 
     schedule: str = _setting("full", _ABOUT_SCHEDULES, choices=("full", "sawtooth", "encoder_only", "frozen_encoder"))
     decoder_fraction: float = _setting(
-        0.1, "sawtooth: part of the epochs in which decoder and heads are trained alone", low=0, high=0.9
+        0.1, "sawtooth: part of the epochs in which decoder and heads are trained alone", low=0, high=_LARGEST_RISE
     )
     warmup_fraction: float = _setting(
-        0.0, "part of the epochs in which the learning rate rises linearly, before it decays", low=0, high=0.9
+        0.0, "part of the epochs in which the learning rate rises linearly, before it decays", low=0, high=_LARGEST_RISE
     )
     decay: str = _setting("poly", "how the learning rate decays; poly: nnU-Net's", choices=("poly", "cosine"))
     layer_decay: float = _setting(
@@ -231,6 +235,14 @@ class FinetuneSettings(ScheduleSettings):
     mirroring: str = _setting(
         "on", "mirror images in training and prediction; off where left and right differ", choices=("on", "off")
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.schedule == "sawtooth" and self.decoder_fraction + self.warmup_fraction > _LARGEST_RISE:
+            raise UserError(
+                f"{self.prefix}decoder_fraction = {self.decoder_fraction:g} and {self.prefix}warmup_fraction = "
+                f"{self.warmup_fraction:g} leave no epochs for what comes after them; legal: {_LARGEST_RISE} together"
+            )
 
 
 # By network class, where nnU-Net's Nesterov SGD at 1e-2 is not what the network is trained with.
@@ -286,6 +298,11 @@ def _number(f: Field[Any], value: Any, kind: type) -> float | int:
     if not math.isfinite(number) or not f.metadata["low"] <= number <= f.metadata["high"]:
         raise ValueError
     return number
+
+
+def _as_text(value: Any) -> str:
+    """As it is written in the environment."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _describe(f: Field[Any]) -> str:

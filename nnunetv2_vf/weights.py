@@ -152,7 +152,10 @@ def load_safely(path: Path) -> dict[str, Any]:
             if needed
             else f"it is damaged, or never was one ({type(error).__name__})"
         )
-        raise UserError(f"{path} is no file of PyTorch weights that can be trusted: {why}") from error
+        raise UserError(
+            f"{path} is no file of PyTorch weights that can be trusted: {why}; pretraining writes {FILE_NAME} into its "
+            "fold folder"
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of weights")
     return content

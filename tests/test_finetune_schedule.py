@@ -92,7 +92,7 @@ def test_a_frozen_encoder_has_no_learning_rate():
 @pytest.mark.parametrize("epochs", [1, 2, 3, 10])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_of_any_length_train(epochs, schedule):
-    for fraction in (0.0, 0.1, 0.9):
+    for fraction in (0.0, 0.1, 0.45):
         settings = {"schedule": schedule, "decoder_fraction": fraction, "warmup_fraction": fraction}
         assert all(0 < value <= 1 for value in rates("heads", num_epochs=epochs, **settings))
         if schedule != "frozen_encoder":
@@ -339,6 +339,31 @@ def test_going_on_in_any_phase_is_as_if_there_had_been_no_interruption(
         continued = interrupted_before(step)
         assert continued["volume_fusion"]["pretrained"] == whole["volume_fusion"]["pretrained"] is not None
         assert_same_training(whole, continued)
+
+
+def test_killed_before_a_checkpoint_was_due_it_goes_on_from_the_pretrained_weights(
+    artifacts, schedule_of, tmp_path, monkeypatch
+):
+    """``--c`` cannot be given weights: without a checkpoint it would begin without them, and nobody would notice."""
+    schedule_of("full")
+
+    def result(begin) -> dict:
+        results = tmp_path / begin.__name__
+        monkeypatch.setenv("nnUNet_results", str(results))
+        begin(trainer_of("nnUNetPlans", artifacts["U-Net"], monkeypatch))
+        return torch.load(next(results.rglob("checkpoint_final.pth")), weights_only=False)
+
+    def whole(trainer) -> None:
+        trainer.run_training()
+
+    def killed(trainer) -> None:
+        before_step(trainer, 1, lambda: (_ for _ in ()).throw(ConnectionError))  # whatever ends it without a word
+        with pytest.raises(ConnectionError):
+            trainer.run_training()
+        monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "--c"])
+        make_trainer("VFFinetuneTrainer", go_on=True).run_training()
+
+    assert_same_training(result(whole), result(killed))
 
 
 def train(**kwargs) -> None:

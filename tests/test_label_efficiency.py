@@ -79,6 +79,13 @@ def test_cells_without_meaning_are_refused_before_anything_runs(experiment, tmp_
         experiment.run([cell], tmp_path, on_test_cases=False)
 
 
+def test_data_that_are_not_the_datasets_are_refused_in_one_line(experiment, tmp_path):
+    (tmp_path / "dataset.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is not Dataset004_Hippocampus: 260 files are missing, imagesTr/hippo.*_0000"):
+        experiment.prepare(tmp_path)
+    assert not any(experiment.host.raw.iterdir())
+
+
 def test_variants_that_pretrain_alike_share_a_pretraining(experiment):
     assert [experiment._pretraining(name) for name in ("default", "sawtooth", "blocks", "blocks_lower_rate")] == [
         "default", "default", "blocks", "blocks"

@@ -40,6 +40,14 @@ def checkpoint(results: Path, plans: str = "nnUNetPlans") -> dict:
 # ---------------------------------------------------------------- signals
 
 
+@pytest.fixture
+def ctrl_c_is_heard():
+    """Also where the tests run in the background of a shell, which has it ignored, and with it what they start."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
 @pytest.mark.parametrize(
     ("number", "step"),
     [
@@ -80,9 +88,13 @@ def test_many_signals_and_periodic_checkpoints_change_nothing(three_epochs, unin
         ("VFFinetuneTrainer", signal.SIGUSR1),
         pytest.param("VFPretrainTrainer", signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param("VFFinetuneTrainer", signal.SIGTERM, marks=pytest.mark.slow),
+        ("VFFinetuneTrainer", signal.SIGINT),
+        pytest.param("VFPretrainTrainer", signal.SIGINT, marks=pytest.mark.slow),
     ],
 )
-def test_the_command_leaves_with_a_status_of_its_own(three_epochs, tmp_path, monkeypatch, trainer, number):
+def test_the_command_leaves_with_a_status_of_its_own(
+    three_epochs, tmp_path, monkeypatch, ctrl_c_is_heard, trainer, number
+):
     """Its workers get the signal too, as from torchrun, ``timeout`` or SLURM."""
     for prefix in ("nnUNet_vf_", "nnUNet_vf_finetune_"):
         monkeypatch.setenv(f"{prefix}num_epochs", "500")
@@ -101,8 +113,9 @@ def test_the_command_leaves_with_a_status_of_its_own(three_epochs, tmp_path, mon
                 os.killpg(process.pid, number)
                 break
         rest, _ = process.communicate(timeout=60)
-    assert process.returncode == EXIT_STATUS, rest
+    assert process.returncode == (130 if number == signal.SIGINT else EXIT_STATUS), rest
     assert f"{number.name}: leaving in epoch" in rest
+    assert number != signal.SIGINT or "Traceback" not in rest, rest
     assert list((tmp_path / "results").rglob("checkpoint_latest.pth"))
 
 
@@ -117,6 +130,29 @@ def test_fine_tuning_heeds_signals_too(three_epochs, tmp_path):
     again.run_training()
     assert len(again.logger.get_value("train_losses", step=None)) == 2
     assert not Path(again.output_folder, "checkpoint_previous.pth").exists()
+
+
+def test_a_second_ctrl_c_ends_it_at_once_but_for_one_that_came_twice(ctrl_c_is_heard, monkeypatch, capfd):
+    now = 100.0
+    monkeypatch.setattr("nnunetv2_vf.interruption.time.monotonic", lambda: now)
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # from the launcher
+        assert (interruption.received, interruption.exit_status) == ("SIGINT", 130)
+        now += 2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err.count("once more: leaves at once") == 1
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)  # what it was before
+
+
+def test_ctrl_c_that_is_ignored_stays_so(ctrl_c_is_heard):
+    """A shell has it ignored in what it starts with &."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
+        assert interruption.received is None
 
 
 def test_processes_that_were_forked_can_still_be_ended():

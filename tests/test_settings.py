@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -124,10 +125,24 @@ def test_the_constructor_validates_too():
 
 def test_differences_name_the_setting_and_both_values():
     recorded = VFSettings().as_dict()
-    assert VFSettings().differences(recorded) == []
-    (difference,) = VFSettings(seed=5).differences(recorded)
-    assert difference == "seed = 5 (recorded: 0)"
-    assert VFSettings().differences({**recorded, "gone": 1}) == ["gone = None (recorded: 1)"]
+    assert VFSettings().differences(recorded) == {}
+    assert VFSettings(seed=5).differences(recorded) == {"seed": (5, 0)}
+    assert VFSettings().differences({**recorded, "gone": 1}) == {"gone": (None, 1)}
+
+
+def test_a_refusal_of_other_settings_says_how_to_set_them_back():
+    recorded = VFSettings(gamma=(0.9, 1.1), fusion_map="blocks").as_dict()
+    with pytest.raises(UserError) as refused:
+        VFSettings().require_same(recorded, "checkpoint.pth")
+    (back,) = re.findall(r"export (.*)\)", str(refused.value))
+    assert VFSettings.resolve({}, dict(variable.split("=") for variable in back.split())).as_dict() == recorded
+
+
+def test_a_sawtooth_needs_epochs_after_its_teeth():
+    values = {"nnUNet_vf_finetune_decoder_fraction": "0.5", "nnUNet_vf_finetune_warmup_fraction": "0.5"}
+    with pytest.raises(UserError, match=r"decoder_fraction = 0.5 and .*warmup_fraction = 0.5 leave.*legal: 0.9"):
+        FinetuneSettings.resolve({}, {**values, "nnUNet_vf_finetune_schedule": "sawtooth"})
+    assert FinetuneSettings.resolve({}, values).warmup_fraction == 0.5  # of the other schedules the first means nothing
 
 
 def test_sawtooth_comes_with_a_warmup_unless_one_is_set():
