@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -75,25 +76,56 @@ def table(scores: Rows, curves: Rows, arms: Sequence[str]) -> list[dict[str, str
     for plans in distinct(scores, "plans"):
         for labels in distinct(select(scores, plans=plans), "labels"):
             setting = {"plans": plans, "labels": labels}
-            baseline = by_seed(select(scores, **setting, arm="scratch"))
+            scratch = select(scores, **setting, arm="scratch")
             for arm in arms:
                 rows = select(scores, **setting, arm=arm)
                 if rows:
-                    found.append({**setting, "arm": arm, **_figures(rows, baseline), **_speed(curves, setting, arm)})
+                    dice = list(by_seed(rows).values())
+                    figures = {"seeds": str(len(dice)), "Dice": with_spread(dice)}
+                    gain = _gain(rows, scratch if arm != "scratch" else [])
+                    speed = _speed(curves, setting, arm)
+                    found.append({**setting, "arm": arm, **figures, **gain, **_details(rows), **speed})
     return found
 
 
-def _figures(rows: Rows, baseline: Mapping[str, float]) -> dict[str, str]:
-    dice = by_seed(rows)
-    points = [100 * (dice[seed] - baseline[seed]) for seed in dice if seed in baseline]
+def _gain(rows: Rows, scratch: Rows) -> dict[str, str]:
+    """Points of Dice against scratch with the same seeds: mean, each seed's, and how sure the test cases make it."""
+    dice, baseline = by_seed(rows), by_seed(scratch)
+    seeds = [seed for seed in dice if seed in baseline]
+    if not seeds:
+        return {"points against scratch": "-", "of each seed": "-", "95 % over cases": "-"}
+    points = [100 * (dice[seed] - baseline[seed]) for seed in seeds]
+    low, high = _interval([100 * gain for gain in _gain_of_cases(rows, scratch, seeds)])
+    return {
+        "points against scratch": f"{fmean(points):+.1f}",
+        "of each seed": ", ".join(f"{value:+.1f}" for value in points),
+        "95 % over cases": f"{low:+.1f} to {high:+.1f}",
+    }
+
+
+def _gain_of_cases(rows: Rows, scratch: Rows, seeds: Sequence[str]) -> list[float]:
+    """Of every test case, mean over classes and seeds."""
+    with_seeds, without = ([row for row in each if row["seed"] in seeds] for each in (rows, scratch))
+    return [
+        mean_dice(select(with_seeds, case=case)) - mean_dice(select(without, case=case))
+        for case in distinct(with_seeds, "case")
+    ]
+
+
+def _interval(gains: Sequence[float]) -> tuple[float, float]:
+    """The middle 95 % of the means of 2000 draws of as many cases (bootstrap)."""
+    draws = np.random.default_rng(0).choice(gains, (2000, len(gains)))
+    low, high = np.percentile(draws.mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _details(rows: Rows) -> dict[str, str]:
+    """Every class, the surfaces, and what went wrong."""
     missing = sum(row["sd95"] == "nan" for row in rows)
     classes = {name: select(rows, **{"class": name}) for name in distinct(rows, "class")}
-    collapses = sum(mean_dice(select(own, seed=seed)) < COLLAPSED for own in classes.values() for seed in dice)
+    collapses = sum(dice < COLLAPSED for own in classes.values() for dice in by_seed(own).values())
     distances = [float(row["sd95"]) for row in rows if row["sd95"] != "nan"]
     return {
-        "seeds": str(len(dice)),
-        "Dice": with_spread([*dice.values()]),
-        "points against scratch": f"{fmean(points):+.1f} ({min(points):+.1f} to {max(points):+.1f})" if points else "-",
         **{name: f"{mean_dice(own):.3f}" for name, own in classes.items()},
         "sd95 (mm)": f"{fmean(distances):.2f}" if distances else "-",
         "not found": f"{missing} of {len(rows)}",

@@ -15,6 +15,7 @@ from label_efficiency_report import (
     CURVES,
     SCORES,
     VARIANTS,
+    _interval,
     curves_table,
     distinct,
     is_done,
@@ -247,7 +248,10 @@ def test_the_table_tells_gains_speed_and_collapses(tmp_path):
     write_made_up_results(tmp_path, {"scratch": 0.5, "encoder": 0.0, "full": 0.6}, curves)
     rows = {row["arm"]: row for row in table(read_rows(tmp_path / SCORES), read_rows(tmp_path / CURVES), ARMS)}
     assert rows["full"]["Dice"] == "0.650 ± 0.071"
-    assert rows["full"]["points against scratch"] == "+10.0 (+10.0 to +10.0)"
+    assert rows["full"]["points against scratch"] == "+10.0"
+    assert rows["full"]["of each seed"] == "+10.0, +10.0"
+    assert rows["full"]["95 % over cases"] == "+10.0 to +10.0"  # all cases gain the same
+    assert rows["scratch"]["points against scratch"] == "-"
     assert rows["full"]["reaches scratch's"] == "10"
     assert rows["scratch"]["reaches scratch's"] == "50"
     assert (rows["encoder"]["reaches scratch's"], rows["encoder"]["collapsed"]) == ("not", "2")
@@ -264,3 +268,11 @@ def test_a_curve_counts_though_its_test_cases_were_not_predicted(tmp_path):
     assert {(row["pseudo Dice"], row["of each seed"], row["reaches scratch's"]) for row in rows} == {
         ("0.400 ± 0.000", "0.400, 0.400", "40")
     }
+
+
+def test_the_interval_over_cases_covers_the_gain_and_narrows_with_more_of_them():
+    gains = np.random.default_rng(3).normal(1.0, 2.0, 400)
+    (low, high), (low_of_few, high_of_few) = _interval(gains), _interval(gains[:25])
+    assert low < 1.0 < high
+    assert high - low == pytest.approx(2 * 1.96 * 2.0 / 20, rel=0.2)  # of a normal distribution
+    assert high_of_few - low_of_few > 2 * (high - low)
