@@ -125,7 +125,7 @@ def test_ranks_share_what_begins_anew_and_what_is_trained_from_a_later_epoch_on(
     done = torchrun(2, "-tr", "VFFinetuneTrainer", "-pretrained_weights", artifacts["U-Net"], **variables)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "pretrained kernels scaled to the norm of new ones, by" in done.stdout
-    assert "decoder and heads alone for 1 epochs, then all of the network" in done.stdout
+    assert "decoder and heads alone for 1 epoch, then all of the network" in done.stdout
     assert "drifted apart" not in done.stdout
 
 
