@@ -33,14 +33,19 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():  # Python allows no other one to listen
-            heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as of a job with &
-            self._former = {number: signal.signal(number, self._remember) for number in heard}
+            self._former = {number: signal.signal(number, self._remember) for number in self._heard()}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
         self._former = {}
+
+    @staticmethod
+    def _heard() -> list[signal.Signals]:
+        """All, but for a Ctrl-C that is not meant for this process: shells have it ignored in what runs behind &."""
+        ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        return [number for number in _SIGNALS if not (ignored and number == signal.SIGINT)]
 
     @property
     def exit_status(self) -> int:
