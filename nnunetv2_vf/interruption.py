@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -60,12 +61,14 @@ class Interruption:
             os.kill(os.getpid(), number)
         if number == signal.SIGINT:
             self._ctrl_c(frame)
-        self.received = signal.Signals(number).name
+        elif self.received != signal.SIGINT.name:  # whoever pressed Ctrl-C wants no new start
+            self.received = signal.Signals(number).name
 
     def _ctrl_c(self, frame: FrameType | None) -> None:
         if self.received != signal.SIGINT.name:
-            self._asked_at = time.monotonic()
-            os.write(2, _ABOUT_CTRL_C)  # print may have been interrupted in the middle of a line
+            self.received, self._asked_at = signal.SIGINT.name, time.monotonic()
+            with contextlib.suppress(OSError):  # the terminal, or a pipe to tee, may be gone
+                os.write(2, _ABOUT_CTRL_C)  # print may have been interrupted in the middle of a line
         elif time.monotonic() - self._asked_at > _ONE_CTRL_C:
             signal.default_int_handler(signal.SIGINT, frame)  # raises KeyboardInterrupt
 

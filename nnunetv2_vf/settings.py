@@ -153,7 +153,7 @@ class ScheduleSettings:
         different = self.differences(recorded)
         if different:
             told = "; ".join(f"{name} = {mine!r} (recorded: {theirs!r})" for name, (mine, theirs) in different.items())
-            known = [f.name for f in fields(self) if f.name in different]
+            known = [f.name for f in fields(self) if f.name in different and f.name in recorded]
             back = " ".join(f"{self.prefix}{name}={_as_text(different[name][1])}" for name in known)
             raise UserError(
                 f"the settings differ from those of {file}: {told}. Set them back (export {back}), or train anew "
@@ -238,7 +238,7 @@ class FinetuneSettings(ScheduleSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.schedule == "sawtooth" and self.decoder_fraction + self.warmup_fraction > _LARGEST_RISE:
+        if self.schedule == "sawtooth" and round(self.decoder_fraction + self.warmup_fraction, 6) > _LARGEST_RISE:
             raise UserError(
                 f"{self.prefix}decoder_fraction = {self.decoder_fraction:g} and {self.prefix}warmup_fraction = "
                 f"{self.warmup_fraction:g} leave no epochs for what comes after them; legal: {_LARGEST_RISE} together"

@@ -147,6 +147,17 @@ def test_a_second_ctrl_c_ends_it_at_once_but_for_one_that_came_twice(ctrl_c_is_h
         signal.raise_signal(signal.SIGINT)  # what it was before
 
 
+def test_ctrl_c_is_heard_without_a_terminal_and_no_later_signal_takes_its_place(ctrl_c_is_heard, monkeypatch):
+    def gone(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("nnunetv2_vf.interruption.os.write", gone)
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert (interruption.received, interruption.exit_status) == ("SIGINT", 130)
+
+
 def test_ctrl_c_that_is_ignored_stays_so(ctrl_c_is_heard):
     """A shell has it ignored in what it starts with &."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
