@@ -12,7 +12,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 EXIT_STATUS = 75  # sysexits.h, EX_TEMPFAIL: not done, try again
-_STOPPED = 128 + signal.SIGINT  # what shells make of Ctrl-C: a loop that tries again on 75 ends
+STOPPED = 128 + signal.SIGINT  # what shells make of Ctrl-C: a loop that tries again on 75 ends
 # SLURM sends SIGTERM before it kills a job, and SIGUSR1 where a script asks for it (--signal), which Windows lacks.
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 _ONE_CTRL_C = 1.0  # seconds: launchers pass on what the terminal has already sent
@@ -49,9 +49,9 @@ class Interruption:
         return [number for number in _SIGNALS if not (ignored and number == signal.SIGINT)]
 
     @property
-    def exit_status(self) -> int:
-        """What to leave with."""
-        return _STOPPED if self.received == signal.SIGINT.name else EXIT_STATUS
+    def by_ctrl_c(self) -> bool:
+        """Whether it was a user who asked."""
+        return self.received == signal.SIGINT.name
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a worker forked from this process
@@ -61,11 +61,11 @@ class Interruption:
             os.kill(os.getpid(), number)
         if number == signal.SIGINT:
             self._ctrl_c(frame)
-        elif self.received != signal.SIGINT.name:  # whoever pressed Ctrl-C wants no new start
+        elif not self.by_ctrl_c:  # whoever pressed Ctrl-C wants no new start
             self.received = signal.Signals(number).name
 
     def _ctrl_c(self, frame: FrameType | None) -> None:
-        if self.received != signal.SIGINT.name:
+        if not self.by_ctrl_c:
             self.received, self._asked_at = signal.SIGINT.name, time.monotonic()
             with contextlib.suppress(OSError):  # the terminal, or a pipe to tee, may be gone
                 os.write(2, _ABOUT_CTRL_C)  # print may have been interrupted in the middle of a line

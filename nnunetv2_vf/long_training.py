@@ -27,13 +27,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_vf.checkpoints import FINAL, LATEST, PREVIOUS, STATE, newest_whole, read_checkpoint, write_durably
 from nnunetv2_vf.errors import UserError, one_line_errors
-from nnunetv2_vf.interruption import Interruption
+from nnunetv2_vf.interruption import EXIT_STATUS, STOPPED, Interruption
 from nnunetv2_vf.progress import SparingLogger
 from nnunetv2_vf.ranks import Ranks
 from nnunetv2_vf.settings import ScheduleSettings
 from nnunetv2_vf.weights import read_pretrained, transfer
 
-_GO_ON, _SAVE, _LEAVE = range(3)  # what a rank wishes before a step; the largest wish counts
+_GO_ON, _SAVE, _LEAVE, _STOP = range(4)  # what a rank wishes before a step; the largest wish counts
 
 
 class LongTraining(nnUNetTrainer):
@@ -143,6 +143,7 @@ class LongTraining(nnUNetTrainer):
         with self.interruption:
             try:
                 super().run_training()
+                self._leave(self.ranks.agree(self._wish_to_leave()))  # the validation that follows would not hear of it
             except Exception:  # there is no telling what a loader makes of its workers' death
                 if self.interruption.received:  # the workers have received it too
                     self.between_steps()
@@ -168,21 +169,30 @@ class LongTraining(nnUNetTrainer):
 
     def between_steps(self) -> None:
         """Save when it is time to, save and leave when a signal says so; all ranks alike, before every step."""
-        wish = _LEAVE if self.interruption.received else _SAVE if self._save_is_due() else _GO_ON
-        agreed = self.ranks.agree(wish)
+        agreed = self.ranks.agree(self._wish_to_leave() or (_SAVE if self._save_is_due() else _GO_ON))
         if agreed == _GO_ON:
             return
         # nnU-Net records the epoch that comes next, which is this one: see its on_train_end
         self.current_epoch -= 1
         self.save_checkpoint(str(Path(self.output_folder) / LATEST))
         self.current_epoch += 1
-        if agreed == _LEAVE:
-            why = self.interruption.received or "A signal to another rank"
-            how = "nothing is saved, as you asked for" if self.disable_checkpointing else "--c goes on"
-            status = self.interruption.exit_status
-            self.print_to_log_file(f"{why}: leaving in epoch {self.current_epoch}, exit status {status}; {how}")
-            self.ranks.agree(_GO_ON)  # the first to go may take the others along: not before rank 0 has written
-            sys.exit(status)
+        self._leave(agreed)
+
+    def _wish_to_leave(self) -> int:
+        if not self.interruption.received:
+            return _GO_ON
+        return _STOP if self.interruption.by_ctrl_c else _LEAVE
+
+    def _leave(self, agreed: int) -> None:
+        """If the ranks have agreed to."""
+        if agreed < _LEAVE:
+            return
+        status = STOPPED if agreed == _STOP else EXIT_STATUS
+        why = self.interruption.received or "A signal to another rank"
+        how = "nothing is saved, as you asked for" if self.disable_checkpointing else "--c goes on"
+        self.print_to_log_file(f"{why}: leaving in epoch {self.current_epoch}, exit status {status}; {how}")
+        self.ranks.agree(_GO_ON)  # the first to go may take the others along: not before rank 0 has written
+        sys.exit(status)
 
     def _save_is_due(self) -> bool:
         if self.ranks.rank > 0 or self.disable_checkpointing:

@@ -22,7 +22,7 @@ _OWN_DEFAULTS = {
     "sgd": {"initial_lr": 1e-2, "weight_decay": 3e-5},
 }
 _LARGEST_RISE = 0.9  # part of the epochs in which the learning rate rises
-_SAWTOOTH_DEFAULTS = {"warmup_fraction": 0.1}  # without a warm-up the second tooth has no edge
+_SAWTOOTH_WARMUP = 0.1  # without a warm-up the second tooth has no edge
 _S = TypeVar("_S", bound="ScheduleSettings")
 _FINETUNE_PREFIX = "nnUNet_vf_finetune_"
 _OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -107,7 +107,8 @@ class ScheduleSettings:
         if values.get("optimizer", defaults["optimizer"]) != defaults["optimizer"]:
             defaults |= _OWN_DEFAULTS[values["optimizer"]]
         if values.get("schedule", defaults.get("schedule")) == "sawtooth":
-            defaults |= _SAWTOOTH_DEFAULTS
+            alone = values.get("decoder_fraction", defaults["decoder_fraction"])
+            defaults |= {"warmup_fraction": min(_SAWTOOTH_WARMUP, round(_LARGEST_RISE - alone, 6))}
         return cls(**{**defaults, **values})
 
     @classmethod

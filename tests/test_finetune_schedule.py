@@ -308,6 +308,9 @@ def test_a_schedule_of_pretrained_encoders_needs_one(schedule_of, tmp_path, sche
     schedule_of(schedule)
     with pytest.raises(SystemExit, match=rf"schedule '{schedule}' is for pretrained weights.* -pretrained_weights"):
         trainer_of("nnUNetPlans").on_train_start()
+    trainer = make_trainer("VFFinetuneTrainer", go_on=True)  # from nothing: there is no checkpoint
+    with pytest.raises(SystemExit, match=rf"schedule '{schedule}' is for pretrained weights"):
+        trainer.on_train_start()
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_a_second_ctrl_c_ends_it_at_once_but_for_one_that_came_twice(ctrl_c_is_h
     with Interruption() as interruption:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # from the launcher
-        assert (interruption.received, interruption.exit_status) == ("SIGINT", 130)
+        assert (interruption.received, interruption.by_ctrl_c) == ("SIGINT", True)
         now += 2
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -155,7 +155,20 @@ def test_ctrl_c_is_heard_without_a_terminal_and_no_later_signal_takes_its_place(
     with Interruption() as interruption:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
-        assert (interruption.received, interruption.exit_status) == ("SIGINT", 130)
+        assert interruption.by_ctrl_c
+
+
+def test_a_signal_after_the_last_step_leaves_before_the_final_validation(three_epochs, tmp_path):
+    trainer = make_trainer("VFFinetuneTrainer")
+    end = trainer.on_train_end
+
+    def on_train_end() -> None:
+        end()
+        send(signal.SIGTERM)()
+
+    trainer.on_train_end = on_train_end
+    assert leaves_early(trainer)
+    assert list((tmp_path / "results").rglob("checkpoint_final.pth"))
 
 
 def test_ctrl_c_that_is_ignored_stays_so(ctrl_c_is_heard):

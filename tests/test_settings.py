@@ -138,6 +138,13 @@ def test_a_refusal_of_other_settings_says_how_to_set_them_back():
     assert VFSettings.resolve({}, dict(variable.split("=") for variable in back.split())).as_dict() == recorded
 
 
+@pytest.mark.parametrize(("alone", "warmup"), [("0.1", 0.1), ("0.85", 0.05), ("0.9", 0.0)])
+def test_the_warm_up_of_a_sawtooth_leaves_room_unless_it_is_set(alone, warmup):
+    values = {"nnUNet_vf_finetune_schedule": "sawtooth", "nnUNet_vf_finetune_decoder_fraction": alone}
+    assert FinetuneSettings.resolve({}, values).warmup_fraction == warmup
+    assert FinetuneSettings(schedule="sawtooth", decoder_fraction=0.56, warmup_fraction=0.34)
+
+
 def test_a_sawtooth_needs_epochs_after_its_teeth():
     values = {"nnUNet_vf_finetune_decoder_fraction": "0.5", "nnUNet_vf_finetune_warmup_fraction": "0.5"}
     with pytest.raises(UserError, match=r"decoder_fraction = 0.5 and .*warmup_fraction = 0.5 leave.*legal: 0.9"):

@@ -103,10 +103,10 @@ class VFFinetuneTrainer(LongTraining):
 
     @one_line_errors()
     def on_train_start(self) -> None:
-        if self.weights_file is None and not self._continues and self.settings.schedule in _OF_AN_ENCODER:
+        if self.weights_file is None and not self._resumed and self.settings.schedule in _OF_AN_ENCODER:
             raise UserError(
                 f"schedule {self.settings.schedule!r} is for pretrained weights, and there are none; add "
-                "-pretrained_weights FILE, or nnUNet_vf_finetune_schedule=full"
+                "-pretrained_weights FILE (and no --c), or nnUNet_vf_finetune_schedule=full"
             )
         super().on_train_start()
         self._between_draws = current_random_state(self.device)
