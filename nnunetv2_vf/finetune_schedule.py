@@ -87,12 +87,12 @@ def parameter_groups(network: nn.Module, settings: FinetuneSettings) -> list[dic
 
 def _require_parts(network: str, depth: Mapping[str, int], settings: FinetuneSettings) -> None:
     anew = settings.fresh_decoder_stages
-    told_apart = settings.schedule != "full" or anew > 0
+    told_apart = settings.schedule != "full" or anew > 0 or settings.layer_decay < 1
     if told_apart and not any(name.startswith(ENCODER_PREFIX) for name in depth):
         raise UserError(
-            f"schedule {settings.schedule!r} with fresh_decoder_stages={anew} needs a network with an encoder, which "
-            f"{network} does not name so; legal for it: full and 0 (nnUNet_vf_finetune_schedule, "
-            "nnUNet_vf_finetune_fresh_decoder_stages)"
+            f"schedule {settings.schedule!r} with fresh_decoder_stages={anew} and layer_decay={settings.layer_decay:g} "
+            f"needs a network with an encoder, which {network} does not name so; legal for it: full, 0 and 1 "
+            "(nnUNet_vf_finetune_schedule, nnUNet_vf_finetune_fresh_decoder_stages, nnUNet_vf_finetune_layer_decay)"
         )
     stages = max((stage for name, stage in depth.items() if part_of(name) == "decoder"), default=0)
     if anew > stages:
@@ -181,7 +181,9 @@ def in_words(settings: FinetuneSettings) -> str:
     alone = decoder_epochs(settings)
     parts = {
         "full": "all of the network is trained from the first epoch on",
-        "sawtooth": f"decoder and heads alone for {_in_epochs(alone)}, then all of the network",
+        "sawtooth": f"decoder and heads alone for {_in_epochs(alone)}, then all of the network"
+        if alone
+        else "all of the network is trained from the first epoch on (decoder_fraction 0)",
         "encoder_only": "all of the network is trained; of pretrained weights only the encoder's are taken",
         "frozen_encoder": "decoder and heads are trained, the encoder stays as it is",
     }

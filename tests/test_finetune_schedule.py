@@ -92,8 +92,8 @@ def test_a_frozen_encoder_has_no_learning_rate():
 @pytest.mark.parametrize("epochs", [1, 2, 3, 10])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_of_any_length_train(epochs, schedule):
-    for fraction in (0.0, 0.1, 0.45):
-        settings = {"schedule": schedule, "decoder_fraction": fraction, "warmup_fraction": fraction}
+    for alone, warmup in ((0.0, 0.0), (0.1, 0.1), (0.45, 0.45), (0.9, 0.0), (0.0, 0.9)):
+        settings = {"schedule": schedule, "decoder_fraction": alone, "warmup_fraction": warmup}
         assert all(0 < value <= 1 for value in rates("heads", num_epochs=epochs, **settings))
         if schedule != "frozen_encoder":
             assert 0 < rates("encoder", num_epochs=epochs, **settings)[-1] <= 1
@@ -116,6 +116,17 @@ def test_layer_wise_decay_halves_from_stage_to_stage():
     assert [(group["part"], group["share"]) for group in groups] == [
         ("heads", 1), ("decoder", 0.5), ("encoder", 0.25), ("encoder", 0.125)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("network", PLANS_OF_NETWORKS)
+def test_layer_wise_decay_goes_from_stage_to_stage_of_real_networks(artifacts, tiny, monkeypatch, network):
+    trainer = trainer_of(PLANS_OF_NETWORKS[network], artifacts[network], monkeypatch)
+    stages = len(trainer.configuration_manager.network_arch_init_kwargs["features_per_stage"])
+    groups = parameter_groups(trainer.bare_network(), FinetuneSettings(layer_decay=0.5))
+    shares = {part: {g["share"] for g in groups if g["part"] == part} for part in PARTS}
+    assert shares["heads"] == {1.0}
+    assert shares["decoder"] == {0.5**distance for distance in range(1, stages)}
+    assert shares["encoder"] == {0.5**distance for distance in range(stages, 2 * stages)}
 
 
 def test_the_rate_is_a_function_of_the_epoch_alone_and_what_has_none_takes_no_gradient():
@@ -149,10 +160,9 @@ def test_a_network_without_encoder_is_trained_as_a_whole_or_refused():
     network = nn.Sequential(nn.Linear(1, 1))
     (group,) = parameter_groups(network, FinetuneSettings())
     assert group["part"] == "decoder"
-    with pytest.raises(
-        UserError, match="schedule 'sawtooth' with fresh_decoder_stages=0 needs a network with an encoder, which Seq"
-    ):
-        parameter_groups(network, FinetuneSettings(schedule="sawtooth"))
+    for settings in ({"schedule": "sawtooth"}, {"fresh_decoder_stages": 1}, {"layer_decay": 0.9}):
+        with pytest.raises(UserError, match="needs a network with an encoder, which Sequential does not name so"):
+            parameter_groups(network, FinetuneSettings(**settings))
 
 
 # ---------------------------------------------------------------- trainings
@@ -192,9 +202,19 @@ def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bo
     return any((before[name] != after[name]).any() for name in before)
 
 
+_RISE_AND_DECAY = [0.5, 1.0, (2 / 3) ** 0.9, (1 / 3) ** 0.9]  # one epoch of warm-up, then nnU-Net's decay over three
+_TEETH = [0.5, 1.0, 0.5, 1.0]
+RATES = {  # of the four epochs of schedule_of, by part, as shares of the highest
+    "full": dict.fromkeys(PARTS, _RISE_AND_DECAY),
+    "encoder_only": dict.fromkeys(PARTS, _RISE_AND_DECAY),
+    "frozen_encoder": {**dict.fromkeys(PARTS, _RISE_AND_DECAY), "encoder": [0.0] * 4},
+    "sawtooth": {**dict.fromkeys(PARTS, _TEETH), "encoder": [0.0, 0.0, 0.5, 1.0]},
+}
+
+
 @pytest.mark.parametrize("network", PLANS_OF_NETWORKS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_which_parameters_move_in_each_epoch(artifacts, schedule_of, monkeypatch, schedule, network):
+def test_which_parameters_move_in_each_epoch_and_how_fast(artifacts, schedule_of, monkeypatch, schedule, network):
     schedule_of(schedule)
     trainer = trainer_of(PLANS_OF_NETWORKS[network], artifacts[network], monkeypatch)
     trainer.on_train_start()
@@ -202,6 +222,8 @@ def test_which_parameters_move_in_each_epoch(artifacts, schedule_of, monkeypatch
         before = weights_by_part(trainer.network)
         trainer.on_epoch_start()
         trainer.on_train_epoch_start()
+        rates_of_groups = {g["part"]: g["lr"] / trainer.initial_lr for g in trainer.optimizer.param_groups}
+        assert rates_of_groups == pytest.approx({part: RATES[schedule][part][epoch] for part in PARTS})
         losses = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(2)]
         trainer.on_train_epoch_end(losses)
         trainer.current_epoch += 1

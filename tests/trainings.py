@@ -47,9 +47,17 @@ def send(number: signal.Signals):
     return lambda: os.kill(os.getpid(), number)
 
 
+def assert_same_optimizer(one: dict, other: dict) -> None:
+    assert one["state"].keys() == other["state"].keys()
+    for number, state in one["state"].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other["state"][number][name])), name
+
+
 def assert_same_training(one: dict, other: dict) -> None:
     for name, tensor in one["network_weights"].items():
         assert torch.equal(tensor, other["network_weights"][name]), name
+    assert_same_optimizer(one["optimizer_state"], other["optimizer_state"])
     for name in (name for name in LOGGED if name in one["logging"]):
         np.testing.assert_array_equal(one["logging"][name], other["logging"][name], err_msg=name)
     assert {name: len(values) for name, values in one["logging"].items()} == {
