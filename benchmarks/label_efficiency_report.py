@@ -2,7 +2,8 @@
 
 python benchmarks/label_efficiency_report.py [--docs FOLDER]
 
-Writes ``label_efficiency_table.md`` and ``label_efficiency.png``; ``label_efficiency.py`` does so after its last cell.
+Writes ``label_efficiency_table.md``, the same tables in ``label_efficiency.md``, and ``label_efficiency.png``;
+``label_efficiency.py`` does so after its last cell.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -23,6 +25,7 @@ from side_by_side import DOCS, markdown
 
 SCORES, CURVES, VARIANTS = (f"label_efficiency{end}.csv" for end in ("", "_curves", "_variants"))
 CELL = ["plans", "arm", "labels", "seed"]
+PAGE = "label_efficiency.md"
 COLLAPSED = 0.1  # mean Dice of a class over the cases, in one training
 WINDOW = 3  # epochs over which a curve is averaged
 COLORS = {"scratch": "tab:gray", "encoder": "tab:orange", "full": "tab:blue"}
@@ -134,17 +137,24 @@ def _details(rows: Rows) -> dict[str, str]:
 
 
 def _speed(curves: Rows, setting: Mapping[str, str], arm: str) -> dict[str, str]:
-    """Median over the seeds of the iterations at which the result was reached that scratch ends with."""
-    reached = []
+    """After how many iterations the result was reached that scratch ends with, and what part of scratch's that is."""
+    reached, shares = [], []
     for seed in distinct(select(curves, **setting, arm=arm), "seed"):
         own, scratch = (smooth(select(curves, **setting, arm=a, seed=seed)) for a in (arm, "scratch"))
         if scratch:
             goal = list(scratch.values())[-1]
-            reached.append(next((iteration for iteration, dice in own.items() if dice >= goal), float("inf")))
-    if not reached:
-        return {"reaches scratch's": "-"}
-    middle = median(reached)
-    return {"reaches scratch's": "not" if middle == float("inf") else f"{middle:.0f}"}
+            reached.append(_first(own, goal))
+            shares.append(reached[-1] / _first(scratch, goal))
+    middle = median(reached) if reached else float("nan")
+    of_each = ", ".join("not" if share == float("inf") else f"{share:.2f}" for share in shares)
+    return {
+        "reaches scratch's": {float("inf"): "not"}.get(middle, f"{middle:.0f}") if reached else "-",
+        "part of scratch's iterations": of_each if arm != "scratch" and shares else "-",
+    }
+
+
+def _first(curve: Mapping[int, float], goal: float) -> float:
+    return next((iteration for iteration, dice in curve.items() if dice >= goal), float("inf"))
 
 
 def curves_table(curves: Rows, arms: Sequence[str]) -> list[dict[str, str]]:
@@ -248,17 +258,27 @@ def write_report(docs: Path, config: Mapping[str, Any]) -> None:
     """Tables and figure of what the CSV files hold; prints the tables."""
     scores, curves, variants = (read_rows(docs / name) for name in (SCORES, CURVES, VARIANTS))
     arms = [*config["arms"]]
-    parts = []
+    tables = {}
     if scores:
-        parts += ["Test cases:", markdown(table(scores, curves, arms))]
+        tables["Test cases"] = markdown(table(scores, curves, arms))
         draw(scores, curves, arms, docs / "label_efficiency.png")
     if curves:
-        parts += ["Ends of the curves, validation cases:", markdown(curves_table(curves, arms))]
+        tables["Ends of the curves, validation cases"] = markdown(curves_table(curves, arms))
     if variants:
-        parts += ["Variants, validation cases:", markdown(variants_table(variants))]
-    text = "\n\n".join(parts) + "\n"
+        tables["Variants, validation cases"] = markdown(variants_table(variants))
+    text = "\n\n".join(f"{title}:\n\n{rows}" for title, rows in tables.items()) + "\n"
     print(f"\n{text}")
     (docs / "label_efficiency_table.md").write_text(text)
+    if (docs / PAGE).is_file():
+        (docs / PAGE).write_text(with_tables((docs / PAGE).read_text(), tables))
+
+
+def with_tables(page: str, tables: Mapping[str, str]) -> str:
+    """A page in which the table behind every mark ``<!-- TITLE -->`` is the one of that title."""
+    for title, rows in tables.items():
+        behind = re.compile(rf"(?<=<!-- {re.escape(title)} -->\n\n)(\|.*\n)+")
+        page = behind.sub(lambda _, rows=rows: f"{rows}\n", page)
+    return page
 
 
 def main() -> None:

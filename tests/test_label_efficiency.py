@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 
 import label_efficiency
@@ -13,6 +14,7 @@ from label_efficiency import RECORD, Cell, Experiment, append_rows, keep_to_one_
 from label_efficiency_report import (
     CELL,
     CURVES,
+    PAGE,
     SCORES,
     VARIANTS,
     _interval,
@@ -23,6 +25,7 @@ from label_efficiency_report import (
     table,
     write_report,
 )
+from side_by_side import DOCS
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.host import Host
@@ -254,10 +257,24 @@ def test_the_table_tells_gains_speed_and_collapses(tmp_path):
     assert rows["scratch"]["points against scratch"] == "-"
     assert rows["full"]["reaches scratch's"] == "10"
     assert rows["scratch"]["reaches scratch's"] == "50"
+    assert rows["full"]["part of scratch's iterations"] == "0.20, 0.20"
+    assert rows["encoder"]["part of scratch's iterations"] == "not, not"
     assert (rows["encoder"]["reaches scratch's"], rows["encoder"]["collapsed"]) == ("not", "2")
     write_report(tmp_path, CONFIG)
     assert (tmp_path / "label_efficiency.png").stat().st_size > 10_000
     assert "| p | 5 | full |" in (tmp_path / "label_efficiency_table.md").read_text()
+
+
+def test_the_committed_page_has_the_tables_of_the_committed_results(tmp_path):
+    page = (DOCS / PAGE).read_text()
+    for name in (SCORES, CURVES, VARIANTS, PAGE):
+        (tmp_path / name).write_text((DOCS / name).read_text())
+    (tmp_path / PAGE).write_text(re.sub(r"0\.8\d\d ±", "0.000 ±", page))
+    write_report(tmp_path, CONFIG)
+    text, tables = (tmp_path / PAGE).read_text(), (tmp_path / "label_efficiency_table.md").read_text()
+    rows = [line for line in tables.splitlines() if line.startswith("| PCTNet") or line.startswith("| nnUNet")]
+    assert len(rows) > 20
+    assert all(row in page.splitlines() and row in text.splitlines() for row in rows)
 
 
 def test_a_curve_counts_though_its_test_cases_were_not_predicted(tmp_path):
