@@ -70,21 +70,24 @@ def main() -> None:
     parser.add_argument("--labels", nargs="+", type=int, default=config["labels"], help="labelled cases")
     parser.add_argument("--seeds", nargs="+", type=int, default=config["seeds"])
     parser.add_argument("--variants", nargs="+", default=[], choices=[BASE_VARIANT, *config["variants"]])
-    parser.add_argument("--jobs", type=int, default=1, help="cells at the same time, a core each on CPUs")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time; each may use all CPU cores")
     parser.add_argument("--workers", type=int, default=0, help="of a pretraining; its samples do not depend on it")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--docs", type=Path, default=DOCS, help="tables; what is in them is not run again")
     args = parser.parse_args()
     with one_line_errors():
         experiment = Experiment(config, Host(args.out, processes=2), args.device, args.jobs, args.workers)
-        experiment.prepare(args.data)
         cells = [
             Cell(plans, arm, labels, seed, variant)
             for plans, labels, seed, arm, variant in itertools.product(  # one comparison after the other
                 args.plans, args.labels, args.seeds, args.arms, args.variants or [BASE_VARIANT]
             )
         ]
-        keep_to_one_configuration(args.docs / RECORD, config)
+        for cell in cells:
+            experiment.check(cell)
+        for folder in (args.docs, args.out):  # trainings are used again, too
+            keep_to_one_configuration(folder / RECORD, config)
+        experiment.prepare(args.data)
         experiment.run(cells, args.docs, on_test_cases=not args.variants)
         write_report(args.docs, config)
 
@@ -185,7 +188,7 @@ class Experiment:
     def run(self, cells: Sequence[Cell], docs: Path, on_test_cases: bool) -> None:
         """Those that are not done yet; pretrainings begin first, and from scratch nothing waits for them."""
         for cell in cells:
-            self._check(cell)
+            self.check(cell)
         file = docs / (SCORES if on_test_cases else VARIANTS)
         done = read_rows(file)
         todo = [cell for cell in cells if not is_done(done, dataclasses.asdict(cell))]
@@ -207,7 +210,7 @@ class Experiment:
                 mean = np.mean([row["dice"] for row in scores])
                 print(f"{number} of {len(todo)}: {cell}: Dice {mean:.3f}", flush=True)
 
-    def _check(self, cell: Cell) -> None:
+    def check(self, cell: Cell) -> None:
         """Raise UserError if there is no such cell, or a variant does not change it."""
         self.fold(cell)
         changes, arm = self._changes(cell.variant), self.config["arms"][cell.arm]
@@ -330,7 +333,7 @@ def has_checkpoint(fold: Path) -> bool:
 
 
 def keep_to_one_configuration(record: Path, config: Mapping[str, Any]) -> None:
-    """Raise UserError if a table was begun with another configuration; variants and further networks may be added."""
+    """Raise UserError if what lies there has another configuration; variants and further networks may be added."""
     mine = {name: value for name, value in config.items() if name not in ("variants", "seeds")}
     if record.is_file():
         theirs = json.loads(record.read_text())
@@ -339,7 +342,7 @@ def keep_to_one_configuration(record: Path, config: Mapping[str, Any]) -> None:
             mine[name] = {**theirs[name], **mine.get(name, {})}
         different = [name for name in mine if theirs.get(name) != mine[name]]
         if different:
-            raise UserError(f"{record} has other {', '.join(different)}; move it and the tables beside it away")
+            raise UserError(f"{record} has other {', '.join(different)}; move it and what lies beside it away")
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(mine, indent=2) + "\n")
 

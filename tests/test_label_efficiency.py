@@ -120,7 +120,7 @@ def test_a_table_is_of_one_configuration(tmp_path):
     record = tmp_path / "docs" / RECORD
     keep_to_one_configuration(record, CONFIG)
     keep_to_one_configuration(record, {**CONFIG, "variants": {}})
-    with pytest.raises(UserError, match="has other finetuning; move it and the tables"):
+    with pytest.raises(UserError, match="has other finetuning; move it and what lies beside"):
         keep_to_one_configuration(record, {**CONFIG, "finetuning": {}})
 
 
@@ -180,6 +180,19 @@ def test_pretrains_fine_tunes_and_scores_every_arm_and_does_nothing_twice(tmp_pa
     assert small["configurations"]["3d_fullres"]["patch_size"] == [16, 16, 16]
     assert ["fusion_map=blocks" in line for line in pretrainings] == [False, True]
     assert ["-pretrained_weights" in line for line in finetunings] == [False, True, True, True]
+
+    results = experiment.host.folder / "finetuning" / "default" / "full"
+    fold = experiment.host.fold_folder(
+        config["dataset"], "VFFinetuneTrainer", experiment.fold(cells[2]), results, "Tiny"
+    )
+    for missing, flag in (("checkpoint_final.pth", "--c"), ("validation/summary.json", "--val")):
+        (fold / missing).unlink()  # as where it was interrupted before
+        experiment.run(cells[2:], tmp_path / flag, on_test_cases=True)
+        (last,) = [
+            line for line in experiment.host.log.read_text().splitlines() if f" {flag}" in line and "_train" in line
+        ]
+        assert "-pretrained_weights" not in last
+        assert read_rows(tmp_path / flag / SCORES) == [row for row in scores if row["arm"] == "full"]
 
 
 # ---------------------------------------------------------------- scores
