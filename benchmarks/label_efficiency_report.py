@@ -108,10 +108,9 @@ def _gain(rows: Rows, scratch: Rows) -> dict[str, str]:
 
 def _gain_of_cases(rows: Rows, scratch: Rows, seeds: Sequence[str]) -> list[float]:
     """Of every test case, mean over classes and seeds."""
-    with_seeds, without = ([row for row in each if row["seed"] in seeds] for each in (rows, scratch))
+    own, baseline = ([row for row in each if row["seed"] in seeds] for each in (rows, scratch))
     return [
-        mean_dice(select(with_seeds, case=case)) - mean_dice(select(without, case=case))
-        for case in distinct(with_seeds, "case")
+        mean_dice(select(own, case=case)) - mean_dice(select(baseline, case=case)) for case in distinct(own, "case")
     ]
 
 

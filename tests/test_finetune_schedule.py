@@ -366,16 +366,18 @@ def test_going_on_in_any_phase_is_as_if_there_had_been_no_interruption(
         assert_same_training(whole, continued)
 
 
+@pytest.mark.parametrize(("network", "schedule"), [("U-Net", "encoder_only"), ("PCT-Net", "full")])
 def test_killed_before_a_checkpoint_was_due_it_goes_on_from_the_pretrained_weights(
-    artifacts, schedule_of, tmp_path, monkeypatch
+    artifacts, schedule_of, tmp_path, monkeypatch, network, schedule
 ):
     """``--c`` cannot be given weights: without a checkpoint it would begin without them, and nobody would notice."""
-    schedule_of("full")
+    schedule_of(schedule)
+    plans = PLANS_OF_NETWORKS[network]
 
     def result(begin) -> dict:
         results = tmp_path / begin.__name__
         monkeypatch.setenv("nnUNet_results", str(results))
-        begin(trainer_of("nnUNetPlans", artifacts["U-Net"], monkeypatch))
+        begin(trainer_of(plans, artifacts[network], monkeypatch))
         return torch.load(next(results.rglob("checkpoint_final.pth")), weights_only=False)
 
     def whole(trainer) -> None:
@@ -386,7 +388,7 @@ def test_killed_before_a_checkpoint_was_due_it_goes_on_from_the_pretrained_weigh
         with pytest.raises(ConnectionError):
             trainer.run_training()
         monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "--c"])
-        make_trainer("VFFinetuneTrainer", go_on=True).run_training()
+        make_trainer("VFFinetuneTrainer", plans, go_on=True).run_training()
 
     assert_same_training(result(whole), result(killed))
 

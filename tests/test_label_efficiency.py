@@ -17,6 +17,7 @@ from label_efficiency_report import (
     PAGE,
     SCORES,
     VARIANTS,
+    _gain_of_cases,
     _interval,
     curves_table,
     distinct,
@@ -298,6 +299,15 @@ def test_a_curve_counts_though_its_test_cases_were_not_predicted(tmp_path):
     assert {(row["pseudo Dice"], row["of each seed"], row["reaches scratch's"]) for row in rows} == {
         ("0.400 ± 0.000", "0.400, 0.400", "40")
     }
+
+
+def test_gains_are_of_the_same_case_and_of_seeds_that_both_have():
+    def rows(dice: dict[tuple[str, str], float]) -> list[dict[str, str]]:
+        return [{"seed": seed, "case": case, "dice": str(value)} for (seed, case), value in dice.items()]
+
+    full = rows({("0", "a"): 0.5, ("0", "b"): 0.9, ("1", "a"): 0.1, ("1", "b"): 0.1})
+    scratch = rows({("0", "b"): 0.6, ("0", "a"): 0.4})
+    assert _gain_of_cases(full, scratch, ["0"]) == pytest.approx([0.1, 0.3])
 
 
 def test_the_interval_over_cases_covers_the_gain_and_narrows_with_more_of_them():
