@@ -174,7 +174,7 @@ def training_steps(plan: dict, device: str, compiled: bool, run: bool) -> dict[s
             scaler.step(optimizer)
             scaler.update()
             torch.cuda.synchronize()
-    result: dict[str, object] = {"loss": f"{float(value):.2f}", "step": f"{time.monotonic() - start:.3g} s"}
+    result: dict[str, object] = {"loss": f"{float(value.detach()):.2f}", "step": f"{time.monotonic() - start:.3g} s"}
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
         estimate = plan["estimated_training_memory_gb"]
