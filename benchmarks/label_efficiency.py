@@ -43,6 +43,8 @@ CONFIG = Path(__file__).with_suffix(".json")
 PRETRAIN, FINETUNE = "VFPretrainTrainer", "VFFinetuneTrainer"
 BASE_VARIANT = "default"
 RECORD = "label_efficiency_config.json"  # what the tables beside it were made with
+# Of epochs that last seconds, as a GPU's, saving each took half of the time: there the best one is to go on from.
+SAVING = {"cpu": {"save_every": 1}, "cuda": {"save_every": 100}}
 MAX_SEEDS = 100  # folds of nnU-Net's split file for each number of labels
 
 
@@ -262,6 +264,8 @@ class Experiment:
         results = self.host.folder / "finetuning" / cell.variant / cell.arm
         fold = self.host.fold_folder(self.dataset, FINETUNE, self.fold(cell), results, cell.plans)
         settings = {
+            "save_every_minutes": 1e6,
+            **SAVING[self.device],
             **self.config["finetuning"],
             **self.config["plans"][cell.plans].get("finetuning", {}),
             **self._changes(cell.variant).get("finetuning", {}),

@@ -12,8 +12,8 @@ Markdown tables; writes ``docs/pct_net_DEVICE.json``.
 On CUDA, torch's defaults let the convolutions of MIS-FM's single precision be computed in TF32. Ours does that as
 "tf32"; its "fp32" is exact. cuDNN looks for the fastest kernels, as nnU-Net has it.
 
-Peak memory is of a training step, each contender's in a process of its own: on CUDA what torch allocated, weights
-included; on the CPU the growth of the resident set.
+Peak memory is of a training step: on CUDA what torch allocated since before the contender was made, weights included;
+on the CPU the growth of the resident set, each contender's in a process of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -127,12 +126,19 @@ def main() -> None:
     x = torch.randn(args.batch, 1, *args.size, device=device)
     target = torch.randint(0, CLASSES, x.shape, device=device)
     if args.memory_of:
-        print(peak_memory(makers[args.memory_of](), x, target))
+        print(peak_memory(makers[args.memory_of](), x, target, 0))
         return
-    with ThreadPoolExecutor(3 if x.is_cuda else 1) as processes:  # of a GPU's memory torch counts its own
-        peaks = dict(zip(makers, processes.map(peak_memory_apart, makers), strict=True))
-    made = {name: make() for name, make in makers.items()}
-    seconds = {task: measure(task, made, x, target, args.repeats) for task in TASKS}
+    made: dict[str, Contender] = {}
+    peaks: dict[str, float] = {}
+    for name, make in makers.items():
+        before = torch.cuda.memory_allocated() if x.is_cuda else 0
+        made[name] = make()
+        peaks[name] = peak_memory(made[name], x, target, before) if x.is_cuda else peak_memory_apart(name)
+        print(f"{name}: {peaks[name]:.2f} GB", flush=True)
+    seconds = {}
+    for task in TASKS:
+        seconds[task] = measure(task, made, x, target, args.repeats)
+        print(task, *(f"{name}: {summary(its, unit=1, digits=3)} s" for name, its in seconds[task].items()), sep="\n  ")
     reference = THEIRS if THEIRS in made else next(iter(made))
     rows = [
         {
@@ -209,21 +215,27 @@ def mis_fm_network(checkout: Path, size: tuple[int, ...]) -> nn.Module:
 
 
 def peak_memory_apart(name: str) -> float:
-    """GiB, in a process of its own: networks in one process count each other's weights."""
+    """GiB, in a process of its own, whose resident set nothing else has grown."""
     command = [sys.executable, "-W", "ignore", *sys.argv, "--memory-of", name]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.splitlines()[-1])
 
 
-def peak_memory(contender: Contender, x: Tensor, target: Tensor) -> float:
-    """GiB of the second training step of this process; the first makes Adam's state, and looks for kernels."""
+def peak_memory(contender: Contender, x: Tensor, target: Tensor, allocated: int) -> float:
+    """GiB of a contender's second training step; the first makes Adam's state, and looks for kernels.
+
+    Args:
+        allocated: bytes on the GPU that are not its.
+    """
     step = runner(contender, "training step", x, target)
     before = resident("VmRSS")
     step()
     if x.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     step()
-    return torch.cuda.max_memory_allocated() / 2**30 if x.is_cuda else (resident("VmHWM") - before) / 2**20
+    if x.is_cuda:
+        return (torch.cuda.max_memory_allocated() - allocated) / 2**30
+    return (resident("VmHWM") - before) / 2**20
 
 
 def resident(field: str) -> int:

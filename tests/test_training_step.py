@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -130,6 +133,19 @@ def test_a_training_goes_on_in_another_precision(before, after):
     assert new.get_scale() == (65536 if after == "fp16" else 1)
 
 
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Raises where the CPU waits for the GPU."""
+    try:
+        with warnings.catch_warnings():
+            # torch warns, once and after it has switched, that it is a prototype: an error here would leave it on
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @needs_gpu
 @pytest.mark.parametrize("plans", ["nnUNetPlans", "PCTNetPlans"])
 def test_the_trainers_steps_never_wait_for_a_gpu(tiny, pct_plans, monkeypatch, plans):
@@ -144,13 +160,10 @@ def test_the_trainers_steps_never_wait_for_a_gpu(tiny, pct_plans, monkeypatch, p
     trainer.train_step(batches[0])
     with torch.no_grad():
         trainer.validation_step(batches[0])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         trainer.train_step(batches[1])
         with torch.no_grad():
             trainer.validation_step(batches[1])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @needs_gpu
@@ -169,8 +182,5 @@ def test_it_never_waits_for_a_gpu(name):
             return network(x).square().mean()
 
     training_step(network, optimizer, scaler, forward)  # makes the optimiser's state
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         training_step(network, optimizer, scaler, forward)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
