@@ -337,11 +337,11 @@ def has_checkpoint(fold: Path) -> bool:
 
 
 def keep_to_one_configuration(record: Path, config: Mapping[str, Any]) -> None:
-    """Raise UserError if what lies there has another configuration; variants and further networks may be added."""
-    mine = {name: value for name, value in config.items() if name not in ("variants", "seeds")}
+    """Raise UserError if what lies there has another configuration; further variants and networks may be added."""
+    mine = {name: value for name, value in config.items() if name != "seeds"}
     if record.is_file():
         theirs = json.loads(record.read_text())
-        for name in ("plans", "pretraining_plans"):
+        for name in ("plans", "pretraining_plans", "variants"):
             theirs[name] = {**mine.get(name, {}), **theirs.get(name, {})}
             mine[name] = {**theirs[name], **mine.get(name, {})}
         different = [name for name in mine if theirs.get(name) != mine[name]]

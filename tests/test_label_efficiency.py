@@ -120,18 +120,19 @@ def test_from_scratch_nothing_waits_for_a_pretraining(tmp_path):
 def test_a_table_is_of_one_configuration(tmp_path):
     record = tmp_path / "docs" / RECORD
     keep_to_one_configuration(record, CONFIG)
-    keep_to_one_configuration(record, {**CONFIG, "variants": {}})
+    keep_to_one_configuration(record, {**CONFIG, "seeds": [0]})
     with pytest.raises(UserError, match="has other finetuning; move it and what lies beside"):
         keep_to_one_configuration(record, {**CONFIG, "finetuning": {}})
 
 
-def test_further_networks_may_join_a_table_but_none_may_change(tmp_path):
-    record, (name, *_) = tmp_path / RECORD, CONFIG["plans"]
-    keep_to_one_configuration(record, {**CONFIG, "plans": {name: CONFIG["plans"][name]}})
+@pytest.mark.parametrize("what", ["plans", "pretraining_plans", "variants"])
+def test_further_ones_may_join_a_table_but_none_may_change(tmp_path, what):
+    record, (name, *_) = tmp_path / RECORD, CONFIG[what]
+    keep_to_one_configuration(record, {**CONFIG, what: {name: CONFIG[what][name]}})
     keep_to_one_configuration(record, CONFIG)
-    keep_to_one_configuration(record, {**CONFIG, "plans": {}})
-    with pytest.raises(UserError, match="has other plans; move it"):
-        keep_to_one_configuration(record, {**CONFIG, "plans": {name: {}}})
+    keep_to_one_configuration(record, {**CONFIG, what: {}})
+    with pytest.raises(UserError, match=f"has other {what}; move it"):
+        keep_to_one_configuration(record, {**CONFIG, what: {name: {}}})
 
 
 # ---------------------------------------------------------------- all of it, with nnU-Net's own commands
