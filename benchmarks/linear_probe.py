@@ -6,7 +6,7 @@ FOLDER is what ``label_efficiency.py --out`` has prepared. The network of the pl
 outputs of all stages of the encoder, of the decoder, or of the decoder's last stage alone, interpolated to the voxels
 of the image. A logistic regression learns from the same labelled cases that the experiment trains on with these labels
 and seeds, and marks ``--cases`` of its validation cases. Prints the mean Dice of the classes beside that of a network
-that begins anew; writes ``docs/linear_probe.json``. On CPUs; no test case is looked at.
+that begins anew; writes ``docs/linear_probe_PLANS.json``. On CPUs; no test case is looked at.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
         for name, of in dice.items()
     ]
     about = f"{args.plans}, {args.labels} labels, Dice of {args.cases} validation cases: mean (of each seed)"
-    report("linear_probe", about, rows, args.docs, dice=dice)
+    report(f"linear_probe_{args.plans}", about, rows, args.docs, dice=dice)
 
 
 def name_and_file(argument: str) -> tuple[str, str]:
