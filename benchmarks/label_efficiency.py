@@ -43,7 +43,7 @@ CONFIG = Path(__file__).with_suffix(".json")
 PRETRAIN, FINETUNE = "VFPretrainTrainer", "VFFinetuneTrainer"
 BASE_VARIANT = "default"
 RECORD = "label_efficiency_config.json"  # what the tables beside it were made with
-# A GPU's epochs last seconds: saving each took half of the time (one H100, 15 trainings). The best one is to go on from.
+# A GPU's epochs last seconds: saving each took half of the time (one H100, 15 at a time). --c takes the best.
 SAVING = {"cpu": {"save_every": 1}, "cuda": {"save_every": 100}}
 MAX_SEEDS = 100  # folds of nnU-Net's split file for each number of labels
 
