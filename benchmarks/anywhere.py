@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
+from nnunetv2_vf.demo.phantoms import write_dataset
 from nnunetv2_vf.errors import one_line_errors
-from nnunetv2_vf.host import TRAINER_VARIABLE, trainer_path
-from nnunetv2_vf.phantoms import write_dataset
+from nnunetv2_vf.nnunet_commands import TRAINER_VARIABLE, trainer_path
 
 STOCK = {  # the planner, and the plans that it makes
     "U-Net": ("ExperimentPlanner", "nnUNetPlans"),
@@ -130,7 +130,7 @@ def cell(network: str, artifact: Path, dataset_id: int, target: Any, folder: Pat
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
 
     from nnunetv2_vf.cli import main as command
-    from nnunetv2_vf.weights import read_artifact
+    from nnunetv2_vf.transfer.artifact import read_artifact
 
     channels, spacing, shape = target
     like = f"Like{network}Plans"

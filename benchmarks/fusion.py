@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from side_by_side import DOCS, alternate, machine, ratio, report, summary
 
-from nnunetv2_vf.fusion import draw_fusion_map, fuse, fuse_batch
-from nnunetv2_vf.sampling import TRAINING, FusionDataset, collate
+from nnunetv2_vf.pretext.fusion import draw_fusion_map, fuse, fuse_batch
+from nnunetv2_vf.pretext.sampling import TRAINING, FusionDataset, collate
 from nnunetv2_vf.settings import VFSettings
 
 PATCH = (64, 128, 128)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from nnunetv2_vf.errors import one_line_errors
-from nnunetv2_vf.host import Host
+from nnunetv2_vf.nnunet_commands import Host
 
 DATASET = "Dataset004_Hippocampus"
 PRETRAIN = "VFPretrainTrainer"

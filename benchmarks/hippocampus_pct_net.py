@@ -17,7 +17,7 @@ from pathlib import Path
 from hippocampus import DATASET, copy_raw, split_validation_cases
 
 from nnunetv2_vf.errors import one_line_errors
-from nnunetv2_vf.host import Host
+from nnunetv2_vf.nnunet_commands import Host
 
 PLANS = "PCTNetPlans"
 GPU_MEMORY_GB = 2  # a small batch: a step takes seconds on 2 CPU cores

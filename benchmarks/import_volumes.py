@@ -27,8 +27,8 @@ import SimpleITK as sitk  # noqa: N813
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from tqdm import tqdm
 
-from nnunetv2_vf.phantoms import make_phantom
-from nnunetv2_vf.sources import find_sources
+from nnunetv2_vf.demo.phantoms import make_phantom
+from nnunetv2_vf.importing.sources import find_sources
 
 PROCESSES = 2
 MIB = 2**20

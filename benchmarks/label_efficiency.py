@@ -37,7 +37,7 @@ from label_efficiency_report import CELL, CURVES, SCORES, VARIANTS, is_done, rea
 from side_by_side import DOCS
 
 from nnunetv2_vf.errors import UserError, one_line_errors
-from nnunetv2_vf.host import Host
+from nnunetv2_vf.nnunet_commands import Host
 
 CONFIG = Path(__file__).with_suffix(".json")
 PRETRAIN, FINETUNE = "VFPretrainTrainer", "VFFinetuneTrainer"

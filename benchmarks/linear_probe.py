@@ -31,9 +31,10 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from nnunetv2_vf.adapt import RANDOM, transfer, transferred_share
 from nnunetv2_vf.errors import UserError, one_line_errors
-from nnunetv2_vf.weights import HEADS, read_artifact
+from nnunetv2_vf.network_parts import HEADS
+from nnunetv2_vf.transfer.adapt import RANDOM, transfer, transferred_share
+from nnunetv2_vf.transfer.artifact import read_artifact
 
 NEW = "new weights"
 VOXELS = 2500  # of every class in every labelled case

@@ -33,10 +33,10 @@ from side_by_side import DOCS, alternate, machine, ratio, report, summary
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nnunetv2_vf.optimizer import make_optimizer
 from nnunetv2_vf.pct_net import MODES, PUBLISHED_FEATURES, PCTNet
 from nnunetv2_vf.settings import VFSettings
-from nnunetv2_vf.training_step import Precision, training_step
+from nnunetv2_vf.training.optimizer import make_optimizer
+from nnunetv2_vf.training.step import Precision, training_step
 
 CLASSES = 5
 THEIRS = "MIS-FM, fp32"

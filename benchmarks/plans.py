@@ -26,7 +26,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_vf.errors import one_line_errors
-from nnunetv2_vf.host import Host
+from nnunetv2_vf.nnunet_commands import Host
 from nnunetv2_vf.pct_net import MODES
 
 FINGERPRINTS = {  # spacing in mm, median shape in voxels, slices first; cases

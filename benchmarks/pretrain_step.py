@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from side_by_side import DOCS, machine, ratio, report, summary
 
+from nnunetv2_vf.demo.phantoms import write_dataset
 from nnunetv2_vf.errors import one_line_errors
-from nnunetv2_vf.host import Host
-from nnunetv2_vf.phantoms import write_dataset
+from nnunetv2_vf.nnunet_commands import Host
 
 DATASET_ID = 1
 DATASET = f"Dataset{DATASET_ID:03d}_Phantoms"

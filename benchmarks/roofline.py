@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_vf.pct_net import MODES, PUBLISHED_FEATURES, PCTNet
-from nnunetv2_vf.training_step import Precision
+from nnunetv2_vf.training.step import Precision
 
 KINDS = {  # parts of the operators' names, the first that is found
     "convolutions": ("conv",),

@@ -24,7 +24,7 @@ from pretrain_step import DATASET, DATASET_ID, prepare
 from side_by_side import DOCS, machine, report
 
 from nnunetv2_vf.errors import one_line_errors
-from nnunetv2_vf.host import Host
+from nnunetv2_vf.nnunet_commands import Host
 
 EPOCHS = 4  # the first does not count
 

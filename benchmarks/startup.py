@@ -19,9 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from nnunetv2_vf.demo.phantoms import write_dataset
 from nnunetv2_vf.errors import one_line_errors
-from nnunetv2_vf.host import Host
-from nnunetv2_vf.phantoms import write_dataset
+from nnunetv2_vf.nnunet_commands import Host
 
 DATASET_ID = 1
 DATASET = f"Dataset{DATASET_ID:03d}_Phantoms"

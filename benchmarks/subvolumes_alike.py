@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-from nnunetv2_vf.sampling import VALIDATION, FusionDataset
+from nnunetv2_vf.pretext.sampling import VALIDATION, FusionDataset
 from nnunetv2_vf.settings import VFSettings
 
 ALIKE = 0.5  # correlation

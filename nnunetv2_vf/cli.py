@@ -11,7 +11,7 @@ from typing import Any
 
 from nnunetv2_vf import __version__
 from nnunetv2_vf.errors import UserError, one_line_errors
-from nnunetv2_vf.host import TRAINER_VARIABLE, trainer_path
+from nnunetv2_vf.nnunet_commands import TRAINER_VARIABLE, trainer_path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -206,9 +206,9 @@ _EXPORT: dict[str, Callable[[str, str], str]] = {
 def _import(args: argparse.Namespace) -> None:
     from nnunetv2.configuration import default_num_processes
 
-    from nnunetv2_vf.import_worker import ImportSettings
-    from nnunetv2_vf.unlabelled import import_volumes
-    from nnunetv2_vf.volumes import Selection
+    from nnunetv2_vf.importing.dataset import import_volumes
+    from nnunetv2_vf.importing.volumes import Selection
+    from nnunetv2_vf.importing.worker import ImportSettings
 
     keep = tuple(sorted(filter(None, args.keep.split(","))))
     selection = Selection(args.min_size, args.max_spacing, args.min_range, keep, not args.no_split_4d)
@@ -228,8 +228,8 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _plan_pct_net(args: argparse.Namespace) -> None:
+    from nnunetv2_vf.planners.memory_fitting import plan_datasets
     from nnunetv2_vf.planners.pct_net_planner import PCTNetPlanner, next_steps
-    from nnunetv2_vf.planning import plan_datasets
 
     for plans, name in plan_datasets(args.d, PCTNetPlanner, *_stock_arguments(args)):
         print(next_steps(plans, name))
@@ -238,11 +238,11 @@ def _plan_pct_net(args: argparse.Namespace) -> None:
 def _plan_like(args: argparse.Namespace) -> None:
     import functools
 
-    from nnunetv2_vf.compatibility import fit_in_words
     from nnunetv2_vf.planners.like_planner import LikePlanner, next_steps
-    from nnunetv2_vf.planning import plan_datasets
-    from nnunetv2_vf.target import load_target
-    from nnunetv2_vf.weights import read_described
+    from nnunetv2_vf.planners.memory_fitting import plan_datasets
+    from nnunetv2_vf.transfer.artifact import read_described
+    from nnunetv2_vf.transfer.compatibility import describe_fit
+    from nnunetv2_vf.transfer.target_plans import load_target
 
     if args.spacing == "pretrained" and args.overwrite_target_spacing is not None:
         raise UserError("--spacing pretrained and -overwrite_target_spacing exclude each other; leave one out")
@@ -257,7 +257,7 @@ def _plan_like(args: argparse.Namespace) -> None:
     for plans, name in plan_datasets(args.d, planner, *_stock_arguments(args)):
         print(next_steps(plans, name, pretrained, args.like))
         if "3d_fullres" in plans["configurations"]:
-            compared = fit_in_words(pretrained, load_target(plans["dataset_name"], name, "3d_fullres"))
+            compared = describe_fit(pretrained, load_target(plans["dataset_name"], name, "3d_fullres"))
             print("\n  ".join(["Pretraining and these plans:", *compared]))
 
 
@@ -266,9 +266,9 @@ def _stock_arguments(args: argparse.Namespace) -> tuple[Any, ...]:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from nnunetv2_vf.convert import convert_file
-    from nnunetv2_vf.trust import can_be_planned
-    from nnunetv2_vf.weights import read_artifact
+    from nnunetv2_vf.transfer.artifact import read_artifact
+    from nnunetv2_vf.transfer.convert_misfm import convert_file
+    from nnunetv2_vf.transfer.safe_loading import can_be_planned
 
     about = convert_file(args.release, args.o, args.mode)
     written = shlex.quote(str(args.o))
@@ -278,14 +278,14 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _adapt(args: argparse.Namespace) -> None:
-    from nnunetv2_vf.adapt import adapt_file
-    from nnunetv2_vf.compatibility import fit_in_words
-    from nnunetv2_vf.target import load_target
-    from nnunetv2_vf.weights import read_artifact
+    from nnunetv2_vf.transfer.adapt import adapt_file
+    from nnunetv2_vf.transfer.artifact import read_artifact
+    from nnunetv2_vf.transfer.compatibility import describe_fit
+    from nnunetv2_vf.transfer.target_plans import load_target
 
     target = load_target(args.d, args.p, args.c)
     print(adapt_file(args.file, target, args.o, args.partial, args.encoder_only))
-    print("\n  ".join(["Pretraining and these plans:", *fit_in_words(read_artifact(args.o)["vf"], target)]))
+    print("\n  ".join(["Pretraining and these plans:", *describe_fit(read_artifact(args.o)["vf"], target)]))
     print(
         f"wrote {args.o}\nNext: nnUNetv2_train {target.dataset_id} {args.c} 0 -p {args.p} -tr VFFinetuneTrainer "
         f"-pretrained_weights {shlex.quote(str(args.o))}"
@@ -293,7 +293,7 @@ def _adapt(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from nnunetv2_vf.info import describe_file
+    from nnunetv2_vf.transfer.info import describe_file
 
     print(describe_file(args.file))
 
@@ -317,6 +317,6 @@ def _preview(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from nnunetv2_vf.demo import demo
+    from nnunetv2_vf.demo.journey import demo
 
     demo(args.out, args.device)

@@ -19,12 +19,11 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.run.run_training import run_training
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-from nnunetv2_vf.checkpoints import BEST, FINAL, LATEST
 from nnunetv2_vf.errors import UserError, one_line_errors
-from nnunetv2_vf.host import require_variables
-from nnunetv2_vf.long_training import LongTraining
-from nnunetv2_vf.ranks import join
-from nnunetv2_vf.target import dataset_name
+from nnunetv2_vf.nnunet_folders import dataset_name, require_variables
+from nnunetv2_vf.training.checkpoints import BEST, FINAL, LATEST
+from nnunetv2_vf.training.ranks import join
+from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -110,7 +109,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _is_ours(trainer: str) -> bool:
     """Whether it is one of our trainers, or made of one."""
     try:
-        return issubclass(recursive_find_trainer_class_by_name(trainer), LongTraining)
+        return issubclass(recursive_find_trainer_class_by_name(trainer), ResumableTrainer)
     except RuntimeError as error:
         raise UserError(f"nnU-Net finds no trainer {trainer}: {error}; what is wrong: nnUNetv2_vf doctor") from error
 

@@ -20,14 +20,15 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from packaging.requirements import Requirement
 
 from nnunetv2_vf import __version__
-from nnunetv2_vf.compatibility import differences, require_fit
 from nnunetv2_vf.errors import UserError, printable
-from nnunetv2_vf.host import TRAINER_VARIABLE
-from nnunetv2_vf.preflight import preprocessed_cases
+from nnunetv2_vf.nnunet_commands import TRAINER_VARIABLE
+from nnunetv2_vf.nnunet_folders import dataset_name
 from nnunetv2_vf.settings import FinetuneSettings, VFSettings
-from nnunetv2_vf.target import Target, dataset_name, load_target
-from nnunetv2_vf.trust import as_described
-from nnunetv2_vf.weights import read_pretrained
+from nnunetv2_vf.training.preflight import preprocessed_cases
+from nnunetv2_vf.transfer.artifact import read_pretrained
+from nnunetv2_vf.transfer.compatibility import differences, require_fit
+from nnunetv2_vf.transfer.safe_loading import as_described
+from nnunetv2_vf.transfer.target_plans import TargetPlans, load_target
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 _TRAINERS = ("VFPretrainTrainer", "VFFinetuneTrainer")
@@ -152,7 +153,7 @@ def _devices() -> Iterator[Finding]:
         yield Finding(NOTE, f"no GPU that torch {torch.__version__} can use; on {cores} CPU cores: -device cpu")
 
 
-def _dataset(target: Target) -> Iterator[Finding]:
+def _dataset(target: TargetPlans) -> Iterator[Finding]:
     number, plans = target.dataset_id, target.plans_manager.plans_name
     raw = Path(nnUNet_raw.get() or ".") / dataset_name(str(number)) / "dataset.json"
     if raw.is_file():
@@ -169,7 +170,7 @@ def _dataset(target: Target) -> Iterator[Finding]:
     yield Finding(OK, text) if len(cases) == planned else Finding(NOTE, text + mend)
 
 
-def _weights(file: Path, target: Target | None) -> Iterator[Finding]:
+def _weights(file: Path, target: TargetPlans | None) -> Iterator[Finding]:
     try:
         pretrained: dict[str, Any] = read_pretrained(file)
     except UserError as error:

@@ -11,11 +11,11 @@ import numpy as np
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_vf.compatibility import adapted_name
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.pct_net import PCTNet
-from nnunetv2_vf.planning import TopologyPlanner, planned_configurations
-from nnunetv2_vf.trust import can_be_planned
+from nnunetv2_vf.planners.memory_fitting import TopologyPlanner, planned_configurations
+from nnunetv2_vf.transfer.compatibility import adapted_name
+from nnunetv2_vf.transfer.safe_loading import can_be_planned
 
 _RECORD = "volume_fusion_like"  # of the plans: what they were made like
 _CT = "CTNormalization"  # the scheme that uses statistics of the dataset

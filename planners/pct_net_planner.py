@@ -9,7 +9,7 @@ import numpy as np
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 
 from nnunetv2_vf.pct_net import MODES, PUBLISHED_FEATURES, PCTNet
-from nnunetv2_vf.planning import TopologyPlanner, planned_configurations
+from nnunetv2_vf.planners.memory_fitting import TopologyPlanner, planned_configurations
 
 
 class PCTNetPlanner(TopologyPlanner):

@@ -12,8 +12,8 @@ import pytest
 import torch
 import unlabelled_data
 
-from nnunetv2_vf.host import trainer_path
-from nnunetv2_vf.phantoms import write_dataset
+from nnunetv2_vf.demo.phantoms import write_dataset
+from nnunetv2_vf.nnunet_commands import trainer_path
 
 DATASET_ID, DATASET = 7, "Dataset007_Phantoms"
 NUM_CASES = 10

@@ -9,7 +9,7 @@ import pytest
 from conftest import DATASET_ID
 
 from nnunetv2_vf.cli import main
-from nnunetv2_vf.host import trainer_path
+from nnunetv2_vf.nnunet_commands import trainer_path
 
 SUBCOMMANDS = ("env", "import", "plan", "preview", "convert", "demo")
 
@@ -82,12 +82,11 @@ def test_preview_draws_the_asked_number_of_examples(tiny, tmp_path, capsys):
 
 def test_planes_are_named_as_in_the_original_image():
     """nnU-Net's transposed axes: preprocessed axis 0 is original axis 1."""
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    from nnunetv2_vf.preview import plane_names
+    from nnunetv2_vf.pretext.pictures import plane_names
 
-    assert plane_names(PlansManager({"transpose_forward": [0, 1, 2]})) == ["axial", "coronal", "sagittal"]
-    assert plane_names(PlansManager({"transpose_forward": [1, 0, 2]})) == ["coronal", "axial", "sagittal"]
+    assert plane_names([0, 1, 2]) == ["axial", "coronal", "sagittal"]
+    assert plane_names([1, 0, 2]) == ["coronal", "axial", "sagittal"]
 
 
 @pytest.mark.parametrize(

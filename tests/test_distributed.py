@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DATASET_ID, edit_json, fold_folder, pretrain
+from trainings import assert_nearly_same_weights
 
 from nnunetv2_vf import distributed
 
@@ -41,11 +42,6 @@ def torchrun(processes: int, *arguments: object, **variables: object) -> subproc
     return subprocess.CompletedProcess(launch.args, launch.returncode, output, errors)
 
 
-def same_weights(one: dict, other: dict) -> None:
-    for name, tensor in other["network_weights"].items():
-        torch.testing.assert_close(one["network_weights"][name], tensor, rtol=0, atol=1e-5, msg=name)
-
-
 @pytest.fixture
 def batch_of_four(own_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A plan that four ranks can share, and 20 steps of SGD.
@@ -67,7 +63,7 @@ def test_ranks_that_share_a_batch_train_as_one_process(batch_of_four, tmp_path, 
     pretrain()
     shared, alone = (fold_folder(tmp_path / name) for name in ("shared", "alone"))
     files = [torch.load(folder / "checkpoint_final.pth", weights_only=False) for folder in (shared, alone)]
-    same_weights(*files)
+    assert_nearly_same_weights(*files)
     for key in ("train_losses", "val_losses", "mean_fg_dice"):
         assert files[0]["logging"][key] == pytest.approx(files[1]["logging"][key], abs=1e-4), key
     reports = [json.loads((folder / "pretext_report.json").read_text()) for folder in (shared, alone)]

@@ -10,7 +10,7 @@ import torch
 from conftest import DATASET_ID
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
-from nnunetv2_vf.interruption import EXIT_STATUS
+from nnunetv2_vf.training.signals import EXIT_STATUS
 
 CPU = torch.device("cpu")
 LOGGED = ("train_losses", "val_losses", "mean_fg_dice", "ema_fg_dice", "lrs", "skipped_steps", "quarantined_cases")
@@ -65,3 +65,8 @@ def assert_same_training(one: dict, other: dict) -> None:
     }
     assert one["_best_ema"] == other["_best_ema"]
     assert one["current_epoch"] == other["current_epoch"]
+
+
+def assert_nearly_same_weights(one: dict, other: dict) -> None:
+    for name, tensor in other["network_weights"].items():
+        torch.testing.assert_close(one["network_weights"][name], tensor, rtol=0, atol=1e-5, msg=name)

@@ -14,21 +14,26 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_vf.compatibility import check_weights, pretrained_weights_argument
 from nnunetv2_vf.errors import UserError, one_line_errors
-from nnunetv2_vf.finetune_schedule import FinetuneLRScheduler, begin_anew, in_words, parameter_groups
-from nnunetv2_vf.kernel_norms import kernel_factors, scale_kernels
-from nnunetv2_vf.long_training import LongTraining, current_random_state
-from nnunetv2_vf.optimizer import clip_gradients, make_optimizer
-from nnunetv2_vf.preflight import preprocessed_cases
 from nnunetv2_vf.settings import FINETUNE_RECIPES, FinetuneSettings
-from nnunetv2_vf.target import Target
+from nnunetv2_vf.training.finetune_schedule import (
+    FinetuneLRScheduler,
+    describe_schedule,
+    parameter_groups,
+    reinitialized_parameters,
+)
+from nnunetv2_vf.training.optimizer import clip_gradients, make_optimizer
+from nnunetv2_vf.training.preflight import preprocessed_cases
+from nnunetv2_vf.training.resumable_trainer import ResumableTrainer, current_random_state
+from nnunetv2_vf.transfer.compatibility import PretrainedWeights
+from nnunetv2_vf.transfer.kernel_norms import kernel_factors, scale_kernels
+from nnunetv2_vf.transfer.target_plans import TargetPlans
 
 _OF_AN_ENCODER = ("encoder_only", "frozen_encoder")  # schedules that mean nothing without one
 _PROVENANCE = "volume_fusion"  # of a checkpoint: who wrote it, with what settings, from what weights
 
 
-class VFFinetuneTrainer(LongTraining):
+class VFFinetuneTrainer(ResumableTrainer):
     """nnU-Net's supervised training with the recipe that the plan's network needs.
 
     A U-Net is trained as by nnU-Net, its pretrained kernels scaled to the norm of new ones first; PCT-Net gets AdamW
@@ -56,10 +61,9 @@ class VFFinetuneTrainer(LongTraining):
         network = plans_manager.get_configuration(configuration).network_arch_class_name
         self.settings = FinetuneSettings.resolve(plans, os.environ, FINETUNE_RECIPES.get(network))
         preprocessed_cases(plans_manager, configuration)
-        self.pretrained: dict[str, Any] | None = None
-        self.weights_file = pretrained_weights_argument(sys.argv)
-        if self.weights_file is not None:
-            self.pretrained = check_weights(self.weights_file, Target(plans_manager, configuration, dataset_json))
+        target = TargetPlans(plans_manager, configuration, dataset_json)
+        self.pretrained_weights = PretrainedWeights.of_command(sys.argv, target)
+        self.pretrained = self.pretrained_weights.record if self.pretrained_weights else None
         plans = {**plans, FinetuneSettings.section: self.settings.as_dict()}
         super().__init__(plans, configuration, fold, dataset_json, device)
         self._losses: list[float] = []  # of the steps of this epoch that are done, also before an interruption
@@ -103,17 +107,17 @@ class VFFinetuneTrainer(LongTraining):
 
     @one_line_errors()
     def on_train_start(self) -> None:
-        if self.weights_file is None and not self._resumed and self.settings.schedule in _OF_AN_ENCODER:
+        if self.pretrained_weights is None and not self._resumed and self.settings.schedule in _OF_AN_ENCODER:
             raise UserError(
                 f"schedule {self.settings.schedule!r} is for pretrained weights, and there are none; add "
                 "-pretrained_weights FILE (and no --c), or nnUNet_vf_finetune_schedule=full"
             )
         super().on_train_start()
         self._between_draws = current_random_state(self.device)
-        if self.weights_file is not None and not self._continues:
+        if self.pretrained_weights is not None and not self._continues:
             self._begin_with_pretrained_weights()
         self.print_to_log_file(
-            f"Fine-tuning settings:\n{self.settings}\n{in_words(self.settings)}\n", add_timestamp=False
+            f"Fine-tuning settings:\n{self.settings}\n{describe_schedule(self.settings)}\n", add_timestamp=False
         )
         lines = ["Pretrained weights: none, this training began from scratch"]
         if self.pretrained is not None:
@@ -125,7 +129,7 @@ class VFFinetuneTrainer(LongTraining):
         """Change of them what the settings say."""
         network = self.bare_network()
         weights = network.state_dict()
-        anew = begin_anew(weights, self.settings)
+        anew = reinitialized_parameters(weights, self.settings)
         if not anew and self.settings.kernel_norms == "pretrained":
             return
         fresh = self._fresh_network()

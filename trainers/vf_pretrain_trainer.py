@@ -19,22 +19,30 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
-from nnunetv2_vf import weights
-from nnunetv2_vf.compatibility import check_weights, pretrained_weights_argument
 from nnunetv2_vf.errors import UserError, one_line_errors
-from nnunetv2_vf.fusion import fuse_batch
-from nnunetv2_vf.long_training import LongTraining
-from nnunetv2_vf.model_card import CARD_NAME, write_model_card
-from nnunetv2_vf.optimizer import make_optimizer
-from nnunetv2_vf.preflight import check_pretraining, patch_warning
-from nnunetv2_vf.pretext_report import count_confusion, pretext_warning, write_report
-from nnunetv2_vf.preview import class_names, draw_examples, make_examples, plane_names
-from nnunetv2_vf.progress import PretextLogger
-from nnunetv2_vf.sampling import TRAINING, VALIDATION, FusionDataset, Rejected, collate, make_loader, sample_indices
+from nnunetv2_vf.pretext.fusion import fuse_batch
+from nnunetv2_vf.pretext.pictures import colour_of_class, draw_examples, make_examples, plane_names
+from nnunetv2_vf.pretext.report import count_confusion, pretext_warning, write_report
+from nnunetv2_vf.pretext.sampling import (
+    TRAINING,
+    VALIDATION,
+    FusionDataset,
+    Rejected,
+    collate,
+    make_loader,
+    sample_indices,
+)
 from nnunetv2_vf.settings import VFSettings
-from nnunetv2_vf.target import Target
-from nnunetv2_vf.training_step import Precision, training_step
-from nnunetv2_vf.watch import NotFiniteError, Quarantine, StepWatch, Waiting
+from nnunetv2_vf.training.monitoring import DataWaitTimer, NotFiniteError, Quarantine, StepWatch
+from nnunetv2_vf.training.optimizer import make_optimizer
+from nnunetv2_vf.training.preflight import check_pretraining, patch_warning
+from nnunetv2_vf.training.progress_plot import PretextLogger
+from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
+from nnunetv2_vf.training.step import Precision, training_step
+from nnunetv2_vf.transfer import artifact as weights
+from nnunetv2_vf.transfer.compatibility import PretrainedWeights
+from nnunetv2_vf.transfer.model_card import CARD_NAME, write_model_card
+from nnunetv2_vf.transfer.target_plans import TargetPlans
 
 _PREVIEW_EXAMPLES = 3
 
@@ -45,7 +53,7 @@ class DoneStep(NamedTuple):
     loss: Tensor
 
 
-class VFPretrainTrainer(LongTraining):
+class VFPretrainTrainer(ResumableTrainer):
     """Pretrains encoder and decoder: segment fused sub-volumes into their K + 1 fusion coefficients.
 
     The dataset's labels are ignored. To nnU-Net the fusion classes are this training's labels, so that network
@@ -74,12 +82,11 @@ class VFPretrainTrainer(LongTraining):
         # fusion classes take the place of the dataset's labels.
         plans = {**plans, VFSettings.section: settings.as_dict()}
         dataset_json = _with_fusion_labels(dataset_json, settings)
-        self.weights_file = pretrained_weights_argument(sys.argv)
-        if self.weights_file is not None:
-            check_weights(self.weights_file, Target(PlansManager(plans), configuration, dataset_json))
+        target = TargetPlans(PlansManager(plans), configuration, dataset_json)
+        self.pretrained_weights = PretrainedWeights.of_command(sys.argv, target)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.grad_scaler = self.precision.scaler()
-        self.logger.local_logger = PretextLogger(class_names(settings.coefficient_steps))
+        self.logger.local_logger = PretextLogger(colour_of_class(settings.coefficient_steps))
         self.quarantine = Quarantine(settings.quarantine_limit, Path(self.output_folder) / "quarantine.json")
         self._reported: set[str] = set()
         self._done: list[DoneStep] = []  # of the epoch that an interrupted training goes on in
@@ -89,7 +96,7 @@ class VFPretrainTrainer(LongTraining):
     # ------------------------------------------------------------------ the pretext task in nnU-Net's training
 
     def train_step(self, batch: dict | DoneStep) -> dict:
-        """As nnU-Net's, but what it returns stays on the device: :func:`nnunetv2_vf.training_step.training_step`."""
+        """As nnU-Net's, but what it returns stays on the device: :func:`nnunetv2_vf.training.step.training_step`."""
         if isinstance(batch, DoneStep):
             loss = batch.loss.to(self.device)
         else:
@@ -245,7 +252,7 @@ class VFPretrainTrainer(LongTraining):
         first = self.current_epoch * self.num_iterations_per_epoch + len(self._done)
         last = self.num_epochs * self.num_iterations_per_epoch
         idle = {} if self._step_done is None else {"idle": self._step_done.query}
-        self._waiting = Waiting(self._loader(TRAINING, [range(first, last)]), **idle)
+        self._waiting = DataWaitTimer(self._loader(TRAINING, [range(first, last)]), **idle)
         fixed = self._loader(VALIDATION, self._fixed_steps(self.num_epochs - self.current_epoch))
         return itertools.chain(self._done, self._waiting), iter(fixed)
 
@@ -298,7 +305,7 @@ class VFPretrainTrainer(LongTraining):
     def on_train_end(self) -> None:
         super().on_train_end()
         self.dataloader_train = self.dataloader_val = None
-        self._waiting = Waiting(())  # with the last reference to them, the workers end
+        self._waiting = DataWaitTimer(())  # with the last reference to them, the workers end
 
     def state(self) -> dict[str, Any]:
         self._watch(self.step_watch.look)
@@ -346,10 +353,10 @@ class VFPretrainTrainer(LongTraining):
         super().save_checkpoint(filename)
         folder = Path(self.output_folder)
         if self.ranks.rank == 0 and Path(filename).stem in ("checkpoint_best", "checkpoint_final"):
-            with self.going_on_without(folder / "preview.png"):
+            with self.tolerate_write_failure(folder / "preview.png"):
                 self._draw_preview()
             if not self.disable_checkpointing:
-                with self.going_on_without(folder / weights.FILE_NAME):
+                with self.tolerate_write_failure(folder / weights.FILE_NAME):
                     self._write_artifact()
 
     @one_line_errors()
@@ -383,7 +390,9 @@ class VFPretrainTrainer(LongTraining):
         batch = collate([samples[index] for index in range(self.batch_size)])
         examples = make_examples(batch, self.settings, self.device, self._answer)[:_PREVIEW_EXAMPLES]
         path = Path(self.output_folder) / "preview.png"
-        draw_examples(examples, plane_names(self.plans_manager), self.settings.coefficient_steps, path)
+        draw_examples(
+            examples, plane_names(self.plans_manager.transpose_forward), self.settings.coefficient_steps, path
+        )
 
     @torch.no_grad()
     def _answer(self, data: Tensor) -> Tensor:

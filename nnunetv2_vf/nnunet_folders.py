@@ -1,0 +1,57 @@
+"""Where nnU-Net keeps a dataset and its plans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
+
+from nnunetv2_vf.errors import UserError
+
+_PLAN_COMMANDS = {  # that make plans of these names
+    "nnUNetPlans": "nnUNetv2_plan_and_preprocess -d {} -c 3d_fullres",
+    "PCTNetPlans": "nnUNetv2_vf plan -d {}",
+    "VFPlans": "nnUNetv2_vf plan -d {} --like FILE",
+}
+
+
+def require_variables(*variables: Any) -> None:
+    """Raise UserError if one of nnU-Net's environment variables is not set."""
+    for variable in variables:
+        if not variable.get():  # unset or empty
+            name = variable.env_var_name
+            raise UserError(f"the environment variable {name} is not set; set it: export {name}=/path/to/{name}")
+
+
+def dataset_name(dataset: str) -> str:
+    """``7`` or ``Dataset007_Liver`` -> ``Dataset007_Liver``.
+
+    Raises:
+        UserError: nnU-Net finds no such dataset in any of its folders.
+    """
+    try:
+        name: str = maybe_convert_to_dataset_name(dataset)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"no dataset {dataset}: {error}") from error
+    return name
+
+
+def plans_file(dataset: str, plans_name: str) -> Path:
+    """The plans of a dataset, by its id or name.
+
+    Raises:
+        UserError: there are none of that name.
+    """
+    require_variables(nnUNet_preprocessed)
+    if plans_name != Path(plans_name).name or plans_name.endswith(".json"):
+        raise UserError(f"{plans_name!r} is no name of plans; legal: the file's name without folder and .json")
+    name = dataset_name(dataset)
+    path = Path(nnUNet_preprocessed) / name / f"{plans_name}.json"
+    if not path.is_file():
+        present = ", ".join(sorted(p.stem for p in path.parent.glob("*Plans*.json"))) or "none"
+        command = _PLAN_COMMANDS.get(plans_name)
+        make = f"; make them: {command.format(convert_dataset_name_to_id(name))}" if command else ""
+        raise UserError(f"no plans {path}; there are: {present}{make}")
+    return path

@@ -1,0 +1,82 @@
+"""The linear probe of frozen features: what it takes, and what it looks at."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATASET
+from linear_probe import DEPTHS, VOXELS, build, features, labelled_voxels, load, main, mean_dice, probe
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.transfer.artifact import read_artifact
+
+
+@pytest.fixture
+def plan(nnunet):
+    return PlansManager(str(nnunet / "preprocessed" / DATASET / "nnUNetPlans.json")).get_configuration("3d_fullres")
+
+
+@pytest.fixture
+def cases(nnunet):
+    folder = str(nnunet / "preprocessed" / DATASET / "nnUNetPlans_3d_fullres")
+    return infer_dataset_class(folder)(folder)
+
+
+def test_there_are_features_of_every_voxel_whatever_the_shape(plan):
+    network = build(plan, None)
+    image = torch.randn(1, 17, 13, 21)
+    found = features(network, image)
+    counts = plan.network_arch_init_kwargs["features_per_stage"]
+    expected = {"encoder": sum(counts), "decoder": sum(counts[:-1]), "last stage": counts[0]}
+    assert {depth: x.shape for depth, x in found.items()} == {d: (17 * 13 * 21, n) for d, n in expected.items()}
+    np.testing.assert_array_equal(found["decoder"][:, -counts[0] :], found["last stage"])
+
+
+def test_pretrained_weights_are_taken_and_those_of_another_network_refused(plan, artifacts):
+    network = build(plan, str(artifacts["U-Net"]))
+    pretrained = read_artifact(artifacts["U-Net"])["network_weights"]
+    for name, tensor in network.state_dict().items():
+        assert ".seg_layers." in name or torch.equal(tensor, pretrained[name])
+    with pytest.raises(UserError, match=r"is of another network than the plans: .* does not fit; see --plans"):
+        build(plan, str(artifacts["PCT-Net"]))
+
+
+def test_up_to_so_many_voxels_of_a_class_are_learnt_from(plan, cases):
+    x, y = labelled_voxels(build(plan, None), cases, cases.identifiers[0], np.random.default_rng(0))
+    _, labels = load(cases, cases.identifiers[0])
+    assert {len(of_depth) for of_depth in x.values()} == {len(y)}
+    assert dict(zip(*np.unique(y, return_counts=True), strict=True)) == {
+        label: min(VOXELS, count) for label, count in zip(*np.unique(labels, return_counts=True), strict=True)
+    }
+
+
+def test_the_score_is_the_mean_dice_of_the_classes(cases):
+    _, labels = load(cases, cases.identifiers[0])
+    assert mean_dice(labels, labels) == 1
+    assert mean_dice(labels, np.zeros_like(labels)) == 0
+    classes = np.count_nonzero(np.unique(labels))
+    assert mean_dice(labels, np.where(labels == 1, 0, labels)) == pytest.approx(1 - 1 / classes)
+
+
+def test_trained_on_the_case_itself_it_finds_some_of_it(plan, cases):
+    split = {"train": cases.identifiers[:1], "val": cases.identifiers[:1]}
+    found = probe(build(plan, None), cases, split, 1)
+    assert [*found] == [*DEPTHS]
+    assert 0.1 < found["encoder"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["vf_pretrained.pth"], "'vf_pretrained.pth' is not NAME=FILE"),
+        (["a=b", "--labels", "3"], r"--labels 3 is not in the experiment; legal: \[2, 5"),
+        (["a=b"], "prepare it: python benchmarks/label_efficiency.py"),
+    ],
+)
+def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr("sys.argv", ["linear_probe.py", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit, match=message):
+        main()

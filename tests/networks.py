@@ -1,0 +1,44 @@
+"""Small networks with random weights: nnU-Net's U-Nets and PCT-Net."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from nnunetv2_vf.pct_net import MODES, PCTNet
+from nnunetv2_vf.transfer.target_plans import build_network
+
+
+def unet(channels=1, kernels=((3, 3, 3),) * 3, strides=((1, 1, 1), (2, 2, 2), (2, 2, 2)), features=4, residual=False):
+    """nnU-Net's U-Net, or its residual encoder one, with instance norm; one stage per kernel."""
+    stages = len(kernels)
+    kwargs = {
+        "n_stages": stages,
+        "features_per_stage": [features] * stages,
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": kernels,
+        "strides": strides,
+        "n_blocks_per_stage" if residual else "n_conv_per_stage": [2] * stages,
+        "n_conv_per_stage_decoder": [1] * (stages - 1),
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "nonlin": "torch.nn.LeakyReLU",
+    }
+    name = "ResidualEncoderUNet" if residual else "PlainConvUNet"
+    entry = {
+        "network_class_name": f"dynamic_network_architectures.architectures.unet.{name}",
+        "arch_kwargs": kwargs,
+        "_kw_requires_import": ["conv_op", "norm_op", "nonlin"],
+    }
+    return randomise(build_network(entry, channels, 5, device="cpu"))
+
+
+def pct_net(mode=0, channels=1, window=3):
+    return randomise(PCTNet(channels, (4, 8, 8, 16, 32), MODES[mode], 5, window_sizes=(window,) * 3))
+
+
+def randomise(network: nn.Module) -> nn.Module:
+    """Biases and norms differ from their constants too; ready to compare outputs."""
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return network.eval()

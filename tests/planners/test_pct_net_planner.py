@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+
+import numpy as np
+import pytest
+from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunetv2_vf.cli import main
+from nnunetv2_vf.pct_net import MODES, PUBLISHED_FEATURES, PCTNet, total_stride
+from nnunetv2_vf.planners.memory import GIB, measure_step
+from nnunetv2_vf.planners.memory_fitting import candidate_patches
+from nnunetv2_vf.planners.pct_net_planner import resolution_mode
+
+CASES = {  # spacing in mm, median shape in voxels, cases, resolution mode
+    "isotropic": ((1.0, 1.0, 1.0), (160, 200, 180), 100, 0),
+    "anisotropic": ((5.0, 0.7, 0.7), (24, 320, 320), 40, 2),
+    "between": ((2.5, 1.0, 1.0), (60, 256, 256), 40, 1),
+    "tiny": ((1.0, 1.0, 1.0), (35, 50, 35), 130, 0),
+    "large": ((1.5, 0.8, 0.8), (300, 512, 512), 100, 0),
+    "thin": ((8.0, 1.25, 1.25), (10, 200, 220), 100, 2),
+    "thin, isotropic": ((1.0, 1.0, 1.0), (12, 100, 100), 100, 0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plans_are_legal_and_fit_the_memory_target(made_up, name):
+    spacing, shape, cases, mode = CASES[name]
+    plans_file = made_up(spacing, shape, cases)
+    main(["plan", "-d", "42", "-gpu_memory_target", "6"])
+    plan = json.loads(plans_file.read_text())["configurations"]["3d_fullres"]
+    divisor = total_stride(MODES[mode])
+    assert plan["architecture"]["arch_kwargs"]["strides"] == [list(stride) for stride in MODES[mode]]
+    assert all(side % d == 0 for side, d in zip(plan["patch_size"], divisor, strict=True))
+    assert all(side < s + d for side, s, d in zip(plan["patch_size"], shape, divisor, strict=True))
+    assert plan["batch_size"] >= 2
+    assert plan["estimated_training_memory_gb"] <= 0.9 * 6  # a tenth stays free
+    patches = candidate_patches(spacing, shape, divisor)
+    larger = patches[: patches.index(tuple(plan["patch_size"]))]
+    if larger:  # as large as the target allows
+        build = functools.partial(PCTNet, 1, PUBLISHED_FEATURES, MODES[mode], 5, deep_supervision=True)
+        assert measure_step(build, 2, 1, larger[-1]).total > 0.9 * 6 * GIB
+
+
+def test_everything_else_is_nnunets(made_up):
+    spacing, shape, cases, _ = CASES["anisotropic"]
+    plans_file = made_up(spacing, shape, cases)
+    main(["plan", "-d", "Dataset042_Made"])
+    ours = json.loads(plans_file.read_text())
+    plan_experiment_dataset("Dataset042_Made")
+    stock = json.loads(plans_file.with_name("nnUNetPlans.json").read_text())
+
+    def without(plans, *names):
+        return {key: value for key, value in plans.items() if key not in names}
+
+    names = ("plans_name", "experiment_planner_used", "configurations")
+    assert without(ours, *names) == without(stock, *names)
+    assert ours["configurations"].keys() == stock["configurations"].keys()
+    of_network = ("patch_size", "batch_size", "architecture", "estimated_training_memory_gb")
+    for name, plan in ours["configurations"].items():
+        changed = ("data_identifier", *(of_network if name.startswith("3d") else ()))
+        assert without(plan, *changed) == without(stock["configurations"][name], *changed)
+
+
+def test_a_larger_memory_target_gives_a_larger_patch(made_up):
+    spacing, shape, cases, _ = CASES["large"]
+    plans_file = made_up(spacing, shape, cases)
+    voxels = []
+    for target in (4, 12):
+        main(["plan", "-d", "42", "-gpu_memory_target", str(target), "-overwrite_plans_name", f"Plans{target}"])
+        plans = json.loads(plans_file.with_name(f"Plans{target}.json").read_text())
+        voxels.append(np.prod(plans["configurations"]["3d_fullres"]["patch_size"]))
+        assert "3d_lowres" in plans["configurations"]
+    assert voxels[1] > 2 * voxels[0]
+
+
+def test_the_target_spacing_can_be_set_and_the_next_commands_are_printed(made_up, capsys):
+    plans_file = made_up((1.0, 1.0, 1.0), (40, 60, 60))
+    main(["plan", "-d", "42", "-overwrite_target_spacing", "4", "1", "1"])
+    plans = PlansManager(str(plans_file))
+    assert list(plans.get_configuration("3d_fullres").spacing) == [4.0, 1.0, 1.0]
+    out = capsys.readouterr().out
+    assert "resolution mode 2" in out
+    assert "  nnUNetv2_preprocess -d 42 -plans_name PCTNetPlans -c 3d_fullres\n" in out
+    assert "  nnUNetv2_train 42 3d_fullres all -p PCTNetPlans -tr VFPretrainTrainer" in out
+    assert "  nnUNetv2_train 42 3d_fullres 0 -p PCTNetPlans" in out
+    pretrained = "$nnUNet_results/Dataset042_Made/VFPretrainTrainer__PCTNetPlans__3d_fullres/fold_all/vf_pretrained.pth"
+    assert f" -tr VFFinetuneTrainer -pretrained_weights {pretrained} " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-d", "43"], "no dataset 43"),
+        (["-d", "Dataset043_Other"], "no dataset Dataset043_Other"),
+        (["-d", "other"], "no dataset other"),
+        (["-d", "42", "-gpu_memory_target", "nan"], "-gpu_memory_target nan; legal: a positive number"),
+        (["-d", "42", "-gpu_memory_target", "inf"], "-gpu_memory_target inf; legal: a positive number"),
+        (["-d", "42", "-overwrite_target_spacing", "nan", "1", "1"], "three positive numbers"),
+        (["-d", "42", "-gpu_memory_target", "0"], "-gpu_memory_target 0; legal: a positive number"),
+        (["-d", "42", "-gpu_memory_target", "0.5"], "-gpu_memory_target 0.5 is too small.*use at least 1.. GB"),
+        (["-d", "42", "-overwrite_target_spacing", "1", "0", "1"], "three positive numbers"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_no_plans(made_up, arguments, message):
+    plans_file = made_up((1.0, 1.0, 1.0), (40, 60, 60))
+    with pytest.raises(SystemExit, match=f"^nnUNetv2_vf: error: .*{message}"):
+        main(["plan", *arguments])
+    assert not plans_file.exists()
+
+
+def test_a_missing_fingerprint_names_the_command_that_makes_it(made_up):
+    made_up((1.0, 1.0, 1.0), (40, 60, 60), fingerprint=False)
+    with pytest.raises(SystemExit, match="nnUNetv2_extract_fingerprint -d 42"):
+        main(["plan", "-d", "42"])
+
+
+def test_two_dimensional_images_get_nnunets_plan(made_up, capsys):
+    made_up((999.0, 1.0, 1.0), (1, 256, 256))
+    main(["plan", "-d", "42"])
+    assert "only the configuration 2d" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("spacing", "mode"),
+    [
+        ((1, 1, 1), 0),
+        ((1.9, 1, 1), 0),
+        ((2, 1, 1), 1),
+        ((3.9, 1, 1), 1),
+        ((4, 1, 1), 2),
+        ((9, 1, 2), 2),
+        ((2.5, 1.5, 1), 0),
+        ((1, 3, 1), 0),
+    ],
+)
+def test_an_axis_is_halved_once_it_is_within_twice_the_others(spacing, mode):
+    assert resolution_mode(spacing) == mode
+
+
+def test_patches_shrink_step_by_step_along_the_axis_that_covers_most():
+    divisor = (4, 16, 16)
+    patches = candidate_patches((5.0, 1.0, 1.0), (40, 200, 300), divisor)
+    assert patches[-1] == (8, 32, 32)
+    for larger, smaller in itertools.pairwise(patches):
+        steps = np.subtract(larger, smaller)
+        axis = int(np.argmax(np.divide(larger, (40, 200, 300)) * (np.array(larger) > (8, 32, 32))))
+        assert steps.tolist() == [divisor[i] if i == axis else 0 for i in range(3)]

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+
+from nnunetv2_vf.pretext.report import count_confusion, dice_per_class, pretext_warning, write_report
+from nnunetv2_vf.settings import VFSettings
+
+
+def test_voxels_are_counted_by_true_and_answered_class():
+    generator = torch.Generator().manual_seed(0)
+    answer, truth = (torch.randint(0, 5, (3, 6, 7, 8), generator=generator) for _ in range(2))
+    counted = count_confusion(answer, truth.to(torch.uint8), 5)
+    expected = np.zeros((5, 5), int)
+    np.add.at(expected, (truth.numpy().ravel(), answer.numpy().ravel()), 1)
+    assert np.array_equal(counted.numpy(), expected)
+
+
+def test_dice_of_a_class_that_is_nowhere_is_nan():
+    confusion = np.array([[8, 2, 0], [0, 5, 0], [0, 0, 0]])
+    np.testing.assert_allclose(dice_per_class(confusion), [16 / 18, 10 / 12, np.nan])
+
+
+def test_a_collapsed_and_a_solved_pretext_are_warned_of():
+    learning = np.full((5, 5), 10) + 50 * np.eye(5, dtype=int)
+    assert pretext_warning(learning) is None
+    collapsed = np.zeros((5, 5), int)
+    collapsed[:, 3] = 100
+    assert "collapsed: 100.0% of the voxels are answered with class 3" in pretext_warning(collapsed)
+    solved = np.ones((5, 5), int) + 1000 * np.eye(5, dtype=int)
+    assert "solved: every class has a Dice of at least 0.996" in pretext_warning(solved)
+    solved_but_one = solved.copy()
+    solved_but_one[2, 1] = 500
+    assert pretext_warning(solved_but_one) is None
+
+
+def test_the_report(tmp_path):
+    confusion = np.ones((5, 5), int) + 9 * np.eye(5, dtype=int)
+    written = write_report(confusion, 4, VFSettings().as_dict(), tmp_path)
+    assert json.loads((tmp_path / "pretext_report.json").read_text()) == json.loads(json.dumps(written))
+    assert written["mean_dice"] == np.mean(list(written["dice_per_class"].values()))
+    assert (tmp_path / "pretext_report.png").stat().st_size > 1000

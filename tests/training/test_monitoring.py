@@ -1,0 +1,156 @@
+"""What a training watches of itself, alone and in a training."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+from torch import nn
+from trainings import make_trainer
+
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.training.monitoring import DataWaitTimer, NotFiniteError, Quarantine, StepWatch
+
+TAKEN, SKIPPED = torch.tensor(True), torch.tensor(False)
+
+
+def watch() -> StepWatch:
+    return StepWatch(nn.BatchNorm1d(3))
+
+
+def add_all(watched: StepWatch, flags: dict[int, torch.Tensor]) -> None:
+    for step, taken in flags.items():
+        watched.add(step, taken)
+
+
+def test_steps_that_were_left_out_are_counted():
+    steps = watch()
+    for step in range(50):
+        steps.add(step, SKIPPED if step in (3, 30, 31) else TAKEN)
+    steps.look()
+    assert steps.skipped == 3
+    assert steps.in_a_row == []
+
+
+@pytest.mark.parametrize("first", [0, 7, 19])
+def test_the_twentieth_in_a_row_ends_it(first):
+    steps = watch()
+    with pytest.raises(NotFiniteError) as error:
+        add_all(steps, {step: SKIPPED if step >= first else TAKEN for step in range(100)})
+    assert error.value.steps == list(range(first, first + 20))
+
+
+def test_nineteen_in_a_row_do_not():
+    steps = watch()
+    for step in range(200):
+        steps.add(step, TAKEN if step % 20 == 0 else SKIPPED)
+    steps.look()
+    assert steps.skipped == 190
+
+
+def test_a_run_of_them_may_lie_across_an_interruption():
+    before, after = watch(), watch()
+    for step in range(15):
+        before.add(step, SKIPPED)
+    before.look()
+    after.restore(before.skipped, before.in_a_row)
+    with pytest.raises(NotFiniteError) as error:
+        add_all(after, dict.fromkeys(range(15, 40), SKIPPED))
+    assert error.value.steps == list(range(20))
+
+
+def test_running_statistics_are_put_back_where_they_are_not_finite():
+    norm = nn.BatchNorm1d(3)
+    steps = StepWatch(norm)
+    norm(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
+    steps.add(0, TAKEN)
+    steps.look()
+    good = norm.running_mean.clone()
+    norm(torch.tensor([[0.0, 0, float("inf")]] * 4))
+    steps.add(1, SKIPPED)
+    steps.look()
+    assert norm.running_mean.isfinite().all()
+    assert norm.running_var.isfinite().all()
+    assert norm.running_mean[2] == good[2]
+    assert norm.running_mean[0] == pytest.approx(0.9 * good[0].item())  # what was finite counts
+
+
+def test_a_case_is_told_of_once_and_too_many_end_it(tmp_path):
+    quarantine = Quarantine(limit=0.05, file=tmp_path / "quarantine.json")
+    assert quarantine.add({"a": "cannot be read"}) == [
+        "WARNING: case a cannot be read; quarantined, others are drawn instead"
+    ]
+    assert quarantine.add({"a": "cannot be read"}) == []
+    quarantine.require_few(20)
+    quarantine.add({"b": "is empty"})
+    quarantine.require_few(40)
+    with pytest.raises(UserError, match=r"2 of 39 cases cannot be used, more than 5%.*: a cannot be read; b is empty"):
+        quarantine.require_few(39)
+    assert json.loads((tmp_path / "quarantine.json").read_text()) == {"a": "cannot be read", "b": "is empty"}
+
+
+def test_waiting_is_measured():
+    def slowly():
+        for i in range(3):
+            time.sleep(0.02)
+            yield i
+
+    batches = DataWaitTimer(slowly())
+    seen = []
+    for batch in batches:
+        seen.append(batch)
+        time.sleep(0.05)
+    assert seen == [0, 1, 2]
+    assert batches.seconds >= 0.06
+
+
+def test_a_device_that_is_at_work_does_not_wait():
+    batches = DataWaitTimer((time.sleep(0.02) for _ in range(3)), idle=lambda: False)
+    assert len(list(batches)) == 3
+    assert batches.seconds == 0
+
+
+class Backend:
+    """A logger as nnU-Net's MetaLogger feeds them, W&B's for one."""
+
+    def __init__(self) -> None:
+        self.logged: dict[str, list] = {}
+
+    def log(self, key: str, value, step: int) -> None:
+        self.logged.setdefault(key, []).append((step, value))
+
+    def log_summary(self, key: str, value) -> None:
+        pass
+
+    def update_config(self, config: dict) -> None:
+        pass
+
+
+def test_what_is_watched_goes_to_the_log_the_picture_and_nnunets_loggers(three_epochs, folder):
+    trainer = make_trainer()
+    backend = Backend()
+    trainer.logger.loggers.append(backend)
+    trainer.run_training()
+    log = next(folder.glob("training_log*.txt")).read_text()
+    assert log.count("samples/s, ") == log.count("cases in quarantine") == 3
+    assert (folder / "progress.png").stat().st_size > 10_000
+    for name in ("samples_per_second", "data_wait_share", "gpu_memory_gb", "skipped_steps", "quarantined_cases"):
+        assert [step for step, _ in backend.logged[name]] == [0, 1, 2]
+    assert all(value > 0 for _, value in backend.logged["samples_per_second"])
+    assert all(0 < value < 1 for _, value in backend.logged["data_wait_share"])
+
+
+def test_a_collapsed_pretext_is_told(tiny, folder):
+    trainer = make_trainer()
+    trainer.initialize()
+    with torch.no_grad():
+        for head in trainer.network.decoder.seg_layers:
+            head.weight.zero_()
+            head.bias.copy_(torch.tensor([0.0, 0, 50, 0, 0]))
+    for group in trainer.optimizer.param_groups:
+        group["params"] = group["params"][:1]  # the heads stay
+    trainer.run_training()
+    log = next(folder.glob("training_log*.txt")).read_text()
+    assert "WARNING: the pretext has collapsed: 100.0% of the voxels are answered with class 2" in log

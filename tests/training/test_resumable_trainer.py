@@ -1,0 +1,306 @@
+"""Trainings that are interrupted, or run out of disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATASET, DATASET_ID, THREE_EPOCHS, fold_folder
+from trainings import assert_same_training, before_step, leaves_early, make_trainer, send
+
+from nnunetv2_vf.training.resumable_trainer import ResumableTrainer, fingerprint
+from nnunetv2_vf.training.signals import EXIT_STATUS, Interruption
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(nnunet, pct_plans, tmp_path_factory) -> dict[str, dict]:
+    """The final checkpoint of a whole training in three epochs, by plans."""
+    results = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**THREE_EPOCHS, "nnUNet_results": str(results), "nnUNet_n_proc_DA": "0"}.items():
+            patch.setenv(name, value)
+        for plans in ("nnUNetPlans", pct_plans):
+            make_trainer(plans=plans).run_training()
+    return {plans: checkpoint(results, plans) for plans in ("nnUNetPlans", pct_plans)}
+
+
+def checkpoint(results: Path, plans: str = "nnUNetPlans") -> dict:
+    folder = results / DATASET / f"VFPretrainTrainer__{plans}__3d_fullres" / "fold_0"
+    return torch.load(folder / "checkpoint_final.pth", weights_only=False)
+
+
+# ---------------------------------------------------------------- signals
+
+
+@pytest.fixture
+def ctrl_c_is_heard():
+    """Also where the tests run in the background of a shell, which has it ignored, and with it what they start."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [
+        pytest.param(signal.SIGTERM, 0, id="before the first", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 2, id="within an epoch"),
+        pytest.param(signal.SIGTERM, 5, id="in validation"),
+        pytest.param(signal.SIGTERM, 9, id="in the second epoch", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_saves_and_leaves_and_nothing_is_lost(three_epochs, uninterrupted, pct_plans, tmp_path, number, step):
+    """PCT-Net has dropout: also the random numbers go on where they were."""
+    trainer = make_trainer(plans=pct_plans)
+    before_step(trainer, step, send(number))
+    with pytest.raises(SystemExit) as left:
+        trainer.run_training()
+    assert left.value.code == EXIT_STATUS == 75
+    torch.manual_seed(123)  # another process has other random numbers
+    np.random.seed(5)  # noqa: NPY002
+    make_trainer(plans=pct_plans, go_on=True).run_training()
+    assert_same_training(uninterrupted[pct_plans], checkpoint(tmp_path / "results", pct_plans))
+
+
+def test_many_signals_and_periodic_checkpoints_change_nothing(three_epochs, uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_vf_save_every_minutes", "0")  # before every step
+    exits = 0
+    while not (fold_folder(tmp_path / "results") / "checkpoint_final.pth").is_file():
+        trainer = make_trainer(go_on=exits > 0)
+        before_step(trainer, 2, send(signal.SIGTERM))  # a validation begins anew: fewer, and it would never end
+        exits += leaves_early(trainer)
+    assert exits >= 6
+    assert_same_training(uninterrupted["nnUNetPlans"], checkpoint(tmp_path / "results"))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "number"),
+    [
+        ("VFPretrainTrainer", signal.SIGTERM),
+        ("VFFinetuneTrainer", signal.SIGUSR1),
+        pytest.param("VFPretrainTrainer", signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param("VFFinetuneTrainer", signal.SIGTERM, marks=pytest.mark.slow),
+        ("VFFinetuneTrainer", signal.SIGINT),
+        pytest.param("VFPretrainTrainer", signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
+def test_the_command_leaves_with_a_status_of_its_own(
+    three_epochs, tmp_path, monkeypatch, ctrl_c_is_heard, trainer, number
+):
+    """Its workers get the signal too, as from torchrun, ``timeout`` or SLURM."""
+    for prefix in ("nnUNet_vf_", "nnUNet_vf_finetune_"):
+        monkeypatch.setenv(f"{prefix}num_epochs", "500")
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    command = [str(Path(sys.executable).with_name("nnUNetv2_train")), str(DATASET_ID), "3d_fullres", "0"]
+    with subprocess.Popen(
+        [*command, "-tr", trainer, "-device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as process:
+        for line in process.stdout:
+            if "Epoch 1" in line:
+                os.killpg(process.pid, number)
+                break
+        rest, _ = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else EXIT_STATUS), rest
+    assert f"{number.name}: leaving in epoch" in rest
+    assert number != signal.SIGINT or "Traceback" not in rest, rest
+    assert list((tmp_path / "results").rglob("checkpoint_latest.pth"))
+
+
+def test_fine_tuning_heeds_signals_too(three_epochs, tmp_path):
+    trainer = make_trainer("VFFinetuneTrainer")
+    before_step(trainer, 5, send(signal.SIGTERM))  # the second step of the second epoch
+    with pytest.raises(SystemExit) as left:
+        trainer.run_training()
+    assert left.value.code == EXIT_STATUS
+    again = make_trainer("VFFinetuneTrainer", go_on=True)
+    assert again.current_epoch == 1
+    again.run_training()
+    assert len(again.logger.get_value("train_losses", step=None)) == 2
+    assert not Path(again.output_folder, "checkpoint_previous.pth").exists()
+
+
+def test_a_second_ctrl_c_ends_it_at_once_but_for_one_that_came_twice(ctrl_c_is_heard, monkeypatch, capfd):
+    now = 100.0
+    monkeypatch.setattr("nnunetv2_vf.training.signals.time.monotonic", lambda: now)
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # from the launcher
+        assert (interruption.received, interruption.by_ctrl_c) == ("SIGINT", True)
+        now += 2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err.count("once more: leaves at once") == 1
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)  # what it was before
+
+
+def test_ctrl_c_is_heard_without_a_terminal_and_no_later_signal_takes_its_place(ctrl_c_is_heard, monkeypatch):
+    def gone(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("nnunetv2_vf.training.signals.os.write", gone)
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert interruption.by_ctrl_c
+
+
+def test_a_signal_after_the_last_step_leaves_before_the_final_validation(three_epochs, tmp_path):
+    trainer = make_trainer("VFFinetuneTrainer")
+    end = trainer.on_train_end
+
+    def on_train_end() -> None:
+        end()
+        send(signal.SIGTERM)()
+
+    trainer.on_train_end = on_train_end
+    assert leaves_early(trainer)
+    assert list((tmp_path / "results").rglob("checkpoint_final.pth"))
+
+
+def test_ctrl_c_that_is_ignored_stays_so(ctrl_c_is_heard):
+    """A shell has it ignored in what it starts with &."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
+        assert interruption.received is None
+
+
+def test_processes_that_were_forked_can_still_be_ended():
+    with Interruption() as interruption:
+        there, here = os.pipe()
+        process = os.fork()
+        if process == 0:
+            os.write(here, b"!")  # a signal that comes while Python is forking is lost
+            for _ in range(200):  # signal.pause would miss a signal that comes just before it
+                time.sleep(0.05)
+            os._exit(1)
+        os.read(there, 1)
+        os.kill(process, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGTERM
+        assert interruption.received is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert interruption.received == "SIGUSR1"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_a_fingerprint_is_of_every_bit_of_parameters_of_any_shape():
+    network = torch.nn.Module()
+    network.scale, network.kernel = torch.nn.Parameter(torch.tensor(1.0)), torch.nn.Parameter(torch.ones(2, 3).half())
+    before = fingerprint(network)
+    assert fingerprint(network) == before
+    for parameter in (network.scale, network.kernel):
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 2**-10
+        assert fingerprint(network) != before
+        before = fingerprint(network)
+
+
+def test_weights_that_drifted_apart_are_told(three_epochs, folder, monkeypatch, capsys):
+    trainer = make_trainer()
+    trainer.initialize()
+    for theirs in (None, "another"):
+
+        def gather(mine, theirs=theirs):
+            return [mine, theirs if theirs and isinstance(mine, str) else mine]
+
+        monkeypatch.setattr(trainer, "ranks", SimpleNamespace(size=2, rank=1, gather=gather))
+        ResumableTrainer.on_train_end(trainer)
+        assert ("WARNING: the weights of the ranks have drifted apart" in capsys.readouterr().out) == bool(theirs)
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(
+    three_epochs, uninterrupted, folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("nnUNet_vf_save_every_minutes", "0")
+    trainer = make_trainer()
+    before_step(trainer, 8, send(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        trainer.run_training()
+    latest = folder / "checkpoint_latest.pth"
+    latest.write_bytes(latest.read_bytes()[:-1000])
+    capsys.readouterr()
+    trainer = make_trainer(go_on=True)
+    said = capsys.readouterr().out
+    assert f"WARNING: {latest} is damaged, now checkpoint_latest.pth.damaged" in said
+    assert "Going on from checkpoint_previous.pth instead of checkpoint_latest.pth" in said
+    trainer.run_training()
+    assert_same_training(uninterrupted["nnUNetPlans"], checkpoint(tmp_path / "results"))
+
+
+def full_disk(folder: Path, monkeypatch) -> None:
+    """No file in the folder can be written any more, but for the log, as on a disk that has a few bytes left."""
+    original = Path.open
+
+    def refuse(path: Path, mode: str = "r", *args, **kwargs):
+        if "w" in mode and path.parent == folder:
+            raise OSError(28, "No space left on device", str(path))
+        return original(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+
+
+def test_training_goes_on_while_the_disk_is_full(three_epochs, folder, monkeypatch):
+    monkeypatch.setenv("nnUNet_vf_save_every_minutes", "0")
+    trainer = make_trainer()
+    with monkeypatch.context() as patch:
+        before_step(trainer, 7, lambda: full_disk(folder, patch))
+        before_step(trainer, 15, patch.undo)
+        trainer.run_training()
+    log = next(folder.glob("training_log*.txt")).read_text()
+    assert log.count("WARNING") >= 8
+    assert "checkpoint_latest.pth was not written ([Errno 28] No space left on device" in log
+    assert (folder / "checkpoint_final.pth").is_file()
+
+
+def test_a_final_checkpoint_that_cannot_be_written_is_an_error(three_epochs, folder, monkeypatch):
+    trainer = make_trainer()
+    with monkeypatch.context() as patch:
+        before_step(trainer, 17, lambda: full_disk(folder, patch))
+        with pytest.raises(SystemExit, match=r"checkpoint_final\.pth was not written.*--c"):
+            trainer.run_training()
+    assert not (folder / "checkpoint_final.pth").exists()
+    make_trainer(go_on=True).run_training()
+    assert (folder / "checkpoint_final.pth").is_file()
+
+
+def test_without_checkpoints_none_are_tried(three_epochs, folder, monkeypatch, capsys):
+    monkeypatch.setenv("nnUNet_vf_save_every_minutes", "0")
+    trainer = make_trainer()
+    trainer.disable_checkpointing = True
+    before_step(trainer, 9, send(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        trainer.run_training()
+    said = capsys.readouterr().out
+    assert said.count("No checkpoint written") == 2  # the best one of the first epoch, and on leaving
+    assert "exit status 75; nothing is saved, as you asked for" in said
+    assert not list(folder.glob("*.pth"))
+
+
+def test_val_best_after_c_is_of_the_best_one(three_epochs, folder, monkeypatch):
+    trainer = make_trainer()
+    trainer.run_training()
+    again = make_trainer(go_on=True)
+    best = torch.load(folder / "checkpoint_best.pth", weights_only=False)
+    best["network_weights"]["decoder.seg_layers.1.bias"] += 1
+    torch.save(best, folder / "checkpoint_best.pth")
+    again.load_checkpoint(str(folder / "checkpoint_best.pth"))
+    assert torch.equal(
+        again.network.state_dict()["decoder.seg_layers.1.bias"], best["network_weights"]["decoder.seg_layers.1.bias"]
+    )

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import DATASET_ID
+from nnunetv2.run.run_training import get_trainer_from_args
+from torch import nn
+
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.settings import VFSettings
+from nnunetv2_vf.training.optimizer import make_optimizer
+from nnunetv2_vf.training.step import LossScaler, Precision, UnitScaler, training_step
+
+CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def small_network() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.LeakyReLU(), nn.Conv3d(4, 2, 1))
+
+
+def data(device: torch.device = CPU) -> torch.Tensor:
+    return torch.randn(2, 1, 6, 7, 8, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+# ---------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("setting", ["auto", "fp32"])
+def test_on_a_cpu_it_is_single_precision(setting):
+    assert Precision.choose(setting, CPU).name == "fp32"
+
+
+@pytest.mark.parametrize("setting", ["bf16", "fp16", "tf32"])
+def test_what_a_device_has_not_got_is_refused_with_what_it_has(setting):
+    with pytest.raises(UserError, match=rf"precision '{setting}' .* on cpu; legal there: auto, fp32"):
+        Precision.choose(setting, CPU)
+
+
+@pytest.mark.parametrize(
+    ("bf16_supported", "legal"), [(True, ["bf16", "fp16", "tf32", "fp32"]), (False, ["fp16", "fp32"])]
+)
+def test_auto_is_the_best_that_a_gpu_has(monkeypatch, bf16_supported, legal):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16_supported)
+    cuda = torch.device("cuda", 0)
+    assert Precision.choose("auto", cuda).name == legal[0]
+    assert [Precision.choose(name, cuda).name for name in legal] == legal
+
+
+@pytest.mark.parametrize(
+    ("name", "tf32", "kind"),
+    [
+        ("bf16", True, UnitScaler),
+        ("fp16", True, LossScaler),
+        ("tf32", True, UnitScaler),
+        ("fp32", False, UnitScaler),
+    ],
+)
+def test_what_a_precision_means(monkeypatch, name, tf32, kind):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+    before = torch.get_float32_matmul_precision()
+    precision = Precision(name, "cpu")
+    try:
+        precision.apply_to_single_precision()
+        assert torch.backends.cudnn.allow_tf32 is tf32
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert type(precision.scaler()) is kind
+    with precision.autocast():
+        dtype = nn.Linear(2, 2)(torch.ones(1, 2)).dtype
+    assert dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
+
+
+# ---------------------------------------------------------------- the step
+
+
+@pytest.mark.parametrize("optimizer_name", ["adam", "sgd"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_it_is_nnunets_step(optimizer_name, fused):
+    """Backward pass, gradient clipped to a norm of 12, step: restated."""
+    settings = VFSettings(optimizer=optimizer_name)
+    ours, theirs = small_network(), small_network()
+    optimizers = make_optimizer(ours.parameters(), settings, fused), make_optimizer(theirs.parameters(), settings)
+    scaler = UnitScaler("cpu")
+    for factor in (1.0, 1e4, 3.0):  # the second is clipped
+        loss, taken = training_step(ours, optimizers[0], scaler, lambda f=factor: f * ours(data()).square().mean())
+        expected = factor * theirs(data()).square().mean()
+        optimizers[1].zero_grad()
+        expected.backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 12)
+        optimizers[1].step()
+        assert taken
+        torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize("optimizer_name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_left_out(optimizer_name, fused, bad):
+    """The first one too: what torch's fused SGD makes of that depends on what lay in memory."""
+    network, reference = small_network(), small_network()
+    optimizers = [
+        make_optimizer(n.parameters(), VFSettings(optimizer=optimizer_name), fused) for n in (network, reference)
+    ]
+    scalers = UnitScaler("cpu"), UnitScaler("cpu")
+    flags = []
+    for factor in (bad, 1.0, bad, 2.0, bad, bad, 1.0):
+        _, taken = training_step(network, optimizers[0], scalers[0], lambda f=factor: f * network(data()).mean())
+        flags.append(bool(taken))
+    for factor in (1.0, 2.0, 1.0):
+        training_step(reference, optimizers[1], scalers[1], lambda f=factor: f * reference(data()).mean())
+    assert flags == [False, True, False, True, False, False, True]
+    torch.testing.assert_close(network.state_dict(), reference.state_dict(), rtol=0, atol=0)
+    assert scalers[0].get_scale() == 1
+
+
+@pytest.mark.parametrize(("before", "after"), [("bf16", "fp16"), ("fp16", "bf16"), ("fp16", "fp16")])
+def test_a_training_goes_on_in_another_precision(before, after):
+    old, new = (Precision(name, "cpu").scaler() for name in (before, after))
+    network = small_network()
+    training_step(network, make_optimizer(network.parameters(), VFSettings()), old, lambda: network(data()).mean())
+    new.load_state_dict(old.state_dict())
+    training_step(network, make_optimizer(network.parameters(), VFSettings()), new, lambda: network(data()).mean())
+    assert new.get_scale() == (65536 if after == "fp16" else 1)
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Raises where the CPU waits for the GPU."""
+    try:
+        with warnings.catch_warnings():
+            # torch warns, once and after it has switched, that it is a prototype: an error here would leave it on
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("plans", ["nnUNetPlans", "PCTNetPlans"])
+def test_the_trainers_steps_never_wait_for_a_gpu(tiny, pct_plans, monkeypatch, plans):
+    """Fusion, network, deep supervision, nnU-Net's loss, optimiser, confusion: all of it."""
+    monkeypatch.setenv("nnUNet_compile", "f")
+    trainer = get_trainer_from_args(str(DATASET_ID), "3d_fullres", 0, "VFPretrainTrainer", plans)
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    batches = [{**next(trainer.dataloader_train)} for _ in range(2)]
+    for batch in batches:
+        batch["tensors"] = {name: tensor.pin_memory() for name, tensor in batch["tensors"].items()}
+    trainer.train_step(batches[0])
+    with torch.no_grad():
+        trainer.validation_step(batches[0])
+    with waiting_is_an_error():
+        trainer.train_step(batches[1])
+        with torch.no_grad():
+            trainer.validation_step(batches[1])
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["bf16", "fp16", "tf32", "fp32"])
+def test_it_never_waits_for_a_gpu(name):
+    cuda = torch.device("cuda")
+    network, precision = small_network().to(cuda), Precision.choose(name, cuda)
+    optimizer, scaler, x = (
+        make_optimizer(network.parameters(), VFSettings(), fused=True),
+        precision.scaler(),
+        data(cuda),
+    )
+
+    def forward() -> torch.Tensor:
+        with precision.autocast():
+            return network(x).square().mean()
+
+    training_step(network, optimizer, scaler, forward)  # makes the optimiser's state
+    with waiting_is_an_error():
+        training_step(network, optimizer, scaler, forward)

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from foreign_checkpoints import FEATURES, WINDOWS, misfm_network, misfm_release, released_index
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+from nnunetv2_vf.cli import main
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.pct_net import MODES
+from nnunetv2_vf.transfer.artifact import read_artifact
+from nnunetv2_vf.transfer.convert_misfm import convert_state_dict
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_everything_is_told_by_the_tensors(mode):
+    released = misfm_release(mode)
+    converted = convert_state_dict(released)
+    assert converted.mode == mode
+    assert (converted.input_channels, converted.num_classes) == (2, 3)
+    assert converted.arch_kwargs == {
+        "features_per_stage": list(FEATURES),
+        "strides": [list(stride) for stride in MODES[mode]],
+        "depths": [2, 2, 2],
+        "num_heads": [4, 8, 16],
+        "window_sizes": list(WINDOWS),
+        "norm_op": "torch.nn.modules.batchnorm.BatchNorm3d",
+        "norm_op_kwargs": {"affine": True},
+    }
+    target = misfm_network(mode)
+    target.load_state_dict(converted.state_dict)
+    assert torch.equal(target.encoder.stem.bias, released[f"embeddings.{mode}.proj.bias"].float())
+
+
+def test_the_position_bias_of_every_pair_of_tokens_stays():
+    released = misfm_release(0)
+    target = misfm_network(0)
+    target.load_state_dict(convert_state_dict(released).state_dict)
+    for level, stage in ((2, target.encoder.stages[2]), (4, target.encoder.stages[4])):
+        attention = stage.attention[1].attention
+        w = attention.window_size
+        table = released[f"pyramid_ct.convtrans_e{level}.trans.blocks.1.attn.relative_position_bias_table"].float()
+        assert len(released_index(w).unique()) < (2 * w - 1) ** 3  # offsets do share rows
+        ours = attention.position_bias[attention.index.reshape(w**3, w**3)]
+        assert torch.equal(ours, table[released_index(w)])
+
+
+TABLE = "pyramid_ct.convtrans_e2.trans.blocks.0.attn.relative_position_bias_table"
+INDEX = TABLE.replace("bias_table", "index")
+
+
+@pytest.mark.parametrize(
+    ("change", "mode", "message"),
+    [
+        ({"pyramid_ct.extra.weight": torch.ones(1)}, 1, "unexpected pyramid_ct.extra.weight"),
+        ({"pyramid_ct.extra.norm_layer.weight": torch.ones(1)}, 1, "unexpected pyramid_ct.extra.norm_layer.weight"),
+        ({"embeddings.1.proj.bias": "text"}, 1, "unexpected embeddings.1.proj.bias"),
+        ({"embeddings.2.note": "text"}, 1, "unexpected embeddings.2.note"),
+        ({3: torch.ones(1)}, 1, "unexpected 3"),
+        ({"embeddings.1.proj.bias": torch.full((4,), torch.nan)}, 1, "unexpected embeddings.1.proj.bias"),
+        ({"embeddings.1.proj.bias": torch.ones(5)}, 1, r"encoder.stem.bias \(5,\) float32 \(expected \(4,\)"),
+        ({"embeddings.1.proj.bias": torch.ones(4).long()}, 1, r"encoder.stem.bias \(4,\) int64 \(expected \(4,\)"),
+        ({"pyramid_ct.up4.up.0.bias": None}, 1, r"decoder.ups.0.up.0.bias missing \(expected \(32,\)"),
+        ({"embeddings.1.proj.weight": None}, 1, "lacks what PCTNet calls .*encoder.stem.weight"),
+        ({TABLE: torch.ones(125)}, 1, f"unexpected {TABLE}"),
+        ({TABLE: torch.ones(125, 0)}, 1, f"unexpected {TABLE}"),
+        ({TABLE: torch.ones(124, 4)}, 1, f"unexpected {TABLE}"),
+        ({INDEX: torch.eye(27)}, 1, f"unexpected {TABLE}"),
+        ({INDEX: torch.ones(10**6).long()}, 1, f"unexpected {TABLE}"),
+        ({INDEX: released_index(2)}, 1, f"unexpected {TABLE}"),
+        ({INDEX: None}, 1, f"unexpected {TABLE}"),
+        ({}, 0, "--mode 0, but .* trained with resolution mode 1"),
+        (
+            {"embeddings.1.conv0.conv_conv.0.num_batches_tracked": torch.tensor(0)},
+            None,
+            r"take resolution_mode .*--mode 0\|1\|2",
+        ),
+    ],
+)
+def test_what_is_unexpected_is_listed_and_refused(change, mode, message):
+    released = {name: value for name, value in {**misfm_release(1), **change}.items() if value is not None}
+    with pytest.raises(UserError, match=message):
+        convert_state_dict(released, mode)
+
+
+def test_an_empty_checkpoint_is_refused():
+    with pytest.raises(UserError, match="lacks what PCTNet calls"):
+        convert_state_dict({}, 1)
+
+
+def test_the_command_writes_an_artifact_that_nnunet_can_build(tmp_path, capsys):
+    # MIS-FM's training code, PyMIC's, stores its score as a numpy number
+    score = {"iteration": 100, "valid_pred": np.float32(0.9), "best": np.float64(0.9), "optimizer_state_dict": {}}
+    torch.save({"model_state_dict": misfm_release(1), **score}, tmp_path / "release.pt")
+    main(["convert", str(tmp_path / "release.pt"), "-o", str(tmp_path / "out.pth")])
+    out = capsys.readouterr().out
+    assert "resolution mode 1, 2 input channels, 3 classes" in out
+    assert f"nnUNetv2_vf plan -d ID --like {tmp_path / 'out.pth'}" in out
+    artifact = read_artifact(tmp_path / "out.pth")
+    assert artifact["vf"]["converted_from"]["project"] == "MIS-FM"
+    target = misfm_network(1)  # as from a plan of its architecture
+    load_pretrained_weights(target, tmp_path / "out.pth")
+    assert torch.equal(target.encoder.stem.weight, artifact["network_weights"]["encoder.stem.weight"])
+    build(artifact).load_state_dict(artifact["network_weights"])
+
+
+def build(artifact: dict, **kwargs) -> torch.nn.Module:
+    vf = artifact["vf"]
+    architecture = vf["architecture"]
+    return get_network_from_plans(
+        architecture["network_class_name"],
+        architecture["arch_kwargs"],
+        architecture["_kw_requires_import"],
+        vf["num_input_channels"],
+        vf["num_classes"],
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no file"),
+        (b"not a checkpoint", "is no file of PyTorch weights that can be trusted: it is damaged"),
+        ({"state": {}}, "neither 'model_state_dict' nor 'nnssl_adaptation_plan'"),
+        ({"model_state_dict": {}, "written_by": Path("x")}, "it would run pathlib"),  # would run code to load
+    ],
+)
+def test_other_files_are_refused_and_nothing_is_written(tmp_path, content, message):
+    path = tmp_path / "release.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(SystemExit, match=message):
+        main(["convert", str(path), "-o", str(tmp_path / "out.pth")])
+    assert not (tmp_path / "out.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("no/such/folder/out.pth", "the folder no/such/folder does not exist; make it: mkdir -p no/such/folder"),
+        (".", ". is a folder; name a file in it"),
+        ("release.pt", "release.pt is the file that is read; give the result another name"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused(tmp_path, monkeypatch, output, message):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model_state_dict": misfm_release(1)}, "release.pt")
+    before = Path("release.pt").read_bytes()
+    with pytest.raises(SystemExit, match=message):
+        main(["convert", "release.pt", "-o", output])
+    assert Path("release.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_published_outputs_are_reproduced(mode, tmp_path, real_data):
+    """Against outputs of MIS-FM's own code (``fixtures`` beside the folder of real test data)."""
+    path = real_data.parent / "fixtures" / f"misfm_pctnet_mode{mode}.pt"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    fixture = torch.load(path, weights_only=True)
+    main(["convert", str(path), "-o", str(tmp_path / "out.pth"), "--mode", str(mode)])
+    artifact = read_artifact(tmp_path / "out.pth")
+    converted = build(artifact, deep_supervision=True).eval()
+    converted.load_state_dict(artifact["network_weights"])
+    with torch.no_grad():
+        outputs = converted(fixture["input_int8"].float() * fixture["input_scale"])
+    published = list(zip(fixture["outputs_strided"], fixture["strides"], strict=True))
+    assert len(published) == (1 if mode == 0 else 4)
+    for output, (expected, step) in zip(outputs[: len(published)], published, strict=True):
+        torch.testing.assert_close(output[..., ::step, ::step, ::step], expected, atol=1e-4, rtol=0)
