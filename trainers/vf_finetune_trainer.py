@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -24,26 +22,26 @@ from nnunetv2_vf.training.finetune_schedule import (
 )
 from nnunetv2_vf.training.optimizer import clip_gradients, make_optimizer
 from nnunetv2_vf.training.preflight import preprocessed_cases
-from nnunetv2_vf.training.resumable_trainer import ResumableTrainer, current_random_state
+from nnunetv2_vf.training.random_state import get_random_state
+from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
 from nnunetv2_vf.transfer.compatibility import PretrainedWeights
 from nnunetv2_vf.transfer.kernel_norms import kernel_factors, scale_kernels
 from nnunetv2_vf.transfer.target_plans import TargetPlans
 
-_OF_AN_ENCODER = ("encoder_only", "frozen_encoder")  # schedules that mean nothing without one
-_PROVENANCE = "volume_fusion"  # of a checkpoint: who wrote it, with what settings, from what weights
+_ENCODER_SCHEDULES = ("encoder_only", "frozen_encoder")  # make no sense without a pretrained encoder
+_PROVENANCE = "volume_fusion"  # our entry in a checkpoint: trainer, settings and pretrained weights
 
 
 class VFFinetuneTrainer(ResumableTrainer):
-    """nnU-Net's supervised training with the recipe that the plan's network needs.
+    """nnU-Net's supervised training, with the recipe that the network of the plans needs.
 
-    A U-Net is trained as by nnU-Net, its pretrained kernels scaled to the norm of new ones first; PCT-Net gets AdamW
-    with warm-up, decay and a tight gradient clipping. Every part is a setting, ``nnUNet_vf_finetune_<field>``:
-    :class:`nnunetv2_vf.settings.FinetuneSettings`, recorded wherever nnU-Net stores the plans. Without
-    ``-pretrained_weights`` it is the matched baseline from scratch.
+    A U-Net is trained as nnU-Net does, but its pretrained kernels are first scaled to the norm of freshly initialised
+    ones. PCT-Net gets AdamW with warm-up, weight decay and tight gradient clipping. Each part is a setting,
+    ``nnUNet_vf_finetune_<field>`` (:class:`nnunetv2_vf.settings.FinetuneSettings`), and is recorded wherever nnU-Net
+    stores the plans. Without ``-pretrained_weights`` it is the matching baseline from scratch.
 
-    Weights that do not fit are refused before anything is written, and the log says what differs between pretraining
-    and this training. Checkpoints name nnU-Net's trainer, whose network and inference these are, so that others can
-    predict with them without this package.
+    It refuses weights that do not fit before anything is written, and logs what differs between pretraining and this
+    training. Its checkpoints name nnU-Net's trainer, so others can predict with them without this package.
     """
 
     settings: FinetuneSettings
@@ -63,26 +61,37 @@ class VFFinetuneTrainer(ResumableTrainer):
         preprocessed_cases(plans_manager, configuration)
         target = TargetPlans(plans_manager, configuration, dataset_json)
         self.pretrained_weights = PretrainedWeights.of_command(sys.argv, target)
-        self.pretrained = self.pretrained_weights.record if self.pretrained_weights else None
+        # A resumed training takes the record from its checkpoint.
+        self.pretrained_record = self.pretrained_weights.record if self.pretrained_weights else None
         plans = {**plans, FinetuneSettings.section: self.settings.as_dict()}
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self._losses: list[float] = []  # of the steps of this epoch that are done, also before an interruption
-        self._between_draws: dict[str, Any] | None = None
+        self._state_before_batch: dict[str, Any] | None = None
+
+    # ------------------------------------------------------------------ training loop
+
+    @one_line_errors()
+    def on_train_start(self) -> None:
+        if self.pretrained_weights is None and not self._is_resumed and self.settings.schedule in _ENCODER_SCHEDULES:
+            raise UserError(
+                f"schedule {self.settings.schedule!r} needs pretrained weights; add -pretrained_weights FILE (and no "
+                "--c), or set nnUNet_vf_finetune_schedule=full"
+            )
+        super().on_train_start()
+        self._state_before_batch = get_random_state(self.device)
+        if self.pretrained_weights is not None and not self.continue_training:
+            self._prepare_pretrained_weights()
+        self._log_settings()
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        self.lr_scheduler.take_gradients()
-        self.num_iterations_per_epoch = self.settings.iterations_per_epoch - len(self._losses)
+        self.lr_scheduler.freeze_parts_without_rate()
 
     def train_step(self, batch: dict) -> dict:
         self.between_steps()
         result: dict = super().train_step(batch)
-        self._losses.append(float(result["loss"]))
-        self._between_draws = current_random_state(self.device)
+        self.epoch_losses.append(float(result["loss"]))
+        self._state_before_batch = get_random_state(self.device)
         return result
-
-    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        super().on_train_epoch_end([{"loss": np.float32(loss)} for loss in self._losses])
 
     def validation_step(self, batch: dict) -> dict:
         self.between_steps()
@@ -91,8 +100,7 @@ class VFFinetuneTrainer(ResumableTrainer):
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         super().on_validation_epoch_end(val_outputs)
-        self._losses = []
-        self._between_draws = current_random_state(self.device)
+        self._state_before_batch = get_random_state(self.device)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         optimizer = make_optimizer(parameter_groups(self.bare_network(), self.settings), self.settings)
@@ -102,56 +110,52 @@ class VFFinetuneTrainer(ResumableTrainer):
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802  nnU-Net's name
         *others, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         if self.settings.mirroring == "off":
-            axes = self.inference_allowed_mirroring_axes = None  # the latter for prediction, recorded in checkpoints
+            axes = self.inference_allowed_mirroring_axes = None  # the attribute is for prediction
         return (*others, axes)
 
-    @one_line_errors()
-    def on_train_start(self) -> None:
-        if self.pretrained_weights is None and not self._resumed and self.settings.schedule in _OF_AN_ENCODER:
-            raise UserError(
-                f"schedule {self.settings.schedule!r} is for pretrained weights, and there are none; add "
-                "-pretrained_weights FILE (and no --c), or nnUNet_vf_finetune_schedule=full"
-            )
-        super().on_train_start()
-        self._between_draws = current_random_state(self.device)
-        if self.pretrained_weights is not None and not self._continues:
-            self._begin_with_pretrained_weights()
-        self.print_to_log_file(
-            f"Fine-tuning settings:\n{self.settings}\n{describe_schedule(self.settings)}\n", add_timestamp=False
-        )
-        lines = ["Pretrained weights: none, this training began from scratch"]
-        if self.pretrained is not None:
-            dataset = self.pretrained["dataset"] or "an unknown dataset"
-            lines = [f"Pretrained weights: {self.pretrained['file']} of {dataset}", *self.pretrained["compared"]]
+    def _log_settings(self) -> None:
+        schedule = describe_schedule(self.settings)
+        self.print_to_log_file(f"Fine-tuning settings:\n{self.settings}\n{schedule}\n", add_timestamp=False)
+        lines = ["Pretrained weights: none, this training started from scratch"]
+        if self.pretrained_record is not None:
+            dataset = self.pretrained_record["dataset"] or "an unknown dataset"
+            lines = [
+                f"Pretrained weights: {self.pretrained_record['file']}, trained on {dataset}",
+                *self.pretrained_record["compared"],
+            ]
         self.print_to_log_file("\n  ".join(lines) + "\n", add_timestamp=False)
 
-    def _begin_with_pretrained_weights(self) -> None:
-        """Change of them what the settings say."""
+    # ------------------------------------------------------------------ pretrained weights
+
+    def _prepare_pretrained_weights(self) -> None:
+        """Replace the weights that the schedule wants new, and scale pretrained kernels to the norm of new ones."""
         network = self.bare_network()
         weights = network.state_dict()
-        anew = reinitialized_parameters(weights, self.settings)
-        if not anew and self.settings.kernel_norms == "pretrained":
+        reinitialized = reinitialized_parameters(weights, self.settings)
+        scales_kernels = self.settings.kernel_norms == "fresh"
+        if not reinitialized and not scales_kernels:
             return
-        fresh = self._fresh_network()
-        new = fresh.state_dict()
-        for name in anew:
-            weights[name].copy_(new[name])
-        if self.settings.kernel_norms == "fresh":
-            trained_on = ["decoder"] if self.settings.schedule == "frozen_encoder" else ["encoder", "decoder"]
-            factors = {
-                name: factor
-                for name, factor in kernel_factors(network, fresh, trained_on).items()
-                if f"{name}.weight" not in anew
-            }
-            factors = self.ranks.from_first(factors)  # norms of other devices differ in the last digits
-            scale_kernels(network, factors)
-            told = [f"by {min(factors.values()):.2f} to {max(factors.values()):.2f}"] if factors else []
-            self.print_to_log_file(
-                ", ".join([f"{len(factors)} pretrained kernels scaled to the norm of new ones", *told])
-            )
+        fresh_network = self._build_fresh_network()
+        fresh_weights = fresh_network.state_dict()
+        for name in reinitialized:
+            weights[name].copy_(fresh_weights[name])
+        if scales_kernels:
+            self._scale_kernels(network, fresh_network, reinitialized)
 
-    def _fresh_network(self) -> torch.nn.Module:
-        """With the weights that this training, without pretrained ones, would have begun with."""
+    def _scale_kernels(self, network: torch.nn.Module, fresh: torch.nn.Module, reinitialized: set[str]) -> None:
+        trained_parts = ["decoder"] if self.settings.schedule == "frozen_encoder" else ["encoder", "decoder"]
+        factors = {
+            name: factor
+            for name, factor in kernel_factors(network, fresh, trained_parts).items()
+            if f"{name}.weight" not in reinitialized
+        }
+        factors = self.ranks.from_first(factors)  # norms differ in the last digits between devices
+        scale_kernels(network, factors)
+        extremes = f", by {min(factors.values()):.2f} to {max(factors.values()):.2f}" if factors else ""
+        self.print_to_log_file(f"{len(factors)} pretrained kernels scaled to the norm of new ones{extremes}")
+
+    def _build_fresh_network(self) -> torch.nn.Module:
+        """Return the network with the weights with which this training would start from scratch."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.settings.seed)
             return self.build_network_architecture(
@@ -162,41 +166,42 @@ class VFFinetuneTrainer(ResumableTrainer):
                 self.enable_deep_supervision,
             )
 
+    # ------------------------------------------------------------------ checkpoints
+
     def random_state(self) -> dict[str, Any]:
-        """Of before the batch at hand was drawn, or a validation begun: both are drawn anew."""
-        return self._between_draws or super().random_state()
+        """Return the random state before the current batch was drawn, so that a resumed run draws it again.
 
-    def state(self) -> dict[str, Any]:
-        return {"losses": [fmean(of_step) for of_step in zip(*self.ranks.gather(self._losses), strict=True)]}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self._losses = list(state.get("losses", ()))
+        During a validation epoch it is the state before that epoch, which a resumed run starts again.
+        """
+        return self._state_before_batch or super().random_state()
 
     def complete(self, checkpoint: dict[str, Any]) -> None:
-        """Name nnU-Net's trainer as the writer; ours, settings and weights are in a field of their own."""
+        """Name nnU-Net's trainer as the writer; store our trainer's name, settings and pretrained weights beside it."""
         if type(self).build_network_architecture is nnUNetTrainer.build_network_architecture:
             checkpoint["trainer_name"] = nnUNetTrainer.__name__
         checkpoint[_PROVENANCE] = {
             "trainer": type(self).__name__,
             "settings": self.settings.as_dict(),
-            "pretrained": self.pretrained,
+            "pretrained": self.pretrained_record,
         }
 
-    def accept(self, checkpoint: dict[str, Any], file: Path) -> None:
-        """Refuse other settings than this run's; what is kept of the first start is its record of pretrained weights.
+    def require_same_run(self, checkpoint: dict[str, Any], file: Path) -> None:
+        """Raise UserError if the checkpoint has another trainer or other settings; take over its pretraining record.
 
-        Without ``--c`` (``--val``, ``--val_best``) the settings are the checkpoint's.
+        Without ``--c`` (``--val``, ``--val_best``) the settings of the checkpoint replace this run's.
         """
         provenance = checkpoint.get(_PROVENANCE, {})
         recorded = provenance.get("settings")
         if recorded is None:
             raise UserError(
-                f"{file} was written by {checkpoint['trainer_name']}, not by {type(self).__name__}; move it"
+                f"{file} was written by {checkpoint['trainer_name']}, not by {type(self).__name__}; move it to another "
+                "folder"
             )
-        recorded = {"kernel_norms": "pretrained", "fresh_decoder_stages": 0, **recorded}  # from before they existed
-        if self._continues:
+        # Checkpoints written before these settings existed were trained as with these values.
+        recorded = {"kernel_norms": "pretrained", "fresh_decoder_stages": 0, **recorded}
+        if self.continue_training:
             self.settings.require_same(recorded, file)
         else:
             self.settings = FinetuneSettings.resolve({FinetuneSettings.section: recorded}, {})
             self.settings.apply_schedule(self)
-        self.pretrained = provenance.get("pretrained")
+        self.pretrained_record = provenance.get("pretrained")

@@ -1,85 +1,116 @@
-"""Checkpoints that cannot be lost: whole on the disk before they replace anything, checked before they are believed."""
+"""Choose the checkpoint to continue from: the furthest one that is not damaged."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.durable_files import give_second_name, is_whole
 from nnunetv2_vf.errors import UserError
 
-# nnU-Net's names; the previous one is what LATEST was before it was last replaced.
+# nnU-Net's names, and PREVIOUS: the content of LATEST before it was last replaced.
 LATEST, PREVIOUS, BEST, FINAL = (f"checkpoint_{name}.pth" for name in ("latest", "previous", "best", "final"))
-STATE = "long_training"  # what is ours in a checkpoint, and not of its network: nnU-Net leaves it alone
+STATE = "long_training"  # our entry in a checkpoint, which nnU-Net ignores
 
 
-def newest_whole(asked: Path, report: Callable[[str], None]) -> Path:
-    """The checkpoint to continue from: of the one asked for and those beside it that are not damaged, the furthest.
+class Progress(NamedTuple):
+    """How far a training had come: complete epochs, and completed steps of the next epoch."""
 
-    What is damaged is renamed to ``NAME.damaged``, and the chosen one gets the name that was asked for beside its own:
-    the next checkpoint must not keep what is damaged in the place of a whole one.
+    epochs: int
+    steps: int
+
+
+def newest_undamaged(requested: Path, report: Callable[[str], None]) -> Path:
+    """Return the furthest undamaged checkpoint among the requested one and those beside it.
+
+    A damaged checkpoint is renamed to ``NAME.damaged``. If the requested one is damaged, the chosen one also gets its
+    name, so that the next checkpoint does not keep a damaged file as the previous one.
 
     Args:
-        asked: nnU-Net takes the latest one where there is one, even if the best one is further.
-        report: told what is damaged, and what is used instead.
+        requested: nnU-Net requests the latest checkpoint if there is one, even if the best one is further.
+        report: is called with a line for each damaged file, and with the choice if it is not the requested one.
 
     Raises:
         UserError: all are damaged, or one cannot be read.
     """
-    beside = [path for name in (FINAL, LATEST, BEST, PREVIOUS) if (path := asked.with_name(name)) != asked]
-    there = [asked, *(path for path in beside if path.is_file())]
+    others = [path for name in (FINAL, LATEST, BEST, PREVIOUS) if (path := requested.with_name(name)) != requested]
+    candidates = [requested, *(path for path in others if path.is_file())]
     try:
-        whole = [path for path in there if is_whole(path)]
+        undamaged = [path for path in candidates if is_whole(path)]
     except OSError as error:
-        raise UserError(f"a checkpoint in {asked.parent} cannot be read: {error}; try again") from error
-    if not whole:
-        raise UserError(f"all checkpoints in {asked.parent} are damaged; move them away and train anew without --c")
-    stages = {path: _stage(path) for path in whole}
-    # a file may be left of a training before this one; copies of a folder do not keep the order of times
-    run = stages[max(whole, key=lambda path: path.stat().st_mtime)][0]
-    chosen = max((path for path in whole if stages[path][0] == run), key=lambda path: stages[path][1])
-    for path in there:
-        if path not in whole:
-            aside = _put_aside(path, instead=chosen if path == asked else None)
-            report(f"WARNING: {path} is damaged, now {aside.name}")
-    if chosen != asked:
-        report(f"Going on from {chosen.name} instead of {asked.name}")
+        raise UserError(f"a checkpoint in {requested.parent} cannot be read: {error}; try again") from error
+    if not undamaged:
+        raise UserError(
+            f"all checkpoints in {requested.parent} are damaged; move them to another folder and train again "
+            "without --c"
+        )
+    chosen = _furthest(undamaged)
+    for path in candidates:
+        if path not in undamaged:
+            moved_to = _set_aside(path, replacement=chosen if path == requested else None)
+            report(f"WARNING: {path} is damaged, renamed to {moved_to.name}")
+    if chosen != requested:
+        report(f"Continuing from {chosen.name} instead of {requested.name}")
     return chosen
 
 
-def _put_aside(path: Path, instead: Path | None) -> Path:
-    """Rename a file; nnU-Net, on another rank for example, finds one in its place at every moment if there is to be."""
-    aside = path.with_name(f"{path.name}.damaged")
-    give_second_name(path, aside)
-    if instead is None:
-        path.unlink()
-    else:
-        give_second_name(instead, path)
-    return aside
+def _furthest(paths: list[Path]) -> Path:
+    """Return the checkpoint with the most progress in the run that wrote the newest file.
+
+    The folder may hold files of an earlier run. Among files of one run progress counts, not the file's time: copying
+    a folder changes times.
+    """
+    runs = {path: _run_and_progress(path) for path in paths}
+    newest_run = runs[max(paths, key=lambda path: path.stat().st_mtime)][0]
+    return max((path for path in paths if runs[path][0] == newest_run), key=lambda path: runs[path][1])
 
 
-def _stage(path: Path) -> tuple[str, tuple[int, int]]:
-    """Which training a checkpoint is of, and how far that had come: epochs, and steps of the next one."""
+def _run_and_progress(path: Path) -> tuple[str, Progress]:
     checkpoint = read_checkpoint(path)
     state = checkpoint.get(STATE, {})
-    return state.get("run", ""), (checkpoint["current_epoch"], len(state.get("losses", ())))
+    return state.get("run", ""), Progress(checkpoint["current_epoch"], len(state.get("losses", ())))
+
+
+def _set_aside(path: Path, replacement: Path | None) -> Path:
+    """Rename a damaged file. With a replacement, a file of the old name exists at every moment: other ranks read it."""
+    moved_to = path.with_name(f"{path.name}.damaged")
+    give_second_name(path, moved_to)
+    if replacement is None:
+        path.unlink()
+    else:
+        give_second_name(replacement, path)
+    return moved_to
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of a training of one's own; tensors stay on the disk until they are looked at.
+    """Read a checkpoint of the user's own training; tensors are read from the disk when they are used.
 
     Raises:
-        UserError: the file is damaged or no checkpoint of nnU-Net.
+        UserError: the file is damaged, or not an nnU-Net checkpoint.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
         _ = checkpoint["trainer_name"], checkpoint["init_args"]["plans"], checkpoint["current_epoch"]
     except Exception as error:
         raise UserError(
-            f"{path} is damaged or no nnU-Net checkpoint ({type(error).__name__}); move it away, and "
-            "nnUNetv2_train --c takes the next best one of its folder"
+            f"{path} is damaged or not an nnU-Net checkpoint ({type(error).__name__}); move it to another folder, then "
+            "nnUNetv2_train --c continues from another checkpoint of this folder"
         ) from error
     return checkpoint
+
+
+def require_same_plans(recorded: PlansManager, current: PlansManager, configuration_name: str, file: Path) -> None:
+    """Raise UserError if a checkpoint's dataset or configuration is not the current one."""
+    is_known = configuration_name in recorded.available_configurations
+    before = recorded.get_configuration(configuration_name).configuration if is_known else {}
+    now = current.get_configuration(configuration_name).configuration
+    changed = [name for name in sorted({*now, *before}) if now.get(name) != before.get(name)]
+    if recorded.dataset_name != current.dataset_name or changed:
+        raise UserError(
+            f"{file} was trained on {recorded.dataset_name} with other plans (different: "
+            f"{', '.join(changed) or 'the dataset'}); restore them, or train again without --c"
+        )

@@ -1,10 +1,10 @@
-"""What fine-tuning trains when, and how fast: the learning rate of every part of the network, epoch by epoch.
+"""The fine-tuning schedule: the learning rate of every part of the network in every epoch.
 
-A schedule is a function of the epoch alone: nothing of it has to be recorded for a training to be continued. Parts are
-encoder, decoder and heads; heads are always new, the others may come from pretraining.
+Parts are encoder, decoder and heads. Heads are always new; encoder and decoder may be pretrained. A schedule depends on
+the epoch alone, so a resumed training needs nothing but its number.
 
-Sources: ``sawtooth`` is the schedule of that name of nnssl's fine-tuning (MIC-DKFZ/nnssl; arXiv 2412.17041): first what
-is new learns to read the features, then the whole network is warmed up. Layer-wise decay: BEiT (arXiv 2106.08254).
+Sources: ``sawtooth`` is the schedule of that name of nnssl's fine-tuning (MIC-DKFZ/nnssl; arXiv 2412.17041): first the
+new parts learn to read the features, then the whole network warms up. Layer-wise decay: BEiT (arXiv 2106.08254).
 """
 
 from __future__ import annotations
@@ -24,102 +24,106 @@ from nnunetv2_vf.settings import FinetuneSettings
 _POLY_EXPONENT = 0.9  # nnU-Net's
 
 
-def rate(settings: FinetuneSettings, part: str, epoch: int) -> float:
-    """The learning rate of a part (``heads``, ``decoder`` or ``encoder``) as a share of the highest one.
+def relative_learning_rate(settings: FinetuneSettings, part: str, epoch: int) -> float:
+    """Return the learning rate of a part (``heads``, ``decoder`` or ``encoder``), relative to the highest one.
 
-    ``sawtooth``: linear rise over the first ``decoder_fraction`` of the epochs, without the encoder; then, as with the
-    other schedules from the start, a linear rise over ``warmup_fraction`` of all epochs, and decay over those left.
+    ``sawtooth`` starts with a linear rise over the first ``decoder_fraction`` of the epochs, without the encoder. Then,
+    as in the other schedules from the start: a linear rise over ``warmup_fraction`` of all epochs, then decay.
     """
-    epochs, alone = settings.num_epochs, decoder_epochs(settings)
-    if part == "encoder" and (settings.schedule == "frozen_encoder" or epoch < alone):
+    decoder_only = decoder_only_epochs(settings)
+    if part == "encoder" and (settings.schedule == "frozen_encoder" or epoch < decoder_only):
         return 0.0
-    if epoch < alone:
-        return (epoch + 1) / alone
+    if epoch < decoder_only:
+        return (epoch + 1) / decoder_only
     warmup = _warmup_epochs(settings)
-    since = epoch - alone
-    if since < warmup:
-        return (since + 1) / (warmup + 1)
-    done = (since - warmup) / (epochs - alone - warmup)
-    return (1 + math.cos(math.pi * done)) / 2 if settings.decay == "cosine" else (1 - done) ** _POLY_EXPONENT
+    epoch -= decoder_only
+    if epoch < warmup:
+        return (epoch + 1) / (warmup + 1)
+    progress = (epoch - warmup) / (settings.num_epochs - decoder_only - warmup)
+    if settings.decay == "cosine":
+        return (1 + math.cos(math.pi * progress)) / 2
+    return (1 - progress) ** _POLY_EXPONENT
 
 
-def decoder_epochs(settings: FinetuneSettings) -> int:
-    """How many epochs decoder and heads are trained alone."""
+def decoder_only_epochs(settings: FinetuneSettings) -> int:
+    """Return how many epochs train decoder and heads only."""
     if settings.schedule != "sawtooth":
         return 0
-    return min(_epochs(settings.decoder_fraction, settings), settings.num_epochs - 1)
+    return min(_to_epochs(settings.decoder_fraction, settings), settings.num_epochs - 1)
 
 
 def _warmup_epochs(settings: FinetuneSettings) -> int:
-    """At least one epoch is left after it."""
-    return min(_epochs(settings.warmup_fraction, settings), settings.num_epochs - decoder_epochs(settings) - 1)
+    """Return how many epochs warm up; at least one epoch comes after them."""
+    remaining = settings.num_epochs - decoder_only_epochs(settings)
+    return min(_to_epochs(settings.warmup_fraction, settings), remaining - 1)
 
 
-def _epochs(fraction: float, settings: FinetuneSettings) -> int:
-    """Rounded up; 0.07 of 100 is 7.000000000000001 to a computer."""
+def _to_epochs(fraction: float, settings: FinetuneSettings) -> int:
+    """Return a fraction of all epochs, rounded up (but 0.07 of 100, in floats 7.000000000000001, is 7)."""
     return math.ceil(round(fraction * settings.num_epochs, 6))
 
 
 def parameter_groups(network: nn.Module, settings: FinetuneSettings) -> list[dict[str, Any]]:
-    """What torch's optimisers take: the parameters of every part, or with layer-wise decay of every stage of one.
+    """Return parameter groups for torch's optimisers: one per part, with layer-wise decay one per stage of a part.
 
-    The heads come first: nnU-Net logs the learning rate of the first group.
+    The heads come first, because nnU-Net logs the learning rate of the first group.
 
     Raises:
-        UserError: the settings tell encoder and decoder apart, and the network has no ``encoder``; or its decoder has
-            fewer stages than are to begin anew.
+        UserError: the settings treat encoder and decoder differently, and the network has no ``encoder``; or its
+            decoder has fewer stages than ``fresh_decoder_stages``.
     """
-    named = list(network.named_parameters())  # each once, those that a decoder lists too as the encoder's
-    depth = stages_to_output([name for name, _ in named])
-    _require_parts(type(network).__name__, depth, settings)
+    named = list(network.named_parameters())  # a parameter that encoder and decoder share has the encoder's name
+    distances = stages_to_output([name for name, _ in named])
+    _check_parts(type(network).__name__, distances, settings)
     groups: dict[tuple[int, str], dict[str, Any]] = {}
     for name, parameter in named:
-        if not parameter.requires_grad:  # the network's own decision
+        if not parameter.requires_grad:  # the network itself froze it
             continue
         part = part_of(name)
-        stages = depth[name] if settings.layer_decay < 1 else ("heads", "decoder", "encoder").index(part)
-        group = groups.setdefault((stages, part), {"part": part, "share": settings.layer_decay ** depth[name]})
+        order = distances[name] if settings.layer_decay < 1 else ("heads", "decoder", "encoder").index(part)
+        group = groups.setdefault((order, part), {"part": part, "share": settings.layer_decay ** distances[name]})
         group.setdefault("params", []).append(parameter)
     return [groups[key] for key in sorted(groups)]
 
 
-def _require_parts(network: str, depth: Mapping[str, int], settings: FinetuneSettings) -> None:
-    anew = settings.fresh_decoder_stages
-    told_apart = settings.schedule != "full" or anew > 0 or settings.layer_decay < 1
-    if told_apart and not any(name.startswith(ENCODER_PREFIX) for name in depth):
+def _check_parts(network: str, distances: Mapping[str, int], settings: FinetuneSettings) -> None:
+    fresh = settings.fresh_decoder_stages
+    differs_by_part = settings.schedule != "full" or fresh > 0 or settings.layer_decay < 1
+    if differs_by_part and not any(name.startswith(ENCODER_PREFIX) for name in distances):
         raise UserError(
-            f"schedule {settings.schedule!r} with fresh_decoder_stages={anew} and layer_decay={settings.layer_decay:g} "
-            f"needs a network with an encoder, which {network} does not name so; legal for it: full, 0 and 1 "
+            f"schedule {settings.schedule!r}, fresh_decoder_stages={fresh} and layer_decay={settings.layer_decay:g} "
+            f"need a network with an attribute 'encoder', which {network} has not; legal for it: full, 0 and 1 "
             "(nnUNet_vf_finetune_schedule, nnUNet_vf_finetune_fresh_decoder_stages, nnUNet_vf_finetune_layer_decay)"
         )
-    stages = max((stage for name, stage in depth.items() if part_of(name) == "decoder"), default=0)
-    if anew > stages:
+    stages = max((distance for name, distance in distances.items() if part_of(name) == "decoder"), default=0)
+    if fresh > stages:
         raise UserError(
-            f"nnUNet_vf_finetune_fresh_decoder_stages={anew}, and the decoder has {stages} stages; legal: 0 to {stages}"
+            f"nnUNet_vf_finetune_fresh_decoder_stages={fresh}, but the decoder has {stages} stages; legal: 0 to "
+            f"{stages}"
         )
 
 
 def reinitialized_parameters(names: Iterable[str], settings: FinetuneSettings) -> set[str]:
-    """Which of a network's weights begin anew although pretrained ones are at hand; the heads do anyway.
+    """Return the names of pretrained weights that training replaces with new ones, besides the heads.
 
     Args:
-        names: of its state, in which a decoder may list the encoder too.
+        names: the keys of a network's state, in which the decoder may list the encoder's weights again.
     """
     own = [name for name in names if name.startswith(ENCODER_PREFIX) or ENCODER_PREFIX not in name]
-    distance = stages_to_output(own)
-    whole = settings.schedule == "encoder_only"
+    distances = stages_to_output(own)
+    whole_decoder = settings.schedule == "encoder_only"
     return {
         name
         for name in own
-        if part_of(name) == "decoder" and (whole or distance[name] <= settings.fresh_decoder_stages)
+        if part_of(name) == "decoder" and (whole_decoder or distances[name] <= settings.fresh_decoder_stages)
     }
 
 
 class FinetuneLRScheduler(PolyLRScheduler):
-    """nnU-Net's, which it steps at the start of an epoch, with a learning rate for every part.
+    """Sets the learning rate of every part at the start of an epoch, when nnU-Net calls :meth:`step`.
 
     Args:
-        optimizer: over :func:`parameter_groups`.
+        optimizer: has the groups of :func:`parameter_groups`.
     """
 
     def __init__(self, optimizer: Optimizer, settings: FinetuneSettings):
@@ -131,36 +135,37 @@ class FinetuneLRScheduler(PolyLRScheduler):
             current_step = self.ctr
             self.ctr += 1
         for group in self.optimizer.param_groups:
-            group["lr"] = self.initial_lr * group["share"] * rate(self.settings, group["part"], current_step)
+            relative = relative_learning_rate(self.settings, group["part"], current_step)
+            group["lr"] = self.initial_lr * group["share"] * relative
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
-    def take_gradients(self) -> None:
-        """Of what has a learning rate in this epoch; the others cost nothing then.
+    def freeze_parts_without_rate(self) -> None:
+        """Compute gradients only for parts whose learning rate in this epoch is not 0.
 
-        Not before the first epoch: DDP leaves out for good what takes none when it is made.
+        Do not call it before the first epoch: DDP permanently ignores parameters that need no gradient when it is made.
         """
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.requires_grad_(group["lr"] > 0)
 
 
-def _in_epochs(number: int) -> str:
-    return f"{number} epoch" if number == 1 else f"{number} epochs"
-
-
 def describe_schedule(settings: FinetuneSettings) -> str:
-    """The schedule as a line for the log."""
-    alone = decoder_epochs(settings)
-    parts = {
-        "full": "all of the network is trained from the first epoch on",
-        "sawtooth": f"decoder and heads alone for {_in_epochs(alone)}, then all of the network"
-        if alone
-        else "all of the network is trained from the first epoch on (decoder_fraction 0)",
-        "encoder_only": "all of the network is trained; of pretrained weights only the encoder's are taken",
-        "frozen_encoder": "decoder and heads are trained, the encoder stays as it is",
+    """Return a line for the log."""
+    decoder_only = decoder_only_epochs(settings)
+    trained = {
+        "full": "the whole network is trained from the first epoch on",
+        "sawtooth": f"{_count_epochs(decoder_only)} of decoder and heads only, then the whole network"
+        if decoder_only
+        else "the whole network is trained from the first epoch on (decoder_fraction is 0)",
+        "encoder_only": "the whole network is trained; only the encoder is pretrained",
+        "frozen_encoder": "decoder and heads are trained, the encoder does not change",
     }
     warmup = _warmup_epochs(settings)
-    rise = f"a warm-up over {_in_epochs(warmup)}, then {settings.decay} decay" if warmup else f"{settings.decay} decay"
-    anew = settings.fresh_decoder_stages
-    last = f"; of a pretrained decoder the last {anew} begin anew (fresh_decoder_stages)" if anew else ""
-    return f"Schedule {settings.schedule}: {parts[settings.schedule]}{last}; {rise}"
+    rate = f"{_count_epochs(warmup)} of warm-up, then {settings.decay} decay" if warmup else f"{settings.decay} decay"
+    fresh = settings.fresh_decoder_stages
+    reinitialized = f"; the last {fresh} decoder stages start from new weights (fresh_decoder_stages)" if fresh else ""
+    return f"Schedule {settings.schedule}: {trained[settings.schedule]}{reinitialized}; {rate}"
+
+
+def _count_epochs(number: int) -> str:
+    return f"{number} epoch" if number == 1 else f"{number} epochs"

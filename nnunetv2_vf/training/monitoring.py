@@ -1,4 +1,4 @@
-"""What a training of weeks is watched for: steps without a finite gradient, unusable cases, waiting for data."""
+"""Monitoring of a long training: non-finite steps, unusable cases, speed and time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from nnunetv2_vf.errors import UserError
 
-_STEPS_BETWEEN_LOOKS = 20  # a look waits for the device
-_STEPS_IN_A_ROW = 20
+_STEPS_BETWEEN_CHECKS = 20  # a check waits for the device
+_MAX_SKIPPED_IN_A_ROW = 20
 
 
 class NotFiniteError(Exception):
-    """So many steps in a row had a loss or a gradient that is not finite.
+    """Too many training steps in a row had a loss or gradient that is not finite.
 
     Attributes:
         steps: their numbers, counted from the start of the training.
@@ -29,67 +29,68 @@ class NotFiniteError(Exception):
         self.steps = steps
 
 
-class StepWatch:
-    """Counts the steps that were left out since their loss or gradient was not finite.
+class StepMonitor:
+    """Counts the training steps that were skipped because their gradient was not finite.
 
-    It looks at the device once in a while, so that single steps need not wait for it. The network's running
-    statistics, which a step changes even where its gradient is left out, are put back if they are no longer finite.
+    It checks many steps at once, so that single steps need not wait for the device. A skipped step leaves the weights
+    as they are but may put NaN into the running statistics of batch norms: those are set back to their last finite
+    values.
 
     Attributes:
-        skipped: in the whole training.
-        in_a_row: the numbers of the last steps, if none of them was taken.
+        skipped: how many steps of the whole training were skipped.
+        in_a_row: the numbers of the last steps if all of them were skipped.
     """
 
     def __init__(self, network: nn.Module):
         self.skipped = 0
         self.in_a_row: list[int] = []
-        self._unseen: list[tuple[int, Tensor]] = []
+        self._unchecked: list[tuple[int, Tensor]] = []
         self._statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
-        self._finite = [buffer.clone() for buffer in self._statistics]
+        self._finite_statistics = [buffer.clone() for buffer in self._statistics]
 
-    def add(self, step: int, taken: Tensor) -> None:
-        """Note a step; ``taken`` is a scalar on the device.
+    def add(self, step: int, is_finite: Tensor) -> None:
+        """Record a step. ``is_finite`` is a scalar on the device: True if the step was taken.
 
         Raises:
-            NotFiniteError: 20 steps in a row were left out.
+            NotFiniteError: 20 steps in a row were skipped.
         """
-        self._unseen.append((step, taken))
-        if self.in_a_row or len(self._unseen) >= _STEPS_BETWEEN_LOOKS:
-            self.look()
+        self._unchecked.append((step, is_finite))
+        if self.in_a_row or len(self._unchecked) >= _STEPS_BETWEEN_CHECKS:
+            self.check()
 
-    def look(self) -> None:
-        """Ask the device about the steps since the last look; raises as :meth:`add`."""
-        if not self._unseen:
+    def check(self) -> None:
+        """Count the skipped ones among the steps since the last check; raises as :meth:`add`."""
+        if not self._unchecked:
             return
-        steps, flags = zip(*self._unseen, strict=True)
-        self._unseen.clear()
-        for step, taken in zip(steps, torch.stack(flags).tolist(), strict=True):
-            if taken:
+        steps, flags = zip(*self._unchecked, strict=True)
+        self._unchecked.clear()
+        for step, is_finite in zip(steps, torch.stack(flags).tolist(), strict=True):
+            if is_finite:
                 self.in_a_row.clear()
             else:
                 self.skipped += 1
                 self.in_a_row.append(step)
-        self._mend_statistics()
-        if len(self.in_a_row) >= _STEPS_IN_A_ROW:
+        self._repair_statistics()
+        if len(self.in_a_row) >= _MAX_SKIPPED_IN_A_ROW:
             raise NotFiniteError(self.in_a_row)
 
     def restore(self, skipped: int, in_a_row: list[int]) -> None:
-        """Take over the counts of a checkpoint, whose weights the network has by now."""
+        """Take over the counts of a checkpoint. Its weights must already be loaded into the network."""
         self.skipped, self.in_a_row = skipped, list(in_a_row)
-        self._finite = [buffer.clone() for buffer in self._statistics]
+        self._finite_statistics = [buffer.clone() for buffer in self._statistics]
 
-    def _mend_statistics(self) -> None:
-        for now, finite in zip(self._statistics, self._finite, strict=True):
-            now.copy_(torch.where(now.isfinite(), now, finite))
-            finite.copy_(now)
+    def _repair_statistics(self) -> None:
+        for current, finite in zip(self._statistics, self._finite_statistics, strict=True):
+            current.copy_(torch.where(current.isfinite(), current, finite))
+            finite.copy_(current)
 
 
 class Quarantine:
-    """Cases that cannot be used, each with its reason. Other cases are drawn in their place.
+    """Cases that cannot be used, each with the reason. Training draws other cases instead.
 
     Args:
-        limit: the largest part of a dataset's cases that may be here.
-        file: where the list is written if there are more, which no line of text can hold.
+        limit: the largest share of a dataset's cases that may be in quarantine.
+        file: gets the list of cases if they exceed the limit.
     """
 
     def __init__(self, limit: float, file: Path):
@@ -97,36 +98,37 @@ class Quarantine:
         self.limit = limit
         self.file = file
 
-    def add(self, cases: Mapping[str, str]) -> list[str]:
-        """Note cases with their reasons; returns a line for the log for each that is new."""
-        new = {case: reason for case, reason in cases.items() if case not in self.cases}
+    def add(self, reasons: Mapping[str, str]) -> list[str]:
+        """Add cases, given as case -> reason. Return a line for the log for each new case."""
+        new = {case: reason for case, reason in reasons.items() if case not in self.cases}
         self.cases.update(new)
-        return [f"WARNING: case {case} {reason}; quarantined, others are drawn instead" for case, reason in new.items()]
+        return [f"WARNING: case {case} {reason}; quarantined, other cases are used" for case, reason in new.items()]
 
-    def require_few(self, num_cases: int) -> None:
-        """Raise UserError, with the list, if more of that many cases are here than may be."""
+    def require_below_limit(self, num_cases: int) -> None:
+        """Raise UserError, and write the list, if too many of a dataset's cases are in quarantine."""
         if len(self.cases) > self.limit * num_cases:
-            found = "; ".join(f"{case} {reason}" for case, reason in sorted(self.cases.items()))
+            reasons = "; ".join(f"{case} {reason}" for case, reason in sorted(self.cases.items()))
             self.file.write_text(json.dumps(self.cases, indent=1, sort_keys=True))
             raise UserError(
-                f"{len(self.cases)} of {num_cases} cases cannot be used, more than {self.limit:.0%}; mend those in "
-                f"{self.file} and preprocess again, or allow for more (nnUNet_vf_quarantine_limit=0.5): {found}"
+                f"{len(self.cases)} of {num_cases} cases cannot be used, more than {self.limit:.0%}; repair the cases "
+                f"listed in {self.file} and preprocess again, or raise the limit "
+                f"(nnUNet_vf_quarantine_limit=0.5): {reasons}"
             )
 
 
 class DataWaitTimer(Iterator[Any]):
-    """An iterator that measures how long a device waits for it.
+    """An iterator over batches that measures how long the device waits for them.
 
     Args:
-        idle: whether the device has nothing to do; where it is still at work, no time is lost.
+        is_device_idle: time counts only if this returns True after a batch has come: a busy device lost no time.
 
     Attributes:
-        seconds: in all; at most, where the device became idle only while the iterator was waited for.
+        seconds: an upper bound, since the device may have become idle only during the wait.
     """
 
-    def __init__(self, batches: Iterable[Any], idle: Callable[[], bool] = lambda: True):
+    def __init__(self, batches: Iterable[Any], is_device_idle: Callable[[], bool] = lambda: True):
         self._batches = iter(batches)
-        self._idle = idle
+        self._is_device_idle = is_device_idle
         self.seconds = 0.0
 
     def __next__(self) -> Any:
@@ -134,5 +136,30 @@ class DataWaitTimer(Iterator[Any]):
         try:
             return next(self._batches)
         finally:
-            if self._idle():
+            if self._is_device_idle():
                 self.seconds += time.monotonic() - start
+
+
+class EpochMeter:
+    """Measures the speed and the GPU memory of an epoch, which starts when the meter is made."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._start = time.monotonic()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def measure(self, samples: int, seconds_waited: float) -> dict[str, float]:
+        """Return the values that ``progress.png`` shows; NaN if unknown.
+
+        Args:
+            samples: the number of training samples in this time.
+            seconds_waited: how long the device waited for data.
+        """
+        seconds = time.monotonic() - self._start
+        memory = torch.cuda.max_memory_allocated(self._device) / 2**30 if self._device.type == "cuda" else float("nan")
+        return {
+            "samples_per_second": samples / seconds if samples else float("nan"),
+            "data_wait_share": seconds_waited / seconds if samples else float("nan"),
+            "gpu_memory_gb": memory,
+        }

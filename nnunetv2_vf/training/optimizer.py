@@ -1,4 +1,4 @@
-"""Optimisers in nnU-Net's training loop."""
+"""The optimisers of both trainers."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _NNUNET_CLIP = 12.0  # nnU-Net's train_step clips the gradient to this norm, wha
 
 
 def make_optimizer(parameters: Iterable[Any], settings: ScheduleSettings, fused: bool = False) -> Optimizer:
-    """The optimiser that the settings name; ``sgd`` has nnU-Net's momentum.
+    """Return the optimiser that the settings name; ``sgd`` has nnU-Net's momentum.
 
     Args:
-        parameters: or groups of them.
-        fused: one kernel for the whole step. A state that is loaded may come from an optimiser that is not.
+        parameters: parameters or parameter groups.
+        fused: run a step as one kernel, also after loading the state of an optimiser that was not fused.
     """
-    kind: Any = {"adam": Adam, "adamw": AdamW, "sgd": functools.partial(SGD, momentum=0.99, nesterov=True)}
-    optimizer: Optimizer = kind[settings.optimizer](
+    classes: Any = {"adam": Adam, "adamw": AdamW, "sgd": functools.partial(SGD, momentum=0.99, nesterov=True)}
+    optimizer: Optimizer = classes[settings.optimizer](
         parameters, settings.initial_lr, weight_decay=settings.weight_decay, fused=fused or None
     )
 
-    def stay_fused(_: Optimizer, state: dict[str, Any]) -> None:
+    def keep_fused(_: Optimizer, state: dict[str, Any]) -> None:
         for group in state["param_groups"]:
             group["fused"] = fused or None
 
-    optimizer.register_load_state_dict_pre_hook(stay_fused)
+    optimizer.register_load_state_dict_pre_hook(keep_fused)
     if fused and settings.optimizer == "sgd":
-        # torch's fused kernel leaves the momentum as it found it in memory where the very first step is left out
+        # If the very first step is skipped, torch's fused kernel leaves the momentum buffer uninitialised.
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -40,7 +40,7 @@ def make_optimizer(parameters: Iterable[Any], settings: ScheduleSettings, fused:
 
 
 def clip_gradients(optimizer: Optimizer, max_norm: float) -> None:
-    """Clip the gradient before every step of the optimiser, behind nnU-Net's own clipping."""
+    """Clip the gradient to ``max_norm`` before every step of the optimiser, after nnU-Net's own clipping to 12."""
     if max_norm >= _NNUNET_CLIP:
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,4 +1,4 @@
-"""What must hold before a pretraining run may write its first file."""
+"""Checks before a pretraining run writes its first file: plans, preprocessed cases and the fold."""
 
 from __future__ import annotations
 
@@ -17,128 +17,31 @@ from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_folders import require_variables
 from nnunetv2_vf.settings import VFSettings
 
-_SMALLEST_PATCH = 8  # voxels: the shortest side of a fusion box
+_MIN_PATCH_SIDE = 8  # voxels: the shortest side of a fusion box
 _FOLDS = 5
-_CASES_LOOKED_AT = 10  # for one that is as the plans make it
-# nnU-Net's own, after which the shape of a case follows from its spacing
+_MAX_DAMAGED_CASES = 10  # read until one case can be compared with the plans
+# nnU-Net's own classes and functions that give a case the plans' spacing, so that its shape can be predicted.
 _PREPROCESSOR = "DefaultPreprocessor"
 _RESAMPLING = ("resample_data_or_seg_to_shape", "resample_torch_simple", "resample_torch_fornnunet")
-
-
-def pretraining_configuration(plans_manager: PlansManager, name: str) -> ConfigurationManager:
-    """Return the plan's configuration if Volume Fusion can pretrain it.
-
-    Raises:
-        UserError: the plan has no such configuration, or it is 2D, the second stage of a cascade, or has a patch
-            shorter than 8 voxels on a side.
-    """
-    usable = [n for n in plans_manager.available_configurations if n.startswith("3d") and "cascade" not in n]
-    advice = f"use one of: {', '.join(usable) or 'none in these plans, which have no 3D configuration'}"
-    if name not in plans_manager.available_configurations:
-        raise UserError(f"the plans {plans_manager.plans_name} have no configuration {name!r}; {advice}")
-    configuration = plans_manager.get_configuration(name)
-    patch = tuple(configuration.patch_size)
-    if len(patch) != 3:
-        raise UserError(f"Volume Fusion needs a 3D configuration; {name!r} has the patch {patch}; {advice}")
-    if configuration.previous_stage_name is not None:
-        raise UserError(f"configuration {name!r} needs the segmentations of another stage; {advice}")
-    if min(patch) < _SMALLEST_PATCH:
-        raise UserError(
-            f"configuration {name!r} has the patch {patch}; Volume Fusion needs at least {_SMALLEST_PATCH} voxels "
-            "on each side; give it a larger patch_size in the plans, or plan with another target spacing: "
-            "nnUNetv2_plan_experiment -d ID -overwrite_target_spacing Z Y X"
-        )
-    return configuration
-
-
-def patch_warning(configuration: ConfigurationManager) -> str | None:
-    """A line for the log if the patch holds the median image whole.
-
-    Then sub-volumes are padded, and two of one case often are nearly the same: docs/label_efficiency.md has how often.
-    """
-    patch = configuration.patch_size
-    median = configuration.configuration.get("median_image_size_in_voxels")  # not in everybody's plans
-    if median is None or any(side > patch_side for side, patch_side in zip(median, patch, strict=True)):
-        return None
-    shape, patches = ("x".join(f"{side:g}" for side in sides) for sides in (median, patch))
-    return (
-        f"WARNING: the patch ({patches}) holds the median image ({shape}) whole, so that sub-volumes are padded, and "
-        "those of one case often alike; pretrain with plans whose patch_size is smaller: the network and its weights "
-        "are the same"
-    )
-
-
-def preprocessed_cases(plans_manager: PlansManager, configuration_name: str) -> list[str]:
-    """Return the preprocessed cases of a configuration, sorted.
-
-    Raises:
-        UserError: there are none, or the first ones are damaged or not of the plans' spacing.
-    """
-    require_variables(nnUNet_preprocessed)
-    configuration = plans_manager.get_configuration(configuration_name)
-    folder = Path(nnUNet_preprocessed) / plans_manager.dataset_name / configuration.data_identifier
-    command = (
-        f"nnUNetv2_preprocess -d {convert_dataset_name_to_id(plans_manager.dataset_name)} "
-        f"-plans_name {plans_manager.plans_name} -c {configuration_name}"
-    )
-    if not folder.is_dir() or not any(folder.iterdir()):
-        raise UserError(f"no preprocessed cases in {folder}; make them: {command}")
-    wrong = f"{folder} holds files that are no preprocessed cases; empty it and run: {command}"
-    try:
-        dataset_class = infer_dataset_class(str(folder))
-        cases = sorted(dataset_class.get_identifiers(str(folder)))
-    except (AssertionError, RuntimeError) as error:
-        raise UserError(wrong) from error
-    for case in cases[:_CASES_LOOKED_AT]:
-        try:
-            image, *_, properties = dataset_class(str(folder), [case]).load_case(case)
-            found = expected = image.shape[1:]
-            if _resamples(configuration):
-                expected = _resampled_shape(properties, plans_manager, configuration)
-        except Exception:  # damaged: training does without it
-            continue
-        if found == expected:
-            return cases
-        wrong = (
-            f"{folder} was preprocessed for other plans: case {case} has {found} voxels, of which "
-            f"{plans_manager.plans_name} make {expected}; preprocess again: {command}"
-        )
-    raise UserError(wrong)
-
-
-def _resamples(configuration: ConfigurationManager) -> bool:
-    """Whether a case gets the plans' spacing: nnU-Net also has plans that leave it, and takes others' preprocessors."""
-    resampling = configuration.configuration["resampling_fn_data"]
-    return configuration.preprocessor_name == _PREPROCESSOR and resampling in _RESAMPLING
-
-
-def _resampled_shape(
-    properties: Mapping[str, Any], plans_manager: PlansManager, configuration: ConfigurationManager
-) -> tuple[int, ...]:
-    """The shape that nnU-Net's preprocessing resamples a case to."""
-    spacing = [properties["spacing"][axis] for axis in plans_manager.transpose_forward]
-    target = [*spacing[: len(spacing) - len(configuration.spacing)], *configuration.spacing]  # 2d leaves the slices
-    cropped = properties["shape_after_cropping_and_before_resampling"]
-    return tuple(map(int, compute_new_shape(cropped, spacing, target)))
 
 
 def check_pretraining(plans: Mapping[str, Any], configuration_name: str, fold: int | str, settings: VFSettings) -> None:
     """Check everything that pretraining on this fold needs.
 
     Raises:
-        UserError: for the first thing that is missing or not legal.
+        UserError: the first thing that is missing or not legal.
     """
     require_variables(nnUNet_preprocessed, nnUNet_results)
     plans_manager = PlansManager(dict(plans))
     pretraining_configuration(plans_manager, configuration_name)
     cases = preprocessed_cases(plans_manager, configuration_name)
     splits_file = Path(nnUNet_preprocessed) / plans_manager.dataset_name / "splits_final.json"
-    training, validation = _fold_cases(cases, fold, splits_file)
+    training, validation = _cases_of_fold(cases, fold, splits_file)
 
     missing = sorted({*training, *validation} - {*cases})
     if missing:
         raise UserError(
-            f"{len(missing)} cases of {splits_file} are not preprocessed, {missing[0]} for one; run "
+            f"{len(missing)} cases of {splits_file} are not preprocessed, for example {missing[0]}; run "
             f"nnUNetv2_preprocess again or delete {splits_file}"
         )
     needed = 2 if settings.pairing == "different" else 1
@@ -149,8 +52,108 @@ def check_pretraining(plans: Mapping[str, Any], configuration_name: str, fold: i
         )
 
 
-def _fold_cases(cases: list[str], fold: int | str, splits_file: Path) -> tuple[list[str], list[str]]:
-    """The fold's training and validation cases, or as many of each as nnU-Net's split will give."""
+def pretraining_configuration(plans_manager: PlansManager, name: str) -> ConfigurationManager:
+    """Return a configuration of the plans if Volume Fusion can pretrain it.
+
+    Raises:
+        UserError: the plans have no such configuration, or it is 2D, the second stage of a cascade, or has a patch
+            shorter than 8 voxels on a side.
+    """
+    usable = [n for n in plans_manager.available_configurations if n.startswith("3d") and "cascade" not in n]
+    hint = f"use one of: {', '.join(usable) or 'none, these plans have no 3D configuration'}"
+    if name not in plans_manager.available_configurations:
+        raise UserError(f"the plans {plans_manager.plans_name} have no configuration {name!r}; {hint}")
+    configuration = plans_manager.get_configuration(name)
+    patch = tuple(configuration.patch_size)
+    if len(patch) != 3:
+        raise UserError(f"Volume Fusion needs a 3D configuration; {name!r} has the patch {patch}; {hint}")
+    if configuration.previous_stage_name is not None:
+        raise UserError(f"configuration {name!r} needs the segmentations of another stage; {hint}")
+    if min(patch) < _MIN_PATCH_SIDE:
+        raise UserError(
+            f"configuration {name!r} has the patch {patch}; Volume Fusion needs at least {_MIN_PATCH_SIDE} voxels "
+            "on each side; set a larger patch_size in the plans, or plan with another target spacing: "
+            "nnUNetv2_plan_experiment -d ID -overwrite_target_spacing Z Y X"
+        )
+    return configuration
+
+
+def patch_warning(configuration: ConfigurationManager) -> str | None:
+    """Return a warning if the patch is as large as the median image.
+
+    Then sub-volumes are padded, and two sub-volumes of one case are often nearly the same. The documentation's page
+    on few labels has how often.
+    """
+    patch = configuration.patch_size
+    median = configuration.configuration.get("median_image_size_in_voxels")  # not all plans have it
+    if median is None or any(side > patch_side for side, patch_side in zip(median, patch, strict=True)):
+        return None
+    median_text, patch_text = ("x".join(f"{side:g}" for side in sides) for sides in (median, patch))
+    return (
+        f"WARNING: the patch ({patch_text}) is as large as the median image ({median_text}): sub-volumes are padded, "
+        "and two of one case are often nearly the same. Pretrain with a smaller patch_size in a copy of the plans; the "
+        "weights fit both plans"
+    )
+
+
+def preprocessed_cases(plans_manager: PlansManager, configuration_name: str) -> list[str]:
+    """Return the names of the preprocessed cases of a configuration, sorted.
+
+    Raises:
+        UserError: there are none, or they have another spacing than the plans (one case is compared), or the first
+            10 are damaged.
+    """
+    require_variables(nnUNet_preprocessed)
+    configuration = plans_manager.get_configuration(configuration_name)
+    folder = Path(nnUNet_preprocessed) / plans_manager.dataset_name / configuration.data_identifier
+    command = (
+        f"nnUNetv2_preprocess -d {convert_dataset_name_to_id(plans_manager.dataset_name)} "
+        f"-plans_name {plans_manager.plans_name} -c {configuration_name}"
+    )
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise UserError(f"no preprocessed cases in {folder}; preprocess them: {command}")
+    problem = f"{folder} holds files that are not preprocessed cases; delete them and run: {command}"
+    try:
+        dataset_class = infer_dataset_class(str(folder))
+        cases = sorted(dataset_class.get_identifiers(str(folder)))
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(problem) from error
+    for case in cases[:_MAX_DAMAGED_CASES]:
+        try:
+            image, *_, properties = dataset_class(str(folder), [case]).load_case(case)
+            shape = expected = image.shape[1:]
+            if _uses_nnunets_resampling(configuration):
+                expected = _resampled_shape(properties, plans_manager, configuration)
+        except Exception:  # damaged: training quarantines it
+            continue
+        if shape == expected:
+            return cases
+        problem = (
+            f"{folder} was preprocessed for other plans: case {case} has {shape} voxels, with "
+            f"{plans_manager.plans_name} it would have {expected}; preprocess again: {command}"
+        )
+    raise UserError(problem)
+
+
+def _uses_nnunets_resampling(configuration: ConfigurationManager) -> bool:
+    """True if the shape of a preprocessed case follows from the plans: other preprocessors may keep its spacing."""
+    resampling = configuration.configuration["resampling_fn_data"]
+    return configuration.preprocessor_name == _PREPROCESSOR and resampling in _RESAMPLING
+
+
+def _resampled_shape(
+    properties: Mapping[str, Any], plans_manager: PlansManager, configuration: ConfigurationManager
+) -> tuple[int, ...]:
+    """Return the shape that nnU-Net's preprocessing gives a case."""
+    spacing = [properties["spacing"][axis] for axis in plans_manager.transpose_forward]
+    # A 2D configuration does not resample across slices.
+    target = [*spacing[: len(spacing) - len(configuration.spacing)], *configuration.spacing]
+    cropped = properties["shape_after_cropping_and_before_resampling"]
+    return tuple(map(int, compute_new_shape(cropped, spacing, target)))
+
+
+def _cases_of_fold(cases: list[str], fold: int | str, splits_file: Path) -> tuple[list[str], list[str]]:
+    """Return the fold's training and validation cases, or as many of each as the split that nnU-Net will make has."""
     if fold == "all":
         return cases, cases
     splits = load_json(splits_file) if splits_file.is_file() else []
@@ -160,5 +163,5 @@ def _fold_cases(cases: list[str], fold: int | str, splits_file: Path) -> tuple[l
         raise UserError(
             f"the dataset has {len(cases)} preprocessed cases; {_FOLDS} folds need at least {_FOLDS}; use fold 'all'"
         )
-    held_out = len(cases) // _FOLDS
-    return cases[held_out:], cases[:held_out]
+    num_validation = len(cases) // _FOLDS
+    return cases[num_validation:], cases[:num_validation]

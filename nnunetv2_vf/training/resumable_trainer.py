@@ -1,62 +1,52 @@
-"""nnU-Net's trainer for trainings of weeks: on several machines, under a cluster's time limits, on disks that fill up.
+"""A trainer that can stop at any step and continue there: the base class of both our trainers.
 
-What both our trainers have beside their task. The seams are nnU-Net's own methods and attributes.
+It saves on the signals of a cluster, writes checkpoints that cannot be lost, and survives full disks. Everything hooks
+into nnU-Net's own methods and attributes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
-import os
-import random
 import sys
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch import nn
-from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from nnunetv2_vf.durable_files import write_durably
 from nnunetv2_vf.errors import UserError, one_line_errors
-from nnunetv2_vf.settings import ScheduleSettings
-from nnunetv2_vf.training.checkpoints import FINAL, LATEST, PREVIOUS, STATE, newest_whole, read_checkpoint
-from nnunetv2_vf.training.progress_plot import SparingLogger
-from nnunetv2_vf.training.ranks import Ranks
-from nnunetv2_vf.training.signals import EXIT_STATUS, STOPPED, Interruption
-
-_GO_ON, _SAVE, _LEAVE, _STOP = range(4)  # what a rank wishes before a step; the largest wish counts
+from nnunetv2_vf.training.checkpoints import FINAL, LATEST, PREVIOUS, STATE, newest_undamaged, read_checkpoint
+from nnunetv2_vf.training.distributed_trainer import DistributedTrainer
+from nnunetv2_vf.training.progress_plot import PlotLogger
+from nnunetv2_vf.training.random_state import get_random_state, seed_process, set_random_state
+from nnunetv2_vf.training.signals import EXIT_CTRL_C, EXIT_RESUBMIT, StopSignals
 
 
-class WeightSource(Protocol):
-    """Pretrained weights that fit the network."""
+class Action(IntEnum):
+    """What a rank wants to do before its next step. All ranks do what the largest value says."""
 
-    def copy_into(self, network: nn.Module) -> None: ...
+    CONTINUE = 0
+    SAVE = 1
+    SAVE_AND_RESUBMIT = 2  # a cluster's signal: whoever started the training is to start it again
+    SAVE_AND_STOP = 3  # Ctrl-C: the user wants no new start
 
 
-class ResumableTrainer(nnUNetTrainer):
-    """Ranks on any number of machines; checkpoints that are whole or not there; signals and Ctrl-C save and leave.
+class ResumableTrainer(DistributedTrainer):
+    """nnU-Net's trainer for trainings of weeks: with ``--c`` it continues at the very step at which it stopped.
 
-    A subclass sets :attr:`settings` and :attr:`pretrained_weights` before it calls ``super().__init__``, and calls
-    :meth:`between_steps` before every step. In its checkpoints it keeps :meth:`state`, and gets it back by
-    :meth:`restore`.
+    A subclass calls :meth:`between_steps` before every step and appends the loss of every training step to
+    :attr:`epoch_losses`. It keeps further state in checkpoints with :meth:`state` and :meth:`restore`.
+
+    Attributes:
+        epoch_losses: the loss of each completed training step of this epoch, before and after an interruption.
     """
-
-    settings: ScheduleSettings
-    pretrained_weights: WeightSource | None = None  # that the training starts from
-    # nnU-Net's
-    is_ddp: bool
-    network: nn.Module
-    loss: Any
-    grad_scaler: Any
 
     def __init__(
         self,
@@ -66,260 +56,193 @@ class ResumableTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net records exactly this signature
     ):
-        self._continues = bool(plans.get("continue_training"))  # nnU-Net puts its flag --c here
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.ranks = Ranks.current()
-        self.device = self.ranks.device(device)
-        if self.device.type == "cpu" and self.is_ddp:
-            # nnU-Net takes every rank for a GPU, and all cores for one rank's
-            self.grad_scaler = None
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.ranks.local_size))
-        self.logger.local_logger = SparingLogger()
-        self.settings.apply_schedule(self)
-        self.interruption = Interruption()
-        self._saved_at = time.monotonic()
-        self._random_states: list[dict[str, Any]] = []  # of a checkpoint, by rank
-        self._run = uuid.uuid4().hex  # stays the same when the training is continued
-        self._resumed = False
-        self._require_agreement("the settings", self.settings.as_dict())
+        self.logger.local_logger = PlotLogger()
+        self.stop_signals = StopSignals()
+        self.epoch_losses: list[float | Tensor] = []
+        self._is_resumed = False
+        self._last_save = time.monotonic()
+        self._saved_random_states: list[dict[str, Any]] = []  # by rank, from the checkpoint
+        self._run_id = uuid.uuid4().hex  # stays the same when the training is continued
 
-    def print_to_log_file(self, *args: object, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
-        """As nnU-Net's; of the other ranks only the warnings, on the console."""
-        if self.local_rank == 0:  # nnU-Net's name for the rank among all
-            super().print_to_log_file(*args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
-        elif str(args[0]).startswith("WARNING"):
-            print(f"rank {self.local_rank}:", *args)
-
-    # ------------------------------------------------------------------ ranks
-
-    @one_line_errors()
-    def initialize(self) -> None:
-        """As nnU-Net's, which would take a rank among all machines for the number of a GPU, and CPUs for GPUs.
-
-        So it would where it loads pretrained weights, too: among ranks that happens here.
-        """
-        distributed, self.is_ddp = self.is_ddp, False
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.settings.seed)
-            super().initialize()
-        self.is_ddp = distributed
-        if distributed:
-            if self.pretrained_weights is not None and not self._continues:
-                self.pretrained_weights.copy_into(self.network)
-            self._set_batch_size_and_oversample()
-            self.network = self.ranks.parallel(self.network, self.device)
-            alone, self.loss = self.loss, self._build_loss()  # whose Dice is of all ranks
-            if self.enable_deep_supervision:
-                # for DDP's sake nnU-Net gives the lowest resolution, which has none, a small weight: not needed here
-                self.loss.weight_factors = alone.weight_factors
-
-    def _set_batch_size_and_oversample(self) -> None:
-        ranks, batch = self.ranks.size, self.configuration_manager.batch_size
-        uneven = batch % ranks > 0 and self.configuration_manager.batch_dice  # nnU-Net's loss gathers parts of one size
-        if self.is_ddp and (ranks > batch or uneven):
-            raise UserError(f"{ranks} ranks cannot share the plans' batch of {batch}; legal: a number that divides it")
-        super()._set_batch_size_and_oversample()
-
-    def do_split(self) -> tuple[list[str], list[str]]:
-        with self.ranks.first_goes_first():  # it writes the splits if there are none
-            split: tuple[list[str], list[str]] = super().do_split()
-        return split
-
-    def _require_agreement(self, what: str, mine: Any) -> None:
-        """Raise UserError if the ranks differ in something: on a machine whose environment or folders are others."""
-        theirs = self.ranks.gather(mine)
-        different = [rank for rank, value in enumerate(theirs) if value != theirs[0]]
-        if different:
-            raise UserError(
-                f"rank {different[0]} differs from rank 0 in {what}: {theirs[different[0]]} and {theirs[0]}; all need "
-                "the same nnUNet_vf_ variables, and nnUNet_results on a file system that they share"
-            )
-
-    def bare_network(self) -> nn.Module:
-        """The network without the wrappers of DDP and torch.compile."""
-        network = self.network
-        if isinstance(network, DistributedDataParallel):
-            network = network.module
-        return network._orig_mod if isinstance(network, OptimizedModule) else network
-
-    # ------------------------------------------------------------------ a training that can be left at any step
+    # ------------------------------------------------------------------ training loop
 
     @one_line_errors()
     def run_training(self) -> None:
-        with self.interruption:
+        with self.stop_signals:
             try:
                 super().run_training()
-                self._leave(
-                    self.ranks.agree(self._requested_action())
-                )  # the validation that follows would not hear of it
-            except Exception:  # there is no telling what a loader makes of its workers' death
-                if self.interruption.received:  # the workers have received it too
+                # The final validation, which comes next, does not look for signals.
+                self._exit_if(self.ranks.agree(self._requested_action()))
+            except Exception:  # data loaders raise various errors when a signal ends their workers
+                if self.stop_signals.received:
                     self.between_steps()
                 raise
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        self.interruption.defer_the_death_of_workers()
-        if self.is_ddp:
-            parts = " + ".join(map(str, self.ranks.gather(self.batch_size)))
-            self.print_to_log_file(
-                f"{self.ranks.size} ranks, {self.ranks.local_size} on this machine: a batch of {parts} samples; the "
-                f"learning rate stays what it is set to, {self.initial_lr:g}\n",
-                add_timestamp=False,
-            )
-        if self.ranks.rank < len(self._random_states):
-            _set_random_state(self._random_states[self.ranks.rank], self.device)
+        self.stop_signals.ignore_death_of_workers()
+        if self.ranks.rank < len(self._saved_random_states):
+            set_random_state(self._saved_random_states[self.ranks.rank], self.device)
         else:
-            _seed(self.settings.seed, self.ranks.rank)
-        self._saved_at = time.monotonic()
-        if self.pretrained_weights is not None and not self._continues:
-            self._saved_at = -math.inf  # --c, which cannot be given weights, would begin without them
+            seed_process(self.settings.seed, self.ranks.rank)
+        self._last_save = time.monotonic()
+        if self.pretrained_weights is not None and not self.continue_training:
+            # Save before the first step: --c takes no weights, so without a checkpoint it would start without them.
+            self._last_save = -math.inf
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self.num_iterations_per_epoch = self.settings.iterations_per_epoch - len(self.epoch_losses)
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Log the mean loss of the whole epoch, including steps before an interruption."""
+        super().on_train_epoch_end([{"loss": loss} for loss in self.losses_of_epoch().numpy()])
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        super().on_validation_epoch_end(val_outputs)
+        self.epoch_losses = []
+
+    def losses_of_epoch(self) -> Tensor:
+        """Return the losses of this epoch's completed steps, (steps,) float32 on the CPU. Waits for the device."""
+        if not self.epoch_losses:
+            return torch.zeros(0)
+        losses = [torch.as_tensor(loss, dtype=torch.float32, device=self.device) for loss in self.epoch_losses]
+        return torch.stack(losses).cpu()
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self.ranks.rank == 0:
+            (Path(self.output_folder) / PREVIOUS).unlink(missing_ok=True)  # nnU-Net deletes the latest one
+
+    # ------------------------------------------------------------------ saving and stopping between steps
 
     def between_steps(self) -> None:
-        """Save when it is time to, save and leave when a signal says so; all ranks alike, before every step."""
-        agreed = self.ranks.agree(self._requested_action() or (_SAVE if self._save_is_due() else _GO_ON))
-        if agreed == _GO_ON:
+        """Save if it is time to, save and exit if a signal came. All ranks agree; call it before every step."""
+        action = self.ranks.agree(self._requested_action())
+        if action == Action.CONTINUE:
             return
-        # nnU-Net records the epoch that comes next, which is this one: see its on_train_end
+        # save_checkpoint records current_epoch + 1, the epoch to continue with, which is this epoch.
         self.current_epoch -= 1
         self.save_checkpoint(str(Path(self.output_folder) / LATEST))
         self.current_epoch += 1
-        self._leave(agreed)
+        self._exit_if(action)
 
-    def _requested_action(self) -> int:
-        if not self.interruption.received:
-            return _GO_ON
-        return _STOP if self.interruption.by_ctrl_c else _LEAVE
+    def _requested_action(self) -> Action:
+        if self.stop_signals.by_ctrl_c:
+            return Action.SAVE_AND_STOP
+        if self.stop_signals.received:
+            return Action.SAVE_AND_RESUBMIT
+        return Action.SAVE if self._is_save_due() else Action.CONTINUE
 
-    def _leave(self, agreed: int) -> None:
-        """If the ranks have agreed to."""
-        if agreed < _LEAVE:
-            return
-        status = STOPPED if agreed == _STOP else EXIT_STATUS
-        why = self.interruption.received or "A signal to another rank"
-        how = "nothing is saved, as you asked for" if self.disable_checkpointing else "--c goes on"
-        self.print_to_log_file(f"{why}: leaving in epoch {self.current_epoch}, exit status {status}; {how}")
-        self.ranks.agree(_GO_ON)  # the first to go may take the others along: not before rank 0 has written
-        sys.exit(status)
-
-    def _save_is_due(self) -> bool:
+    def _is_save_due(self) -> bool:
         if self.ranks.rank > 0 or self.disable_checkpointing:
             return False
-        return time.monotonic() - self._saved_at > 60 * self.settings.save_every_minutes
+        return time.monotonic() - self._last_save > 60 * self.settings.save_every_minutes
 
-    def on_train_end(self) -> None:
-        if self.ranks.size > 1 and len(set(self.ranks.gather(fingerprint(self.network)))) > 1:
-            self.print_to_log_file("WARNING: the weights of the ranks have drifted apart; rank 0's are kept")
-        super().on_train_end()
-        if self.ranks.rank == 0:
-            (Path(self.output_folder) / PREVIOUS).unlink(missing_ok=True)  # as nnU-Net does with the latest
+    def _exit_if(self, action: int) -> None:
+        """Exit with the status of an action that the ranks agreed on; return if it is not an action that exits."""
+        if action < Action.SAVE_AND_RESUBMIT:
+            return
+        status = EXIT_CTRL_C if action == Action.SAVE_AND_STOP else EXIT_RESUBMIT
+        signal_name = self.stop_signals.received or "A signal to another rank"
+        hint = "nothing is saved (--disable_checkpointing)" if self.disable_checkpointing else "continue with --c"
+        self.print_to_log_file(f"{signal_name}: exit in epoch {self.current_epoch}, status {status}; {hint}")
+        # Wait for rank 0 to write: when one process exits, torchrun ends the others.
+        self.ranks.agree(Action.CONTINUE)
+        sys.exit(status)
 
-    # ------------------------------------------------------------------ checkpoints
+    # ------------------------------------------------------------------ checkpoints: hooks for subclasses
 
     def random_state(self) -> dict[str, Any]:
-        """The random numbers of this process that a continued training begins with."""
-        return current_random_state(self.device)
+        """Return the random state of this process that a resumed training starts with."""
+        return get_random_state(self.device)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs beside what nnU-Net keeps; called on every rank, kept of the first."""
-        return {}
+        """Return what to store in a checkpoint beside nnU-Net's entries; called on every rank, stored by rank 0."""
+        losses = torch.stack(self.ranks.gather(self.losses_of_epoch())).mean(0)
+        return {"losses": losses}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over a checkpoint's :meth:`state`."""
+        """Take over the :meth:`state` of a checkpoint."""
+        self.epoch_losses = [float(loss) for loss in state.get("losses", ())]
 
-    def accept(self, checkpoint: dict[str, Any], file: Path) -> None:
-        """Raise UserError if training must not go on from a checkpoint."""
+    def require_same_run(self, checkpoint: dict[str, Any], file: Path) -> None:
+        """Raise UserError if the training must not continue from a checkpoint."""
 
     def complete(self, checkpoint: dict[str, Any]) -> None:
-        """Change or add entries of a checkpoint that is about to be written."""
+        """Change or add entries of a checkpoint before it is written."""
+
+    # ------------------------------------------------------------------ checkpoints: writing and reading
 
     def save_checkpoint(self, filename: str) -> None:
-        """As nnU-Net's, durably; in a training that goes on, a disk that is full is reported and nothing is lost."""
-        states = self.ranks.gather(self.random_state())  # of every rank, so every rank has to come here
+        """Write nnU-Net's checkpoint and our state durably; on a full disk, warn and keep the file that is there.
+
+        Raises:
+            UserError: the final checkpoint cannot be written.
+        """
+        random_states = self.ranks.gather(self.random_state())  # collective calls: every rank has to come here
         state = self.state()
         if self.ranks.rank > 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        with io.BytesIO() as file:  # nnU-Net makes and writes a checkpoint in one go
+        with io.BytesIO() as file:  # nnU-Net has no method that builds a checkpoint without writing it
             super().save_checkpoint(file)
             file.seek(0)
             checkpoint = torch.load(file, map_location="cpu", weights_only=False)
         complete_epochs = checkpoint["current_epoch"]
         checkpoint["logging"] = {name: values[:complete_epochs] for name, values in checkpoint["logging"].items()}
-        checkpoint[STATE] = {"run": self._run, "random_states": states, **state}
+        checkpoint[STATE] = {"run": self._run_id, "random_states": random_states, **state}
         self.complete(checkpoint)
         path = Path(filename)
-        with self.tolerate_write_failure(path, unless=path.name == FINAL):
+        with self.tolerate_write_failure(path, is_essential=path.name == FINAL):
             write_durably(checkpoint, path, previous=path.with_name(PREVIOUS) if path.name == LATEST else None)
-            self._saved_at = time.monotonic()
+            self._last_save = time.monotonic()
 
     @contextmanager
-    def tolerate_write_failure(self, file: Path, unless: bool = False) -> Iterator[None]:
-        """A file that cannot be written (the disk is full) is no reason to end; but ``unless``."""
+    def tolerate_write_failure(self, file: Path, is_essential: bool = False) -> Iterator[None]:
+        """Warn if a file cannot be written, for example because the disk is full, and continue training.
+
+        Raises:
+            UserError: the file could not be written and is essential.
+        """
         try:
             yield
         except OSError as error:
-            what = f"{file} was not written ({error})"
-            if unless:
-                raise UserError(f"{what}; the checkpoints before it are whole: make room and go on with --c") from error
-            self.print_to_log_file(f"WARNING: {what}; what was there before is left as it was")
-            self._saved_at = time.monotonic()  # not again before the next step
+            message = f"{file} was not written ({error})"
+            if is_essential:
+                raise UserError(
+                    f"{message}; the earlier checkpoints are complete: free disk space and continue with --c"
+                ) from error
+            self.print_to_log_file(f"WARNING: {message}; the file that was there before is unchanged")
+            self._last_save = time.monotonic()  # do not try again before the next step
 
     @one_line_errors()
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """As nnU-Net's; with ``--c``, from the furthest checkpoint of the folder that is not damaged.
+        """Load a checkpoint; with ``--c``, the one of the folder that is furthest and not damaged.
 
         Raises:
-            SystemExit: all are damaged, or it was not accepted.
+            SystemExit: all checkpoints are damaged, or the training must not continue from this one.
         """
         file = Path(filename_or_checkpoint)
-        if self._continues and not self._resumed:  # nnU-Net loads the best one too, after training, for --val_best
-            mine = newest_whole(file, self.print_to_log_file) if self.ranks.rank == 0 else None
-            file = self.ranks.from_first(mine)
+        # After training nnU-Net also loads the best checkpoint, for --val_best: that one is taken as it is.
+        if self.continue_training and not self._is_resumed:
+            newest = newest_undamaged(file, self.print_to_log_file) if self.ranks.rank == 0 else None
+            file = self.ranks.from_first(newest)
         checkpoint = read_checkpoint(file)
-        self.accept(checkpoint, file)
+        self.require_same_run(checkpoint, file)
         super().load_checkpoint(str(file))
+        self._restore_from(checkpoint)
+        if self.continue_training:
+            steps = f", {len(self.epoch_losses)} steps of it are complete" if self.epoch_losses else ""
+            self.print_to_log_file(f"Continuing from {file.name}: epoch {self.current_epoch}{steps}")
+
+    def _restore_from(self, checkpoint: dict[str, Any]) -> None:
         state = dict(checkpoint.get(STATE, {}))
-        self._random_states = state.pop("random_states", [])
-        self._run = state.pop("run", self._run)
+        self._saved_random_states = state.pop("random_states", [])
+        self._run_id = state.pop("run", self._run_id)
         self.restore(state)
-        # nnU-Net writes checkpoint_latest before it compares the epoch with the best one so far
+        # nnU-Net writes checkpoint_latest before it compares the epoch with the best one so far.
         self._best_ema = max(self.logger.get_value("ema_fg_dice", step=None), default=None)
-        self._resumed = True
-        steps = len(state.get("losses", ()))
-        self._require_agreement("the checkpoint", (self._run, self.current_epoch, steps))
-        if self._continues:
-            within = f", {steps} steps of which are done" if steps else ""
-            self.print_to_log_file(f"Going on from {file.name}: epoch {self.current_epoch}{within}")
-
-
-def fingerprint(network: nn.Module) -> str:
-    """The same for the same weights, bit by bit."""
-    found = hashlib.sha256()
-    for parameter in network.parameters():
-        found.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def _seed(seed: int, rank: int) -> None:
-    """Of what dropout draws from, and, where no workers do it, nnU-Net's augmentation: the states of this process."""
-    number = int(np.random.SeedSequence((seed, rank)).generate_state(1)[0])
-    torch.manual_seed(number)
-    np.random.seed(number)  # noqa: NPY002
-    random.seed(number)
-
-
-def current_random_state(device: torch.device) -> dict[str, Any]:
-    """Of this process: dropout takes its numbers from torch's, nnU-Net's augmentation from NumPy's and Python's."""
-    legacy: Any = np.random.get_state()  # noqa: NPY002
-    numpy_state = (legacy[0], legacy[1].tolist(), *legacy[2:])  # with an array a checkpoint would not load safely
-    state = {"torch": torch.get_rng_state(), "numpy": numpy_state, "python": random.getstate()}
-    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
-
-
-def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(state["torch"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
-    random.setstate(state["python"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+        self._is_resumed = True
+        self.require_agreement("the checkpoint", (self._run_id, self.current_epoch, len(self.epoch_losses)))

@@ -1,4 +1,4 @@
-"""Leaving in time: a cluster says with a signal that a job is about to be killed, a user presses Ctrl-C."""
+"""Signals that stop a training: SIGTERM and SIGUSR1 from a cluster before it kills a job, Ctrl-C from a user."""
 
 from __future__ import annotations
 
@@ -11,73 +11,82 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-EXIT_STATUS = 75  # sysexits.h, EX_TEMPFAIL: not done, try again
-STOPPED = 128 + signal.SIGINT  # what shells make of Ctrl-C: a loop that tries again on 75 ends
-# SLURM sends SIGTERM before it kills a job, and SIGUSR1 where a script asks for it (--signal), which Windows lacks.
+EXIT_RESUBMIT = 75  # EX_TEMPFAIL in sysexits.h: the job is not done, start it again
+EXIT_CTRL_C = 128 + signal.SIGINT  # what shells report after Ctrl-C; a loop that restarts on 75 ends
+# SLURM sends SIGTERM before it kills a job, and SIGUSR1 if the script asks for it (--signal). Windows has no SIGUSR1.
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
-_ONE_CTRL_C = 1.0  # seconds: launchers pass on what the terminal has already sent
-_ABOUT_CTRL_C = b"\nCtrl-C: saves before the next step and leaves; once more: leaves at once\n"
+# A launcher passes on the Ctrl-C that the terminal has already sent: within this time, both are the same one.
+_SAME_CTRL_C_SECONDS = 1.0
+_CTRL_C_MESSAGE = b"\nCtrl-C: saving before the next step, then exit; press it again to exit at once\n"
 
 
-class Interruption:
-    """Within it, SIGTERM, SIGUSR1 and a first Ctrl-C (SIGINT) are remembered instead of killing the process.
+class StopSignals:
+    """Context manager that records SIGTERM, SIGUSR1 and the first Ctrl-C (SIGINT) instead of ending the process.
+
+    A second Ctrl-C raises KeyboardInterrupt.
 
     Attributes:
-        received: the signal's name, once it has come.
+        received: the name of the signal that came, None if none did.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._asked_at = -math.inf
+        self._ctrl_c_at = -math.inf
         self._process = os.getpid()
-        self._former: dict[signal.Signals, Any] = {}
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # Python allows no other one to listen
-            self._former = {number: signal.signal(number, self._remember) for number in self._heard()}
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # Python handles signals in no other thread
+            self._previous_handlers = {
+                number: signal.signal(number, self._handle) for number in _SIGNALS if not _is_ignored(number)
+            }
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._former.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        self._former = {}
-
-    @staticmethod
-    def _heard() -> list[signal.Signals]:
-        """All, but for a Ctrl-C that is not meant for this process: shells have it ignored in what runs behind &."""
-        ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-        return [number for number in _SIGNALS if not (ignored and number == signal.SIGINT)]
+        self._previous_handlers = {}
 
     @property
     def by_ctrl_c(self) -> bool:
-        """Whether it was a user who asked."""
+        """True if a user pressed Ctrl-C, also if a cluster's signal came later."""
         return self.received == signal.SIGINT.name
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a worker forked from this process
-            if number == signal.SIGINT:  # the terminal asks all of them; the training ends its workers itself
-                return
-            signal.signal(number, signal.SIG_DFL)  # it must remain possible to end it
-            os.kill(os.getpid(), number)
-        if number == signal.SIGINT:
-            self._ctrl_c(frame)
-        elif not self.by_ctrl_c:  # whoever pressed Ctrl-C wants no new start
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            _handle_in_worker(number)
+        elif number == signal.SIGINT:
+            self._handle_ctrl_c(frame)
+        elif not self.by_ctrl_c:
             self.received = signal.Signals(number).name
 
-    def _ctrl_c(self, frame: FrameType | None) -> None:
+    def _handle_ctrl_c(self, frame: FrameType | None) -> None:
         if not self.by_ctrl_c:
-            self.received, self._asked_at = signal.SIGINT.name, time.monotonic()
-            with contextlib.suppress(OSError):  # the terminal, or a pipe to tee, may be gone
-                os.write(2, _ABOUT_CTRL_C)  # print may have been interrupted in the middle of a line
-        elif time.monotonic() - self._asked_at > _ONE_CTRL_C:
+            self.received, self._ctrl_c_at = signal.SIGINT.name, time.monotonic()
+            with contextlib.suppress(OSError):  # the terminal, or a pipe to tee, may be closed
+                os.write(2, _CTRL_C_MESSAGE)  # print is not safe here: the signal may have interrupted another print
+        elif time.monotonic() - self._ctrl_c_at > _SAME_CTRL_C_SECONDS:
             signal.default_int_handler(signal.SIGINT, frame)  # raises KeyboardInterrupt
 
     @staticmethod
-    def defer_the_death_of_workers() -> None:
-        """Hear of a worker that died when the next batch is asked for, and not wherever the training happens to be.
+    def ignore_death_of_workers() -> None:
+        """Report a dead data worker at the next request for a batch, not in the middle of a step.
 
-        Whoever signals a job signals its workers too, which end of it. torch's loader, once it has workers, listens for
-        that and raises an error at any place, in the middle of a step for one.
+        A signal to a job also ends its data workers. Once torch's loader has workers, it listens for their death and
+        raises an error at any place of the main process.
         """
         if hasattr(signal, "SIGCHLD"):  # not on Windows
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _is_ignored(number: signal.Signals) -> bool:
+    """True for a Ctrl-C that this process ignores: shells ignore it for commands that they start with ``&``."""
+    return number == signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN
+
+
+def _handle_in_worker(number: int) -> None:
+    """Handle a signal in a data worker, which inherited the handler from the training process."""
+    if number == signal.SIGINT:  # the terminal sends Ctrl-C to all processes; the training ends its workers itself
+        return
+    signal.signal(number, signal.SIG_DFL)  # SIGTERM must still be able to end a worker
+    os.kill(os.getpid(), number)

@@ -1,12 +1,12 @@
-"""The arithmetic of a training step, and a step that never waits for its device.
+"""The arithmetic of a training step that never waits for its device.
 
-nnU-Net's own step asks the GPU for the loss, and GradScaler for whether to step, before the next step is prepared.
-Here both stay on the device: a fused optimiser reads there whether to step, the loss is read once an epoch.
+nnU-Net's own step reads the loss from the GPU, and its GradScaler reads whether to step, before the next step is
+prepared. Here both stay on the device: a fused optimiser reads there whether to step, and the loss is read once an
+epoch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -18,55 +18,55 @@ from torch.optim import Optimizer
 from nnunetv2_vf.errors import UserError
 
 _MAX_GRADIENT_NORM = 12  # nnU-Net's
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precision(NamedTuple):
-    """What convolutions and matrix products are computed in: bf16 and fp16 by autocast, tf32, or fp32 throughout."""
+    """The number format of convolutions and matrix products: bf16 or fp16 (by autocast), tf32, or fp32."""
 
     name: str
     device_type: str
 
     @classmethod
     def choose(cls, setting: str, device: torch.device) -> Precision:
-        """The precision that a setting (``auto`` or a name) means on a device.
+        """Return the precision that a setting (``auto`` or a name) stands for on a device.
 
         Raises:
-            UserError: the device has not got it. Half precision on CPUs is not offered: gradients of torch's
-                convolutions are now and then NaN there (2.14, maps of a few voxels).
+            UserError: the device does not have it. CPUs get fp32 only: with half precision, gradients of torch's
+                convolutions are sometimes NaN there (torch 2.14, maps of a few voxels).
         """
-        offered = ["fp32"]
+        available = ["fp32"]
         if device.type == "cuda":
-            offered = ["bf16", "fp16", "tf32", "fp32"]
+            available = ["bf16", "fp16", "tf32", "fp32"]
             if not torch.cuda.is_bf16_supported(including_emulation=False):
-                offered = ["fp16", "fp32"]
-        name = offered[0] if setting == "auto" else setting
-        if name not in offered:
+                available = ["fp16", "fp32"]
+        name = available[0] if setting == "auto" else setting
+        if name not in available:
             raise UserError(
-                f"precision {name!r} is not to be had on {device.type}; legal there: {', '.join(['auto', *offered])} "
+                f"precision {name!r} is not available on {device.type}; legal: {', '.join(['auto', *available])} "
                 "(nnUNet_vf_precision)"
             )
         return cls(name, device.type)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context of the forward pass and the loss."""
-        if self.name in _AUTOCAST:
-            return autocast(self.device_type, dtype=_AUTOCAST[self.name])
+        """Return the context for the forward pass and the loss."""
+        if self.name in _AUTOCAST_TYPES:
+            return autocast(self.device_type, dtype=_AUTOCAST_TYPES[self.name])
         return nullcontext()
 
     def scaler(self) -> GradScaler:
-        """What scales the loss (fp16) and leaves out the steps whose gradient is not finite (always)."""
+        """Return the scaler, which skips steps with a non-finite gradient and, with fp16, scales the loss."""
         return LossScaler(self.device_type) if self.name == "fp16" else UnitScaler(self.device_type)
 
-    def apply_to_single_precision(self) -> None:
-        """Whether this process computes what stays in single precision with TF32: yes, unless fp32 is asked for."""
+    def set_float32_precision(self) -> None:
+        """Allow TF32 for everything this process computes in single precision, unless the setting is fp32."""
         exact = self.name == "fp32"
         torch.set_float32_matmul_precision("highest" if exact else "high")
         torch.backends.cudnn.allow_tf32 = not exact
 
 
 class LossScaler(GradScaler):
-    """A GradScaler that takes no scale from a training that had none: one in another precision."""
+    """A GradScaler that ignores the scale of a checkpoint in another precision, which is always 1."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["scale"] != 1.0:
@@ -74,7 +74,7 @@ class LossScaler(GradScaler):
 
 
 class UnitScaler(GradScaler):
-    """A GradScaler whose scale is and stays 1: all that it does is to leave out steps that are not finite."""
+    """A GradScaler whose scale is always 1: it only skips steps with a non-finite gradient."""
 
     def __init__(self, device_type: str):
         super().__init__(device_type, init_scale=1.0)
@@ -83,28 +83,21 @@ class UnitScaler(GradScaler):
         super().update(1.0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """There is nothing to take over, least of all the scale of another precision."""
+        """Ignore the checkpoint: the scale stays 1."""
 
 
-def training_step(
-    network: nn.Module,
-    optimizer: Optimizer,
-    scaler: GradScaler,
-    forward: Callable[[], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """One step of nnU-Net's training, without waiting for the device if the optimiser is fused.
+def take_step(loss: Tensor, network: nn.Module, optimizer: Optimizer, scaler: GradScaler) -> Tensor:
+    """Backward pass, gradient clipping and a step of the optimiser, as in nnU-Net's training.
 
-    Args:
-        forward: the forward pass; returns the loss.
+    Does not wait for the device if the optimiser is fused.
 
     Returns:
-        The loss, and whether it counts: the gradient and its norm were finite; scalars on the device.
+        True if the gradient was finite and the step was taken; a scalar on the device.
     """
     optimizer.zero_grad(set_to_none=True)
-    loss = forward()
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(network.parameters(), _MAX_GRADIENT_NORM)
     scaler.step(optimizer)
     scaler.update()
-    return loss.detach(), norm.isfinite()
+    return norm.isfinite()

@@ -1,0 +1,58 @@
+"""Plans and checkpoints that version 0.1.0 wrote, before its modules moved: trainings continue and validate."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DATASET, DATASET_ID
+from nnunetv2.run.run_training import run_training
+
+OLD = Path(__file__).parents[1] / "data" / "version_0_1_0"
+TRAINERS = ("VFPretrainTrainer", "VFFinetuneTrainer")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def old_plans(own_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old plans beside the preprocessed cases, and the schedule of the old trainings."""
+    for plans in ("nnUNetPlans", "PCTNetPlans"):
+        shutil.copy(OLD / "plans" / f"{plans}.json", own_dataset)
+    for prefix in ("nnUNet_vf_", "nnUNet_vf_finetune_"):
+        for name, value in {"num_epochs": 3, "iterations_per_epoch": 2, "val_iterations_per_epoch": 1}.items():
+            monkeypatch.setenv(f"{prefix}{name}", str(value))
+
+
+def fold_with(checkpoint: str, trainer: str, results: Path) -> Path:
+    """Return the trainer's fold folder, with an old checkpoint (``interrupted/...`` or ``finished/...``) in it."""
+    folder = results / DATASET / f"{trainer}__nnUNetPlans__3d_fullres" / "fold_0"
+    folder.mkdir(parents=True)
+    shutil.copy(next((OLD / checkpoint / trainer).iterdir()), folder)
+    return folder
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_an_interrupted_training_continues_at_its_step(old_plans, tmp_path, trainer):
+    """It was interrupted in the second of three epochs, and ends with the losses of the uninterrupted one."""
+    folder = fold_with("interrupted", trainer, tmp_path / "results")
+    run_training(str(DATASET_ID), "3d_fullres", 0, trainer, continue_training=True, device=CPU)
+    resumed, uninterrupted = (
+        torch.load(file / "checkpoint_final.pth", weights_only=False) for file in (folder, OLD / "finished" / trainer)
+    )
+    assert resumed["current_epoch"] == uninterrupted["current_epoch"] == 3
+    for name in ("train_losses", "val_losses", "lrs"):
+        # not bit by bit: another processor may round otherwise
+        assert resumed["logging"][name] == pytest.approx(uninterrupted["logging"][name], rel=1e-2), name
+
+
+@pytest.mark.parametrize(
+    ("trainer", "result"),
+    [("VFPretrainTrainer", "pretext_report.json"), ("VFFinetuneTrainer", "validation/summary.json")],
+)
+def test_a_finished_training_is_validated(old_plans, tmp_path, trainer, result):
+    folder = fold_with("finished", trainer, tmp_path / "results")
+    run_training(str(DATASET_ID), "3d_fullres", 0, trainer, only_run_validation=True, device=CPU)
+    assert json.loads((folder / result).read_text())
