@@ -36,7 +36,7 @@ from torch.optim import Optimizer
 from nnunetv2_vf.pct_net import MODES, PUBLISHED_FEATURES, PCTNet
 from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.training.optimizer import make_optimizer
-from nnunetv2_vf.training.step import Precision, training_step
+from nnunetv2_vf.training.step import Precision, take_step
 
 CLASSES = 5
 THEIRS = "MIS-FM, fp32"
@@ -95,13 +95,13 @@ class Ours(Contender):
         return make_optimizer(self.network.parameters(), VFSettings(), fused=True)
 
     def use_settings(self) -> None:
-        self.precision.apply_to_single_precision()
+        self.precision.set_float32_precision()
 
     def autocast(self) -> AbstractContextManager[Any]:
         return self.precision.autocast()
 
     def training_step(self, x: Tensor, target: Tensor) -> None:
-        training_step(self.network, self.optimizer, self.scaler, lambda: self.loss_of(x, target))
+        take_step(self.loss_of(x, target), self.network, self.optimizer, self.scaler)
 
 
 # By name, so that a contender's own method is called.

@@ -58,7 +58,7 @@ def main() -> None:
     device = torch.device(args.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
     precision = Precision(args.precision, device.type)
-    precision.apply_to_single_precision()  # fp32 is exact, for the convolutions too
+    precision.set_float32_precision()  # fp32 is exact, for the convolutions too
     torch.backends.cudnn.benchmark = True  # nnU-Net's
     network = PCTNet(1, PUBLISHED_FEATURES, MODES[0], 5).to(device).train()
     x = torch.randn(args.batch, 1, *args.size, device=device)

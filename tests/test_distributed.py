@@ -105,7 +105,7 @@ def test_a_launch_goes_on_where_the_last_one_was_ended(batch_of_four, tmp_path, 
                 break
         output, errors = launch.communicate(timeout=TIMEOUT)
     assert launch.returncode != 0
-    assert "SIGTERM: leaving in epoch" in output, errors[-3000:]
+    assert "SIGTERM: exit in epoch" in output, errors[-3000:]
     ended = torch.load(folder / "checkpoint_latest.pth", weights_only=False)
     assert ended["current_epoch"] >= 2
     done = torchrun(2, *arguments, **{**settings, "nnUNet_vf_seed": 1})

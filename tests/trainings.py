@@ -10,7 +10,7 @@ import torch
 from conftest import DATASET_ID
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
-from nnunetv2_vf.training.signals import EXIT_STATUS
+from nnunetv2_vf.training.signals import EXIT_RESUBMIT
 
 CPU = torch.device("cpu")
 LOGGED = ("train_losses", "val_losses", "mean_fg_dice", "ema_fg_dice", "lrs", "skipped_steps", "quarantined_cases")
@@ -39,7 +39,7 @@ def leaves_early(trainer) -> bool:
     try:
         trainer.run_training()
     except SystemExit as left:
-        return left.code == EXIT_STATUS
+        return left.code == EXIT_RESUBMIT
     return False
 
 

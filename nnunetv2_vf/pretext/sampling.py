@@ -58,8 +58,8 @@ class FusionDataset(Dataset):
     """Pretext samples from the preprocessed cases of one nnU-Net dataset.
 
     A sample is a dict: the sub-volumes ``foreground`` and ``background`` (C, D, H, W) float32; ``fusion_map``
-    (D, H, W) uint8; the parameters of :func:`nnunetv2_vf.pretext.augmentation.draw_augmentation`; ``cases``, the one or two
-    cases it came from; ``rejected``, a list of :class:`Rejected` met on the way. If none of
+    (D, H, W) uint8; the parameters of :func:`nnunetv2_vf.pretext.augmentation.draw_augmentation`;
+    ``cases``, the one or two cases it came from; ``rejected``, a list of :class:`Rejected` met on the way. If none of
     100 cases can be used, the sample is only ``rejected``.
 
     Args:

@@ -74,9 +74,10 @@ def adapt_file(
     fates = transfer(artifact["network_weights"], network, encoder_only, frozenset(before.get("left_at_random", ())))
     mismatched_tensors = [fate for fate in fates if not fate.fits]
     if mismatched_tensors and not partial:
+        first = mismatched_tensors[0]
         raise UserError(
-            f"{len(mismatched_tensors)} tensors of {target} have other features than in {pretrained_file}, {mismatched_tensors[0].name} for "
-            f"one ({mismatched_tensors[0].how}); {mend}transfer what fits: --partial"
+            f"{len(mismatched_tensors)} tensors of {target} have other features than in {pretrained_file}, "
+            f"{first.name} for one ({first.how}); {mend}transfer what fits: --partial"
         )
     metadata = {
         **pretrained,

@@ -1,7 +1,8 @@
 """The pretrained artifact, ``vf_pretrained.pth``: one file for stock ``-pretrained_weights``, on any device.
 
 A dict of ``network_weights`` (CPU tensors, keys as in the network), ``vf`` (plain metadata) and, where the plans are
-known, ``nnssl_adaptation_plan`` (:mod:`nnunetv2_vf.transfer.convert_nnssl`), readable with ``torch.load(weights_only=True)``.
+known, ``nnssl_adaptation_plan`` (:mod:`nnunetv2_vf.transfer.convert_nnssl`).
+``torch.load(weights_only=True)`` reads it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 
 from nnunetv2_vf.durable_files import is_whole, write_durably
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.training.checkpoints import BEST, LATEST, PREVIOUS, STATE, newest_whole, read_checkpoint
+from nnunetv2_vf.training.checkpoints import BEST, LATEST, PREVIOUS, STATE, newest_undamaged, read_checkpoint
 
 
 def content(epoch: int) -> dict:
@@ -52,7 +52,7 @@ def test_it_does_without_hard_links(latest, monkeypatch):
     monkeypatch.setattr(Path, "hardlink_to", refuse)
     write_durably(content(3), latest, previous=latest.with_name(PREVIOUS))
     assert (epoch_of(latest), epoch_of(latest.with_name(PREVIOUS))) == (3, 2)
-    assert newest_whole(latest, print) == latest
+    assert newest_undamaged(latest, print) == latest
 
 
 def test_a_disk_that_is_full_leaves_everything_as_it_was(latest):
@@ -110,20 +110,20 @@ def test_damage_anywhere_is_found(latest):
 
 def test_of_several_checkpoints_the_newest_that_is_whole_is_taken(latest):
     said: list[str] = []
-    assert newest_whole(latest, said.append) == latest
+    assert newest_undamaged(latest, said.append) == latest
     assert not said
     best = latest.with_name(BEST)
     write_durably(content(3), best)
     os.utime(best, (0, 0))  # a copy of a folder does not keep the order
-    assert newest_whole(latest, said.append) == best
+    assert newest_undamaged(latest, said.append) == best
     for path in (best, latest):
         path.write_bytes(path.read_bytes()[:-10])
     said.clear()
-    assert newest_whole(latest, said.append) == latest.with_name(PREVIOUS)
+    assert newest_undamaged(latest, said.append) == latest.with_name(PREVIOUS)
     assert said == [
         f"WARNING: {latest} is damaged, now {LATEST}.damaged",
         f"WARNING: {best} is damaged, now {BEST}.damaged",
-        f"Going on from {PREVIOUS} instead of {LATEST}",
+        f"Continuing from {PREVIOUS} instead of {LATEST}",
     ]
 
 
@@ -131,14 +131,14 @@ def test_where_all_are_damaged_nothing_is_touched(latest):
     for path in (latest, latest.with_name(PREVIOUS)):
         path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
-        newest_whole(latest, print)
+        newest_undamaged(latest, print)
     assert not list(latest.parent.glob("*.damaged"))
 
 
 def test_a_damaged_checkpoint_does_not_become_the_previous_one(latest):
     latest.write_bytes(latest.read_bytes()[:-10])
-    previous = newest_whole(latest, print)
-    assert newest_whole(latest, print) == latest, "killed before it saved, a training begins where it began"
+    previous = newest_undamaged(latest, print)
+    assert newest_undamaged(latest, print) == latest, "killed before it saved, a training begins where it began"
     write_durably(content(5), latest, previous=previous)
     assert is_whole(previous)
     assert is_whole(latest)
@@ -150,9 +150,9 @@ def test_a_file_system_that_fails_is_no_damage(latest, monkeypatch):
 
     monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(UserError, match=r"cannot be read: .*Stale file handle; try again"):
-        newest_whole(latest, print)
+        newest_undamaged(latest, print)
     monkeypatch.undo()
-    assert newest_whole(latest, print) == latest
+    assert newest_undamaged(latest, print) == latest
 
 
 def test_a_checkpoint_of_a_training_before_is_left_alone(latest):
@@ -160,7 +160,7 @@ def test_a_checkpoint_of_a_training_before_is_left_alone(latest):
     best = latest.with_name(BEST)
     write_durably({**content(900), STATE: {"run": "before"}}, best)
     os.utime(best, (0, 0))
-    assert newest_whole(latest, print) == latest
+    assert newest_undamaged(latest, print) == latest
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):

@@ -22,10 +22,10 @@ from nnunetv2_vf.network_parts import HEADS, part_of
 from nnunetv2_vf.settings import FinetuneSettings
 from nnunetv2_vf.training.finetune_schedule import (
     FinetuneLRScheduler,
-    decoder_epochs,
+    decoder_only_epochs,
     parameter_groups,
-    rate,
     reinitialized_parameters,
+    relative_learning_rate,
 )
 from nnunetv2_vf.transfer.artifact import read_artifact
 
@@ -47,7 +47,7 @@ class Tiny(nn.Module):
 
 def rates(part: str, **settings) -> list[float]:
     chosen = FinetuneSettings(**settings)
-    return [rate(chosen, part, epoch) for epoch in range(chosen.num_epochs)]
+    return [relative_learning_rate(chosen, part, epoch) for epoch in range(chosen.num_epochs)]
 
 
 # ---------------------------------------------------------------- learning rates
@@ -136,9 +136,13 @@ def test_the_rate_is_a_function_of_the_epoch_alone_and_what_has_none_takes_no_gr
     schedule = FinetuneLRScheduler(optimizer, settings)
     for epoch in (0, 7, 2, 3):
         schedule.step(epoch)
-        schedule.take_gradients()
+        schedule.freeze_parts_without_rate()
         for group, lr in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
-            assert lr == group["lr"] == settings.initial_lr * group["share"] * rate(settings, group["part"], epoch)
+            assert (
+                lr
+                == group["lr"]
+                == settings.initial_lr * group["share"] * relative_learning_rate(settings, group["part"], epoch)
+            )
         assert all(p.requires_grad == (epoch >= 3) for p in network.encoder.parameters())
         assert all(p.requires_grad for p in network.decoder["seg_layers"].parameters())
 
@@ -152,8 +156,8 @@ def test_what_a_network_keeps_fixed_itself_stays_so():
 
 def test_parts_of_the_epochs_are_rounded_up_but_for_the_last_digit_of_a_float():
     settings = {"schedule": "sawtooth", "num_epochs": 100}
-    assert decoder_epochs(FinetuneSettings(decoder_fraction=0.07, **settings)) == 7
-    assert decoder_epochs(FinetuneSettings(decoder_fraction=0.071, **settings)) == 8
+    assert decoder_only_epochs(FinetuneSettings(decoder_fraction=0.07, **settings)) == 7
+    assert decoder_only_epochs(FinetuneSettings(decoder_fraction=0.071, **settings)) == 8
 
 
 def test_a_network_without_encoder_is_trained_as_a_whole_or_refused():

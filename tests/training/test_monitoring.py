@@ -11,16 +11,16 @@ from torch import nn
 from trainings import make_trainer
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.training.monitoring import DataWaitTimer, NotFiniteError, Quarantine, StepWatch
+from nnunetv2_vf.training.monitoring import DataWaitTimer, NotFiniteError, Quarantine, StepMonitor
 
 TAKEN, SKIPPED = torch.tensor(True), torch.tensor(False)
 
 
-def watch() -> StepWatch:
-    return StepWatch(nn.BatchNorm1d(3))
+def watch() -> StepMonitor:
+    return StepMonitor(nn.BatchNorm1d(3))
 
 
-def add_all(watched: StepWatch, flags: dict[int, torch.Tensor]) -> None:
+def add_all(watched: StepMonitor, flags: dict[int, torch.Tensor]) -> None:
     for step, taken in flags.items():
         watched.add(step, taken)
 
@@ -29,7 +29,7 @@ def test_steps_that_were_left_out_are_counted():
     steps = watch()
     for step in range(50):
         steps.add(step, SKIPPED if step in (3, 30, 31) else TAKEN)
-    steps.look()
+    steps.check()
     assert steps.skipped == 3
     assert steps.in_a_row == []
 
@@ -46,7 +46,7 @@ def test_nineteen_in_a_row_do_not():
     steps = watch()
     for step in range(200):
         steps.add(step, TAKEN if step % 20 == 0 else SKIPPED)
-    steps.look()
+    steps.check()
     assert steps.skipped == 190
 
 
@@ -54,7 +54,7 @@ def test_a_run_of_them_may_lie_across_an_interruption():
     before, after = watch(), watch()
     for step in range(15):
         before.add(step, SKIPPED)
-    before.look()
+    before.check()
     after.restore(before.skipped, before.in_a_row)
     with pytest.raises(NotFiniteError) as error:
         add_all(after, dict.fromkeys(range(15, 40), SKIPPED))
@@ -63,14 +63,14 @@ def test_a_run_of_them_may_lie_across_an_interruption():
 
 def test_running_statistics_are_put_back_where_they_are_not_finite():
     norm = nn.BatchNorm1d(3)
-    steps = StepWatch(norm)
+    steps = StepMonitor(norm)
     norm(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
     steps.add(0, TAKEN)
-    steps.look()
+    steps.check()
     good = norm.running_mean.clone()
     norm(torch.tensor([[0.0, 0, float("inf")]] * 4))
     steps.add(1, SKIPPED)
-    steps.look()
+    steps.check()
     assert norm.running_mean.isfinite().all()
     assert norm.running_var.isfinite().all()
     assert norm.running_mean[2] == good[2]
@@ -83,11 +83,11 @@ def test_a_case_is_told_of_once_and_too_many_end_it(tmp_path):
         "WARNING: case a cannot be read; quarantined, others are drawn instead"
     ]
     assert quarantine.add({"a": "cannot be read"}) == []
-    quarantine.require_few(20)
+    quarantine.require_below_limit(20)
     quarantine.add({"b": "is empty"})
-    quarantine.require_few(40)
+    quarantine.require_below_limit(40)
     with pytest.raises(UserError, match=r"2 of 39 cases cannot be used, more than 5%.*: a cannot be read; b is empty"):
-        quarantine.require_few(39)
+        quarantine.require_below_limit(39)
     assert json.loads((tmp_path / "quarantine.json").read_text()) == {"a": "cannot be read", "b": "is empty"}
 
 

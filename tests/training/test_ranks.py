@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from nnunetv2_vf.training.ranks import this_start
+from nnunetv2_vf.training.ranks import store_of_this_start
 
 A_WHILE = timedelta(seconds=20)
 
@@ -21,7 +21,7 @@ def start(store: dist.Store, size: int, slowest: int) -> list[str]:
 
     def come(rank: int) -> None:
         time.sleep(0.2 * (rank == slowest))
-        own = this_start(store, rank, size, A_WHILE)
+        own = store_of_this_start(store, rank, size, A_WHILE)
         if rank == 0:
             own.set("word", f"of the start in which {slowest} was the slowest")
         heard[rank] = own.get("word").decode()
@@ -52,4 +52,4 @@ def test_what_is_left_of_a_start_that_was_broken_off_is_no_answer():
 @pytest.mark.parametrize("rank", [0, 1])
 def test_who_does_not_come_is_named(rank):
     with pytest.raises(TimeoutError, match=rf"waited .* for ranks \[{1 - rank}\]"):
-        this_start(dist.HashStore(), rank, 2, timedelta(seconds=0.1))
+        store_of_this_start(dist.HashStore(), rank, 2, timedelta(seconds=0.1))

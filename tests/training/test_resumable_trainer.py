@@ -16,8 +16,9 @@ import torch
 from conftest import DATASET, DATASET_ID, THREE_EPOCHS, fold_folder
 from trainings import assert_same_training, before_step, leaves_early, make_trainer, send
 
-from nnunetv2_vf.training.resumable_trainer import ResumableTrainer, fingerprint
-from nnunetv2_vf.training.signals import EXIT_STATUS, Interruption
+from nnunetv2_vf.training.distributed_trainer import weights_digest
+from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
+from nnunetv2_vf.training.signals import EXIT_RESUBMIT, StopSignals
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_a_signal_saves_and_leaves_and_nothing_is_lost(three_epochs, uninterrupt
     before_step(trainer, step, send(number))
     with pytest.raises(SystemExit) as left:
         trainer.run_training()
-    assert left.value.code == EXIT_STATUS == 75
+    assert left.value.code == EXIT_RESUBMIT == 75
     torch.manual_seed(123)  # another process has other random numbers
     np.random.seed(5)  # noqa: NPY002
     make_trainer(plans=pct_plans, go_on=True).run_training()
@@ -113,8 +114,8 @@ def test_the_command_leaves_with_a_status_of_its_own(
                 os.killpg(process.pid, number)
                 break
         rest, _ = process.communicate(timeout=60)
-    assert process.returncode == (130 if number == signal.SIGINT else EXIT_STATUS), rest
-    assert f"{number.name}: leaving in epoch" in rest
+    assert process.returncode == (130 if number == signal.SIGINT else EXIT_RESUBMIT), rest
+    assert f"{number.name}: exit in epoch" in rest
     assert number != signal.SIGINT or "Traceback" not in rest, rest
     assert list((tmp_path / "results").rglob("checkpoint_latest.pth"))
 
@@ -124,7 +125,7 @@ def test_fine_tuning_heeds_signals_too(three_epochs, tmp_path):
     before_step(trainer, 5, send(signal.SIGTERM))  # the second step of the second epoch
     with pytest.raises(SystemExit) as left:
         trainer.run_training()
-    assert left.value.code == EXIT_STATUS
+    assert left.value.code == EXIT_RESUBMIT
     again = make_trainer("VFFinetuneTrainer", go_on=True)
     assert again.current_epoch == 1
     again.run_training()
@@ -135,14 +136,14 @@ def test_fine_tuning_heeds_signals_too(three_epochs, tmp_path):
 def test_a_second_ctrl_c_ends_it_at_once_but_for_one_that_came_twice(ctrl_c_is_heard, monkeypatch, capfd):
     now = 100.0
     monkeypatch.setattr("nnunetv2_vf.training.signals.time.monotonic", lambda: now)
-    with Interruption() as interruption:
+    with StopSignals() as interruption:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # from the launcher
         assert (interruption.received, interruption.by_ctrl_c) == ("SIGINT", True)
         now += 2
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert capfd.readouterr().err.count("once more: leaves at once") == 1
+    assert capfd.readouterr().err.count("press it again to exit at once") == 1
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)  # what it was before
 
@@ -152,7 +153,7 @@ def test_ctrl_c_is_heard_without_a_terminal_and_no_later_signal_takes_its_place(
         raise BrokenPipeError
 
     monkeypatch.setattr("nnunetv2_vf.training.signals.os.write", gone)
-    with Interruption() as interruption:
+    with StopSignals() as interruption:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
         assert interruption.by_ctrl_c
@@ -174,13 +175,13 @@ def test_a_signal_after_the_last_step_leaves_before_the_final_validation(three_e
 def test_ctrl_c_that_is_ignored_stays_so(ctrl_c_is_heard):
     """A shell has it ignored in what it starts with &."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with Interruption() as interruption:
+    with StopSignals() as interruption:
         signal.raise_signal(signal.SIGINT)
         assert interruption.received is None
 
 
 def test_processes_that_were_forked_can_still_be_ended():
-    with Interruption() as interruption:
+    with StopSignals() as interruption:
         there, here = os.pipe()
         process = os.fork()
         if process == 0:
@@ -203,13 +204,13 @@ def test_processes_that_were_forked_can_still_be_ended():
 def test_a_fingerprint_is_of_every_bit_of_parameters_of_any_shape():
     network = torch.nn.Module()
     network.scale, network.kernel = torch.nn.Parameter(torch.tensor(1.0)), torch.nn.Parameter(torch.ones(2, 3).half())
-    before = fingerprint(network)
-    assert fingerprint(network) == before
+    before = weights_digest(network)
+    assert weights_digest(network) == before
     for parameter in (network.scale, network.kernel):
         with torch.no_grad():
             parameter.view(-1)[-1] += 2**-10
-        assert fingerprint(network) != before
-        before = fingerprint(network)
+        assert weights_digest(network) != before
+        before = weights_digest(network)
 
 
 def test_weights_that_drifted_apart_are_told(three_epochs, folder, monkeypatch, capsys):
@@ -239,7 +240,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(
     trainer = make_trainer(go_on=True)
     said = capsys.readouterr().out
     assert f"WARNING: {latest} is damaged, now checkpoint_latest.pth.damaged" in said
-    assert "Going on from checkpoint_previous.pth instead of checkpoint_latest.pth" in said
+    assert "Continuing from checkpoint_previous.pth instead of checkpoint_latest.pth" in said
     trainer.run_training()
     assert_same_training(uninterrupted["nnUNetPlans"], checkpoint(tmp_path / "results"))
 
@@ -289,7 +290,7 @@ def test_without_checkpoints_none_are_tried(three_epochs, folder, monkeypatch, c
         trainer.run_training()
     said = capsys.readouterr().out
     assert said.count("No checkpoint written") == 2  # the best one of the first epoch, and on leaving
-    assert "exit status 75; nothing is saved, as you asked for" in said
+    assert "exit status 75; nothing is saved (--disable_checkpointing)" in said
     assert not list(folder.glob("*.pth"))
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.training.optimizer import make_optimizer
-from nnunetv2_vf.training.step import LossScaler, Precision, UnitScaler, training_step
+from nnunetv2_vf.training.step import LossScaler, Precision, UnitScaler, take_step
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -68,7 +68,7 @@ def test_what_a_precision_means(monkeypatch, name, tf32, kind):
     before = torch.get_float32_matmul_precision()
     precision = Precision(name, "cpu")
     try:
-        precision.apply_to_single_precision()
+        precision.set_float32_precision()
         assert torch.backends.cudnn.allow_tf32 is tf32
         assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
     finally:
@@ -91,14 +91,15 @@ def test_it_is_nnunets_step(optimizer_name, fused):
     optimizers = make_optimizer(ours.parameters(), settings, fused), make_optimizer(theirs.parameters(), settings)
     scaler = UnitScaler("cpu")
     for factor in (1.0, 1e4, 3.0):  # the second is clipped
-        loss, taken = training_step(ours, optimizers[0], scaler, lambda f=factor: f * ours(data()).square().mean())
+        loss = factor * ours(data()).square().mean()
+        taken = take_step(loss, ours, optimizers[0], scaler)
         expected = factor * theirs(data()).square().mean()
         optimizers[1].zero_grad()
         expected.backward()
         nn.utils.clip_grad_norm_(theirs.parameters(), 12)
         optimizers[1].step()
         assert taken
-        torch.testing.assert_close(loss, expected.detach())
+        torch.testing.assert_close(loss.detach(), expected.detach())
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
@@ -114,10 +115,9 @@ def test_a_step_that_is_not_finite_is_left_out(optimizer_name, fused, bad):
     scalers = UnitScaler("cpu"), UnitScaler("cpu")
     flags = []
     for factor in (bad, 1.0, bad, 2.0, bad, bad, 1.0):
-        _, taken = training_step(network, optimizers[0], scalers[0], lambda f=factor: f * network(data()).mean())
-        flags.append(bool(taken))
+        flags.append(bool(take_step(factor * network(data()).mean(), network, optimizers[0], scalers[0])))
     for factor in (1.0, 2.0, 1.0):
-        training_step(reference, optimizers[1], scalers[1], lambda f=factor: f * reference(data()).mean())
+        take_step(factor * reference(data()).mean(), reference, optimizers[1], scalers[1])
     assert flags == [False, True, False, True, False, False, True]
     torch.testing.assert_close(network.state_dict(), reference.state_dict(), rtol=0, atol=0)
     assert scalers[0].get_scale() == 1
@@ -127,9 +127,9 @@ def test_a_step_that_is_not_finite_is_left_out(optimizer_name, fused, bad):
 def test_a_training_goes_on_in_another_precision(before, after):
     old, new = (Precision(name, "cpu").scaler() for name in (before, after))
     network = small_network()
-    training_step(network, make_optimizer(network.parameters(), VFSettings()), old, lambda: network(data()).mean())
+    take_step(network(data()).mean(), network, make_optimizer(network.parameters(), VFSettings()), old)
     new.load_state_dict(old.state_dict())
-    training_step(network, make_optimizer(network.parameters(), VFSettings()), new, lambda: network(data()).mean())
+    take_step(network(data()).mean(), network, make_optimizer(network.parameters(), VFSettings()), new)
     assert new.get_scale() == (65536 if after == "fp16" else 1)
 
 
@@ -181,6 +181,6 @@ def test_it_never_waits_for_a_gpu(name):
         with precision.autocast():
             return network(x).square().mean()
 
-    training_step(network, optimizer, scaler, forward)  # makes the optimiser's state
+    take_step(forward(), network, optimizer, scaler)  # makes the optimiser's state
     with waiting_is_an_error():
-        training_step(network, optimizer, scaler, forward)
+        take_step(forward(), network, optimizer, scaler)

@@ -274,7 +274,7 @@ def test_two_dimensional_plans_train_without_weights(tiny, own_dataset, monkeypa
     preprocess([DATASET_ID], "nnUNetPlans", configurations=["2d"], num_processes=[1])
     assert len(preprocessed_cases(plans, "2d")) == 10
     monkeypatch.setattr(sys, "argv", TRAIN)
-    assert get_trainer_from_args(str(DATASET_ID), "2d", 0, "VFFinetuneTrainer", device=CPU).pretrained is None
+    assert get_trainer_from_args(str(DATASET_ID), "2d", 0, "VFFinetuneTrainer", device=CPU).pretrained_weights is None
 
 
 def test_differences_are_logged_and_the_weights_recorded(artifact, tiny, own_dataset, tmp_path, monkeypatch):
