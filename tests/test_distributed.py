@@ -181,7 +181,7 @@ def test_the_script_for_slurm_ends_in_time_and_requeues_itself(tmp_path):
         "nnUNet_results": "s",
         "SLURM_JOB_NODELIST": "host-[1-4]",
     }
-    script = Path(__file__).parent.parent / "docs" / "slurm.sh"
+    script = Path(__file__).parent.parent / "docs" / "how-to" / "slurm.sh"
     with subprocess.Popen(
         ["bash", str(script)], env={**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     ) as job:

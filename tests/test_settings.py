@@ -161,7 +161,7 @@ def test_sawtooth_comes_with_a_warmup_unless_one_is_set():
 
 @pytest.mark.parametrize("settings", [VFSettings, FinetuneSettings])
 def test_the_documentation_lists_every_setting_with_its_default(settings):
-    pages = (Path(__file__).parent.parent / "docs" / "settings.md").read_text().split("\n## ")
+    pages = (Path(__file__).parent.parent / "docs" / "reference" / "settings.md").read_text().split("\n## ")
     (page,) = [page for page in pages if f"`{settings.prefix}<setting>`" in page]
     for f in fields(settings):
         default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
