@@ -1,3 +1,5 @@
+"""Settings: defaults, plans, environment, validation, and comparison with a checkpoint."""
+
 from __future__ import annotations
 
 import re
@@ -7,10 +9,26 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.settings import FinetuneSettings, VFSettings
+from nnunetv2_vf.settings import FINETUNE_RECIPES, FinetuneSettings, VFSettings
+from nnunetv2_vf.settings.legal_values import format_value
+
+DOCS = Path(__file__).parent.parent / "docs"
 
 
-def test_environment_beats_plans_beats_defaults():
+def pretraining(**values: str) -> VFSettings:
+    """Return the settings of pretraining with these values in the environment."""
+    return VFSettings.resolve({}, {f"nnUNet_vf_{name}": value for name, value in values.items()})
+
+
+def finetuning(**values: str) -> FinetuneSettings:
+    """Return the settings of fine-tuning with these values in the environment."""
+    return FinetuneSettings.resolve({}, {f"nnUNet_vf_finetune_{name}": value for name, value in values.items()})
+
+
+# ---------------------------------------------------------------- precedence of the sources
+
+
+def test_environment_takes_precedence_over_plans_and_plans_over_defaults():
     plans = {"volume_fusion": {"num_epochs": 7, "gamma": [0.9, 1.1], "seed": 3}}
     settings = VFSettings.resolve(plans, {"nnUNet_vf_num_epochs": "9", "nnUNet_vf_box_count": "3,5"})
     assert (settings.num_epochs, settings.gamma, settings.seed) == (9, (0.9, 1.1), 3)
@@ -28,42 +46,43 @@ def test_environment_beats_plans_beats_defaults():
         ({}, (1e-3, 1e-5)),
     ],
 )
-def test_another_optimizer_comes_with_its_own_rate_and_decay(values, expected):
-    settings = VFSettings.resolve({}, {f"nnUNet_vf_{name}": value for name, value in values.items()})
+def test_a_chosen_optimizer_sets_the_default_learning_rate_and_weight_decay(values, expected):
+    settings = pretraining(**values)
     assert (settings.initial_lr, settings.weight_decay) == expected
 
 
-@pytest.mark.parametrize(
-    ("kind", "variable", "mended"),
-    [
-        (VFSettings, "nnUNet_vf_warmup_fraction", "nnUNet_vf_finetune_warmup_fraction"),
-        (FinetuneSettings, "nnUNet_vf_finetune_gamma", "nnUNet_vf_gamma"),
-    ],
-)
-def test_a_setting_of_the_other_training_is_named(kind, variable, mended):
-    with pytest.raises(UserError, match=f"^{variable} is not a setting of this training; .* {mended}$"):
-        kind.resolve({}, {variable: "0"})
-
-
-def test_a_recipe_is_less_than_plans_and_environment():
+def test_plans_and_environment_take_precedence_over_a_recipe():
     recipe = {"optimizer": "adamw", "initial_lr": 0.5, "gradient_clip": 2.0}
     plans = {"volume_fusion_finetune": {"gradient_clip": 3.0}}
     settings = FinetuneSettings.resolve(plans, {"nnUNet_vf_finetune_warmup_fraction": "0.1"}, recipe)
     assert (settings.optimizer, settings.initial_lr) == ("adamw", 0.5)
     assert (settings.gradient_clip, settings.warmup_fraction) == (3.0, 0.1)
-    other = FinetuneSettings.resolve({}, {"nnUNet_vf_finetune_optimizer": "adam"}, recipe)
-    assert (other.initial_lr, other.weight_decay, other.gradient_clip) == (1e-3, 1e-5, 2.0)
 
 
-def test_round_trip_through_plans():
+def test_an_optimizer_other_than_the_recipes_has_its_own_learning_rate():
+    recipe = {"optimizer": "adamw", "initial_lr": 0.5, "gradient_clip": 2.0}
+    settings = FinetuneSettings.resolve({}, {"nnUNet_vf_finetune_optimizer": "adam"}, recipe)
+    assert (settings.initial_lr, settings.weight_decay, settings.gradient_clip) == (1e-3, 1e-5, 2.0)
+
+
+@pytest.mark.parametrize("recipe", FINETUNE_RECIPES.values())
+def test_every_recipe_is_legal(recipe):
+    assert FinetuneSettings.resolve({}, {}, recipe) == FinetuneSettings(**recipe)
+
+
+def test_settings_recorded_in_plans_are_read_back_unchanged():
     settings = VFSettings(num_epochs=3, crop_scale=(1, 1), fusion_map="blocks")
     assert VFSettings.resolve({"volume_fusion": settings.as_dict()}, {}) == settings
 
 
-def test_pretraining_and_finetuning_do_not_read_each_others_variables():
-    environment = {"nnUNet_vf_num_epochs": "5", "nnUNet_vf_finetune_num_epochs": "6"}
+@pytest.mark.parametrize("spelling", [str, str.upper], ids=["exact", "capitals, as on Windows"])
+def test_each_training_reads_its_own_variables_only(spelling):
+    environment = {spelling("nnUNet_vf_num_epochs"): "5", spelling("nnUNet_vf_finetune_num_epochs"): "6"}
     assert VFSettings.resolve({}, environment).num_epochs == 5
     assert FinetuneSettings.resolve({}, environment).num_epochs == 6
+
+
+# ---------------------------------------------------------------- validation
 
 
 @pytest.mark.parametrize(
@@ -84,9 +103,9 @@ def test_pretraining_and_finetuning_do_not_read_each_others_variables():
         ("coefficient_steps", "0", "from 1 to"),
     ],
 )
-def test_illegal_values_name_the_variable_the_value_and_the_legal_range(name, value, legal):
+def test_the_error_for_an_illegal_value_names_variable_value_and_legal_values(name, value, legal):
     with pytest.raises(UserError) as error:
-        VFSettings.resolve({}, {f"nnUNet_vf_{name}": value})
+        pretraining(**{name: value})
     message = str(error.value)
     assert f"nnUNet_vf_{name}" in message
     assert repr(value) in message
@@ -94,75 +113,103 @@ def test_illegal_values_name_the_variable_the_value_and_the_legal_range(name, va
 
 
 @pytest.mark.parametrize("value", [True, 2.5, None, "x", [1, 2], float("inf")])
-def test_illegal_values_in_plans(value):
+def test_an_illegal_value_in_the_plans_is_an_error(value):
     with pytest.raises(UserError, match="num_epochs in the plans"):
         VFSettings.resolve({"volume_fusion": {"num_epochs": value}}, {})
 
 
 @pytest.mark.parametrize("section", [None, [1], "num_epochs=3"])
-def test_a_section_that_is_no_mapping(section):
+def test_a_section_of_the_plans_that_is_not_a_mapping_is_an_error(section):
     with pytest.raises(UserError, match="'volume_fusion' in the plans"):
         VFSettings.resolve({"volume_fusion": section}, {})
 
 
-def test_names_in_capitals_as_windows_shows_them():
-    environment = {"NNUNET_VF_NUM_EPOCHS": "5", "NNUNET_VF_FINETUNE_NUM_EPOCHS": "6"}
-    assert VFSettings.resolve({}, environment).num_epochs == 5
-    assert FinetuneSettings.resolve({}, environment).num_epochs == 6
-
-
-def test_unknown_names_are_refused_with_the_legal_ones():
+def test_the_error_for_an_unknown_name_lists_the_legal_names():
     with pytest.raises(UserError, match=r"'num_epoch' from nnUNet_vf_num_epoch; did you mean num_epochs\?"):
-        VFSettings.resolve({}, {"nnUNet_vf_num_epoch": "3"})
+        pretraining(num_epoch="3")
     with pytest.raises(UserError, match=r"'epochs' in the plans.*num_epochs"):
         VFSettings.resolve({"volume_fusion": {"epochs": 3}}, {})
 
 
-def test_the_constructor_validates_too():
+@pytest.mark.parametrize(
+    ("settings", "variable", "correct"),
+    [
+        (VFSettings, "nnUNet_vf_warmup_fraction", "nnUNet_vf_finetune_warmup_fraction"),
+        (FinetuneSettings, "nnUNet_vf_finetune_gamma", "nnUNet_vf_gamma"),
+    ],
+)
+def test_the_error_for_a_setting_of_the_other_training_names_the_correct_variable(settings, variable, correct):
+    with pytest.raises(UserError, match=f"^{variable} is not a setting of this training; set {correct} instead$"):
+        settings.resolve({}, {variable: "0"})
+
+
+def test_the_constructor_validates_values():
     with pytest.raises(UserError, match="seed"):
         VFSettings(seed=-1)
 
 
-def test_differences_name_the_setting_and_both_values():
-    recorded = VFSettings().as_dict()
-    assert VFSettings().differences(recorded) == {}
-    assert VFSettings(seed=5).differences(recorded) == {"seed": (5, 0)}
-    assert VFSettings().differences({**recorded, "gone": 1}) == {"gone": (None, 1)}
+# ---------------------------------------------------------------- the sawtooth schedule
 
 
-def test_a_refusal_of_other_settings_says_how_to_set_them_back():
-    recorded = VFSettings(gamma=(0.9, 1.1), fusion_map="blocks").as_dict()
-    with pytest.raises(UserError) as refused:
-        VFSettings().require_same(recorded, "checkpoint.pth")
-    (back,) = re.findall(r"export (.*)\)", str(refused.value))
-    assert VFSettings.resolve({}, dict(variable.split("=") for variable in back.split())).as_dict() == recorded
+def test_sawtooth_has_a_warmup_by_default():
+    assert finetuning().warmup_fraction == 0
+    assert finetuning(schedule="sawtooth").warmup_fraction == 0.1
+    assert finetuning(schedule="sawtooth", warmup_fraction="0").warmup_fraction == 0
 
 
-@pytest.mark.parametrize(("alone", "warmup"), [("0.1", 0.1), ("0.85", 0.05), ("0.9", 0.0)])
-def test_the_warm_up_of_a_sawtooth_leaves_room_unless_it_is_set(alone, warmup):
-    values = {"nnUNet_vf_finetune_schedule": "sawtooth", "nnUNet_vf_finetune_decoder_fraction": alone}
-    assert FinetuneSettings.resolve({}, values).warmup_fraction == warmup
+@pytest.mark.parametrize(("decoder_fraction", "warmup"), [("0.1", 0.1), ("0.85", 0.05), ("0.9", 0.0)])
+def test_the_default_warmup_of_sawtooth_leaves_epochs_for_the_decay(decoder_fraction, warmup):
+    assert finetuning(schedule="sawtooth", decoder_fraction=decoder_fraction).warmup_fraction == warmup
+
+
+def test_sawtooth_phases_may_take_exactly_the_largest_legal_fraction():
     assert FinetuneSettings(schedule="sawtooth", decoder_fraction=0.56, warmup_fraction=0.34)
 
 
-def test_a_sawtooth_needs_epochs_after_its_teeth():
-    values = {"nnUNet_vf_finetune_decoder_fraction": "0.5", "nnUNet_vf_finetune_warmup_fraction": "0.5"}
-    with pytest.raises(UserError, match=r"decoder_fraction = 0.5 and .*warmup_fraction = 0.5 leave.*legal: 0.9"):
-        FinetuneSettings.resolve({}, {**values, "nnUNet_vf_finetune_schedule": "sawtooth"})
-    assert FinetuneSettings.resolve({}, values).warmup_fraction == 0.5  # of the other schedules the first means nothing
+def test_sawtooth_phases_that_leave_no_epochs_for_the_decay_are_an_error():
+    fractions = {"decoder_fraction": "0.5", "warmup_fraction": "0.5"}
+    with pytest.raises(UserError, match=r"decoder_fraction = 0.5 and .*warmup_fraction = 0.5 leave.*at most 0.9"):
+        finetuning(schedule="sawtooth", **fractions)
+    assert finetuning(**fractions).warmup_fraction == 0.5  # other schedules do not use decoder_fraction
 
 
-def test_sawtooth_comes_with_a_warmup_unless_one_is_set():
-    sawtooth = {"nnUNet_vf_finetune_schedule": "sawtooth"}
-    assert FinetuneSettings.resolve({}, sawtooth).warmup_fraction == 0.1
-    assert FinetuneSettings.resolve({}, {**sawtooth, "nnUNet_vf_finetune_warmup_fraction": "0"}).warmup_fraction == 0
-    assert FinetuneSettings.resolve({}, {}).warmup_fraction == 0
+# ---------------------------------------------------------------- comparison with a checkpoint
+
+
+def test_equal_settings_are_accepted():
+    VFSettings(seed=5).require_same(VFSettings(seed=5).as_dict(), "checkpoint.pth")
+
+
+def test_settings_that_can_change_on_resume_are_not_compared():
+    changed = VFSettings(
+        save_every=3, save_every_minutes=1, precision="fp32", fused_optimizer="off", quarantine_limit=1
+    )
+    changed.require_same(VFSettings().as_dict(), "checkpoint.pth")
+
+
+def test_the_error_for_changed_settings_names_both_values():
+    recorded = {**VFSettings().as_dict(), "removed_setting": 1}
+    with pytest.raises(UserError) as error:
+        VFSettings(seed=5).require_same(recorded, "checkpoint.pth")
+    differences = "removed_setting = None (recorded: 1); seed = 5 (recorded: 0)."
+    assert str(error.value).startswith(f"the settings differ from those of checkpoint.pth: {differences}")
+
+
+def test_the_error_for_changed_settings_shows_how_to_restore_them():
+    recorded = VFSettings(gamma=(0.9, 1.1), fusion_map="blocks").as_dict()
+    with pytest.raises(UserError) as error:
+        VFSettings().require_same(recorded, "checkpoint.pth")
+    (variables,) = re.findall(r"export (.*)\)", str(error.value))
+    restored = VFSettings.resolve({}, dict(variable.split("=") for variable in variables.split()))
+    assert restored.as_dict() == recorded
+
+
+# ---------------------------------------------------------------- documentation
 
 
 @pytest.mark.parametrize("settings", [VFSettings, FinetuneSettings])
 def test_the_documentation_lists_every_setting_with_its_default(settings):
-    pages = (Path(__file__).parent.parent / "docs" / "reference" / "settings.md").read_text().split("\n## ")
-    (page,) = [page for page in pages if f"`{settings.prefix}<setting>`" in page]
+    sections = (DOCS / "reference" / "settings.md").read_text().split("\n## ")
+    (section,) = [section for section in sections if f"`{settings.prefix}<setting>`" in section]
     for f in fields(settings):
-        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else str(f.default)
-        assert f"| `{f.name}` | {default} |" in page, f.name
+        assert f"| `{f.name}` | {format_value(f.default)} |" in section, f.name

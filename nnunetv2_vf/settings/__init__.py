@@ -1,0 +1,26 @@
+"""Settings of the two trainings: frozen dataclasses, validated once, printed at the start, recorded in checkpoints.
+
+The modules::
+
+    pretraining    VFSettings: every setting of VFPretrainTrainer with its default
+    finetuning     FinetuneSettings: every setting of VFFinetuneTrainer with its default; recipes per network
+    shared         the settings that both trainings have; combining sources, comparing with a checkpoint
+    sources        reads settings from a plans file and from environment variables
+    legal_values   declares one setting; parses and validates its value
+
+A value comes from the first of these sources that has one:
+
+1. the environment: ``nnUNet_vf_<setting>``, for fine-tuning ``nnUNet_vf_finetune_<setting>``;
+2. the plans file: section ``volume_fusion``, for fine-tuning ``volume_fusion_finetune``;
+3. the defaults of a chosen optimiser or schedule (:data:`.shared.OPTIMIZER_DEFAULTS`);
+4. for fine-tuning, the recipe of the network (:data:`.finetuning.FINETUNE_RECIPES`);
+5. the default in the dataclass.
+
+A range is written ``low,high`` in the environment and ``[low, high]`` in a plans file. May import: errors.
+"""
+
+from nnunetv2_vf.settings.finetuning import FINETUNE_RECIPES, FinetuneSettings
+from nnunetv2_vf.settings.pretraining import VFSettings
+from nnunetv2_vf.settings.shared import TrainingSettings
+
+__all__ = ["FINETUNE_RECIPES", "FinetuneSettings", "TrainingSettings", "VFSettings"]

@@ -1,0 +1,86 @@
+"""Settings of pretraining (VFPretrainTrainer) with their defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nnunetv2_vf.settings.legal_values import setting
+from nnunetv2_vf.settings.shared import OPTIMIZER_DESCRIPTION, OPTIMIZERS, TrainingSettings
+
+_PRECISION_DESCRIPTION = (
+    "precision of matrix products and convolutions; "
+    "auto: bf16 on GPUs that support it, fp16 on other GPUs, fp32 on CPUs"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VFSettings(TrainingSettings):
+    """Settings of pretraining with Volume Fusion.
+
+    Defaults: pretext task and optimiser as in arXiv 2306.16925, schedule as in nnU-Net.
+    """
+
+    prefix: ClassVar[str] = "nnUNet_vf_"
+    section: ClassVar[str] = "volume_fusion"
+
+    optimizer: str = setting("adam", OPTIMIZER_DESCRIPTION, choices=OPTIMIZERS)
+    initial_lr: float = setting(1e-3, "highest learning rate, before it decays", low=1e-12, high=10)
+    weight_decay: float = setting(1e-5, "weight decay", low=0, high=1)
+    precision: str = setting(
+        "auto", _PRECISION_DESCRIPTION, choices=("auto", "bf16", "fp16", "tf32", "fp32"), can_change=True
+    )
+    fused_optimizer: str = setting(
+        "on",
+        "on: the optimiser updates all weights in one kernel and never waits for the GPU",
+        choices=("on", "off"),
+        can_change=True,
+    )
+    seed: int = setting(
+        0,
+        "seed of the initial weights, the training samples and dropout; validation samples do not depend on it",
+        low=0,
+    )
+    batch_per_gpu: int = setting(
+        0, "samples per batch on each rank; 0: the batch size of the plans, split among the ranks", low=0, high=4096
+    )
+    quarantine_limit: float = setting(
+        0.05, "largest fraction of unusable cases; with more of them the training stops", low=0, high=1, can_change=True
+    )
+
+    # The pretext task
+    coefficient_steps: int = setting(
+        4, "K: the fusion coefficients are 0, 1/K, ..., 1, one class for each", low=1, high=100
+    )
+    fusion_map: str = setting(
+        "boxes",
+        "layout of the fusion coefficients: overlapping boxes, or a grid of blocks",
+        choices=("boxes", "blocks"),
+    )
+    pairing: str = setting(
+        "same",
+        "whether both sub-volumes come from the same case or from different cases",
+        choices=("same", "different"),
+    )
+    box_count: tuple[int, int] = setting((10, 40), "boxes: number of boxes", low=1, high=1000)
+    box_min_side: int = setting(8, "boxes: shortest side in voxels", low=1)
+    box_max_fraction: float = setting(0.625, "boxes: longest side as a fraction of the patch", low=0.01, high=1)
+    block_side: tuple[int, int] = setting((8, 32), "blocks: side in voxels", low=1)
+    block_foreground: float = setting(0.7, "blocks: fraction of blocks with a non-zero class", low=0, high=1)
+
+    # Crops and augmentation
+    crop_scale: tuple[float, float] = setting(
+        (0.7, 1.5), "size of a crop relative to the patch, drawn for each axis", low=0.1, high=10
+    )
+    flip_probability: float = setting(0.5, "probability of a flip, for each axis", low=0, high=1)
+    contrast_probability: float = setting(1.0, "probability of the percentile contrast", low=0, high=1)
+    contrast_lower: tuple[float, float] = setting(
+        (0.1, 2.0), "lower percentile of the percentile contrast", low=0, high=50
+    )
+    contrast_upper: tuple[float, float] = setting(
+        (98.0, 99.9), "upper percentile of the percentile contrast", low=50, high=100
+    )
+    gamma: tuple[float, float] = setting((0.7, 1.5), "exponent of the gamma correction", low=0.1, high=10)
+    invert_probability: float = setting(
+        0.25, "probability that the intensities of both sub-volumes are inverted", low=0, high=1
+    )
