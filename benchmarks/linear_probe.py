@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.network_parts import HEADS
-from nnunetv2_vf.transfer.adapt import RANDOM, transfer, transferred_share
 from nnunetv2_vf.transfer.artifact import read_artifact
+from nnunetv2_vf.transfer.weight_transfer import RANDOM, transfer_weights, transferred_share
 
 NEW = "new weights"
 VOXELS = 2500  # of every class in every labelled case
@@ -105,9 +105,9 @@ def build(plan: ConfigurationManager, file: str | None) -> nn.Module:
         deep_supervision=True,
     )
     if file is not None:
-        fates = transfer(read_artifact(Path(file))["network_weights"], network)
+        fates = transfer_weights(read_artifact(Path(file))["network_weights"], network)
         if transferred_share(fates) < 1:
-            missing = next(fate for fate in fates if fate.what == RANDOM and HEADS not in fate.name)
+            missing = next(fate for fate in fates if fate.outcome == RANDOM and HEADS not in fate.name)
             raise UserError(f"{file} is of another network than the plans: {missing.name} does not fit; see --plans")
     return network.eval()
 

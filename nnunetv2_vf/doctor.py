@@ -26,8 +26,9 @@ from nnunetv2_vf.nnunet_folders import dataset_name
 from nnunetv2_vf.settings import FinetuneSettings, VFSettings
 from nnunetv2_vf.training.preflight import preprocessed_cases
 from nnunetv2_vf.transfer.artifact import read_pretrained
-from nnunetv2_vf.transfer.compatibility import differences, require_fit
-from nnunetv2_vf.transfer.safe_loading import as_described
+from nnunetv2_vf.transfer.differences import find_differences
+from nnunetv2_vf.transfer.network_fit import require_fit
+from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 from nnunetv2_vf.transfer.target_plans import TargetPlans, load_target
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"
@@ -181,9 +182,9 @@ def _weights(file: Path, target: TargetPlans | None) -> Iterator[Finding]:
         yield Finding(NOTE, "no dataset to compare the weights with; name one: -d ID -p PLANS")
         return
     try:
-        with as_described(file):
+        with malformed_file_errors(file):
             require_fit(file, pretrained, target)
             yield Finding(OK, f"{file} fits {target}")
-            yield from [Finding(NOTE, str(difference)) for difference in differences(pretrained["vf"], target)]
+            yield from [Finding(NOTE, str(difference)) for difference in find_differences(pretrained["vf"], target)]
     except UserError as error:
         yield Finding(FAIL, str(error))

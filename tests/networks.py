@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from nnunetv2_vf.pct_net import MODES, PCTNet
-from nnunetv2_vf.transfer.target_plans import build_network
+from nnunetv2_vf.transfer.architectures import build_network
 
 
 def unet(channels=1, kernels=((3, 3, 3),) * 3, strides=((1, 1, 1), (2, 2, 2), (2, 2, 2)), features=4, residual=False):

@@ -24,8 +24,8 @@ from nnunetv2_vf.training.optimizer import clip_gradients, make_optimizer
 from nnunetv2_vf.training.preflight import preprocessed_cases
 from nnunetv2_vf.training.random_state import get_random_state
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
-from nnunetv2_vf.transfer.compatibility import PretrainedWeights
 from nnunetv2_vf.transfer.kernel_norms import kernel_factors, scale_kernels
+from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights
 from nnunetv2_vf.transfer.target_plans import TargetPlans
 
 _ENCODER_SCHEDULES = ("encoder_only", "frozen_encoder")  # make no sense without a pretrained encoder
@@ -60,7 +60,7 @@ class VFFinetuneTrainer(ResumableTrainer):
         self.settings = FinetuneSettings.resolve(plans, os.environ, FINETUNE_RECIPES.get(network))
         preprocessed_cases(plans_manager, configuration)
         target = TargetPlans(plans_manager, configuration, dataset_json)
-        self.pretrained_weights = PretrainedWeights.of_command(sys.argv, target)
+        self.pretrained_weights = PretrainedWeights.from_command_line(sys.argv, target)
         # A resumed training takes the record from its checkpoint.
         self.pretrained_record = self.pretrained_weights.record if self.pretrained_weights else None
         plans = {**plans, FinetuneSettings.section: self.settings.as_dict()}

@@ -1,15 +1,37 @@
-"""One pretrained file for any target network: write it, read it safely, compare it, adapt it, convert others' files.
+"""Pretrained weights for any target: write, read, check, adapt, convert and describe them.
 
 Start reading in :mod:`.artifact`, the format of ``vf_pretrained.pth``.
 
-    artifact        writes and reads vf_pretrained.pth, and reads nnU-Net's checkpoints
-    safe_loading    refuses files that name anything but known networks and layers
-    target_plans    the plans of the dataset that the weights are for, and the network they describe
-    compatibility   refuses weights that do not fit, and lists what differs between pretraining and target
-    adapt           changes weights to fit other plans: channels, kernels, stages, attention windows
-    kernel_norms    scales pretrained kernels to the norm of freshly initialised ones
-    convert_misfm, convert_nnssl   read the checkpoints of these projects
-    info, model_card   describe a file of weights, on the terminal and as a page to share
+Files of weights::
+
+    artifact             writes and reads vf_pretrained.pth; reads nnU-Net's checkpoints in the same form
+    metadata             the entry "vf" of an artifact: network, plans, data and settings of pretraining
+    nnssl_plan           the entry "nnssl_adaptation_plan", for nnU-Net's nnssl commands
+    safe_loading         reads files without running code that they may hold
+    architectures        accepts only known networks and layers from files; builds networks
+    info, model_card     describe a file in the terminal, and as a page to share
+
+Weights and the plans of a target dataset::
+
+    target_plans         reads the plans of the target
+    network_fit          refuses weights that do not fit the target's network
+    differences          lists what differs between the data and plans of pretraining and target
+    suggested_commands   the commands that messages suggest
+    pretrained_weights   finds, checks and loads the weights that -pretrained_weights names
+    kernel_norms         scales pretrained kernels to the norm of freshly initialised ones
+
+``nnUNetv2_vf adapt`` changes weights to fit other plans::
+
+    adapt                reads a file, transfers its weights, writes the result
+    weight_transfer      copies weights into a network and reports on each tensor
+    tensor_rules         fits one tensor to another shape: channels, kernels, attention windows
+
+``nnUNetv2_vf convert`` makes artifacts from checkpoints of other projects::
+
+    convert              recognises the project
+    convert_misfm        renames the weights of MIS-FM's PCT-Net
+    misfm_position_bias  undoes a mistake in the position bias of MIS-FM's PCT-Net
+    convert_nnssl        reads networks of DKFZ's nnssl
 
 May import: the networks and the ground. Knows nothing of the trainers or of the other wings.
 """

@@ -1,8 +1,7 @@
-"""DKFZ's nnssl: the plan by which nnU-Net's nnssl commands adopt an artifact, and nnssl's own checkpoints.
+"""Convert Volume Fusion checkpoints of DKFZ's nnssl.
 
-Sources: MIC-DKFZ/nnssl, ``adaptation_planning/adaptation_plan.py`` (names and meaning of the plan's entries),
-``architectures/architecture_registry.py`` (ResEnc-L), ``training/nnsslTrainer/volume_fusion`` (Primus-M);
-MIC-DKFZ/nnUNet, ``experiment_planning/like_nnssl.py`` and ``training/nnUNetTrainer/pretraining`` (who reads it).
+Sources: MIC-DKFZ/nnssl, ``architectures/architecture_registry.py`` (ResEnc-L) and
+``training/nnsslTrainer/volume_fusion`` (Primus-M).
 """
 
 from __future__ import annotations
@@ -10,19 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.transfer.safe_loading import require_known_architecture
-from nnunetv2_vf.transfer.target_plans import build_network
+from nnunetv2_vf.transfer.architectures import build_network, require_known_architecture
+from nnunetv2_vf.transfer.nnssl_plan import PLAN_KEY
 
-PLAN_KEY = "nnssl_adaptation_plan"
-_ARCHITECTURES = "dynamic_network_architectures.architectures."
 _STAGES = 6
-# What nnssl calls ResEncL, as a plan's entry.
-_RES_ENC_L: dict[str, Any] = {
-    "network_class_name": _ARCHITECTURES + "unet.ResidualEncoderUNet",
+# The network that nnssl calls ResEncL, as an entry ``architecture``.
+RES_ENC_L: dict[str, Any] = {
+    "network_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
     "arch_kwargs": {
         "n_stages": _STAGES,
         "features_per_stage": [32, 64, 128, 256, 320, 320],
@@ -41,7 +37,7 @@ _RES_ENC_L: dict[str, Any] = {
     },
     "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
 }
-# ... and PrimusM, but for the input shape. nnssl trains it as "EvaMAE", whose modules have Primus's names.
+# The arguments of the network that nnssl calls PrimusM. nnssl trains "EvaMAE", whose modules have the same names.
 _PRIMUS_M: dict[str, Any] = {
     "embed_dim": 864,
     "patch_embed_size": [8, 8, 8],
@@ -53,110 +49,71 @@ _PRIMUS_M: dict[str, Any] = {
 }
 
 
-def adaptation_plan(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The ``nnssl_adaptation_plan`` of an artifact, from its ``vf`` metadata; None without plans of its own."""
-    if "plans" not in metadata or "adapted" in metadata:  # adapted weights are for one target, and have its shapes
-        return None
-    plans, architecture = metadata["plans"], metadata["architecture"]
-    configuration = PlansManager(plans).get_configuration(metadata["configuration"]).configuration
-    network = build_network(architecture, metadata["num_input_channels"], metadata["num_classes"])
-    class_name = architecture["network_class_name"]
-    return {
-        "architecture_plans": {
-            # nnssl and nnU-Net look up bare names among dynamic_network_architectures, others by their path
-            "arch_class_name": class_name.rpartition(".")[2] if class_name.startswith(_ARCHITECTURES) else class_name,
-            "arch_kwargs": architecture["arch_kwargs"],
-            "arch_kwargs_requiring_import": architecture["_kw_requires_import"],
-        },
-        "pretrain_plan": {
-            "dataset_name": plans["dataset_name"],
-            "plans_name": plans["plans_name"],
-            "original_median_spacing_after_transp": plans["original_median_spacing_after_transp"],
-            "image_reader_writer": plans["image_reader_writer"],
-            "transpose_forward": plans["transpose_forward"],
-            "transpose_backward": plans["transpose_backward"],
-            "configurations": {
-                "median": {  # nnssl's name for nnU-Net's choice of a spacing
-                    "data_identifier": configuration["data_identifier"],
-                    "preprocessor_name": configuration["preprocessor_name"],
-                    "spacing_style": "median",
-                    "normalization_schemes": configuration["normalization_schemes"],
-                    "use_mask_for_norm": configuration["use_mask_for_norm"],
-                    "resampling_fn_data": configuration["resampling_fn_data"],
-                    "resampling_fn_data_kwargs": configuration["resampling_fn_data_kwargs"],
-                    "resampling_fn_mask": configuration["resampling_fn_seg"],
-                    "resampling_fn_mask_kwargs": configuration["resampling_fn_seg_kwargs"],
-                    "spacing": metadata["spacing"],
-                    "patch_size": metadata["patch_size"],
-                }
-            },
-            "experiment_planner_used": plans["experiment_planner_used"],
-        },
-        "pretrain_num_input_channels": metadata["num_input_channels"],
-        "recommended_downstream_patchsize": metadata["patch_size"],
-        "key_to_encoder": getattr(network, "key_to_encoder", "encoder"),
-        "key_to_stem": getattr(network, "key_to_stem", "encoder"),
-        "keys_to_in_proj": list(getattr(network, "keys_to_in_proj", ())),
-        "key_to_lpe": None,
-    }
-
-
-def is_checkpoint(content: Mapping[str, Any]) -> bool:
-    """Whether a file's content is a checkpoint of nnssl."""
+def is_nnssl_checkpoint(content: Mapping[str, Any]) -> bool:
+    """Return True if a file's content is a checkpoint of nnssl."""
     return "network_weights" in content and PLAN_KEY in content and "vf" not in content
 
 
-def convert_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """nnssl's ResEnc-L, ResEnc U-Nets of other sizes and Primus-M: the weights, and the artifact's metadata.
+def convert_nnssl_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Convert a ResEnc-L, a residual encoder U-Net of another size, or a Primus-M.
 
-    The weights keep their names: nnssl builds its networks of the classes that nnU-Net builds.
+    Returns:
+        the weights, whose names do not change since nnssl and nnU-Net build the same classes; and the metadata of the
+        artifact.
 
     Raises:
-        UserError: it is another network, or its weights are not what its plan says.
+        UserError: the checkpoint is of another network, or its weights do not fit the network that it names.
     """
     plan, weights = checkpoint[PLAN_KEY], checkpoint["network_weights"]
-    (pretrained,) = plan["pretrain_plan"]["configurations"].values()
-    architecture = _architecture(plan["architecture_plans"], pretrained["patch_size"])
+    (configuration,) = plan["pretrain_plan"]["configurations"].values()
+    architecture = _convert_architecture(plan["architecture_plans"], configuration["patch_size"])
     is_primus = "patch_embed_size" in architecture["arch_kwargs"]
-    heads = ("up_projection.", "bias") if is_primus else ("decoder.seg_layers.", "bias")
-    biases = [w for name, w in weights.items() if name.startswith(heads[0]) and name.endswith(heads[1])]
+    head = "up_projection." if is_primus else "decoder.seg_layers."
+    head_biases = [tensor for name, tensor in weights.items() if name.startswith(head) and name.endswith("bias")]
     metadata = {
         "architecture": architecture,
         "num_input_channels": plan["pretrain_num_input_channels"],
-        "num_classes": biases[-1].shape[0] if biases else 0,
-        "normalization_schemes": pretrained["normalization_schemes"],
-        "spacing": pretrained["spacing"],
-        "patch_size": list(pretrained["patch_size"]),
+        "num_classes": head_biases[-1].shape[0] if head_biases else 0,
+        "normalization_schemes": configuration["normalization_schemes"],
+        "spacing": configuration["spacing"],
+        "patch_size": list(configuration["patch_size"]),
         "dataset": plan["pretrain_plan"]["dataset_name"],
         "converted_from": {"project": "nnssl", "trainer": checkpoint.get("trainer_name")},
     }
-    _check_complete(weights, metadata, deep_supervision=None if is_primus else True)
+    _require_matching_weights(weights, metadata, deep_supervision=None if is_primus else True)
     return weights, metadata
 
 
-def _architecture(described: Mapping[str, Any], patch_size: list[int]) -> dict[str, Any]:
-    name = described["arch_class_name"]
+def _convert_architecture(nnssl_architecture: Mapping[str, Any], patch_size: list[int]) -> dict[str, Any]:
+    """Return the entry ``architecture`` for a network of nnssl."""
+    name = nnssl_architecture["arch_class_name"]
     if name == "ResEncL":
-        return _RES_ENC_L
+        return RES_ENC_L
     if name == "PrimusM":
-        kwargs = {**_PRIMUS_M, "input_shape": list(patch_size)}
-        return {
-            "network_class_name": _ARCHITECTURES + "primus.Primus",
-            "arch_kwargs": kwargs,
-            "_kw_requires_import": [],
-        }
-    if name == "ResidualEncoderUNet" and described["arch_kwargs"]:
+        return primus_m(patch_size)
+    if name == "ResidualEncoderUNet" and nnssl_architecture["arch_kwargs"]:
         architecture = {
-            "network_class_name": _RES_ENC_L["network_class_name"],
-            "arch_kwargs": described["arch_kwargs"],
-            "_kw_requires_import": described["arch_kwargs_requiring_import"] or [],
+            "network_class_name": RES_ENC_L["network_class_name"],
+            "arch_kwargs": nnssl_architecture["arch_kwargs"],
+            "_kw_requires_import": nnssl_architecture["arch_kwargs_requiring_import"] or [],
         }
         require_known_architecture(architecture, "the checkpoint")
         return architecture
     raise UserError(f"nnssl's network {name} cannot be converted; legal: ResEncL, ResidualEncoderUNet, PrimusM")
 
 
-def _check_complete(weights: Mapping[str, Tensor], metadata: Mapping[str, Any], deep_supervision: bool | None) -> None:
+def primus_m(patch_size: list[int]) -> dict[str, Any]:
+    """Return the entry ``architecture`` of the network that nnssl calls PrimusM."""
+    return {
+        "network_class_name": "dynamic_network_architectures.architectures.primus.Primus",
+        "arch_kwargs": {**_PRIMUS_M, "input_shape": list(patch_size)},
+        "_kw_requires_import": [],
+    }
+
+
+def _require_matching_weights(
+    weights: Mapping[str, Tensor], metadata: Mapping[str, Any], deep_supervision: bool | None
+) -> None:
     network = build_network(
         metadata["architecture"],
         metadata["num_input_channels"],
@@ -167,8 +124,8 @@ def _check_complete(weights: Mapping[str, Tensor], metadata: Mapping[str, Any], 
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
     if wrong:
-        name = wrong[0]
+        first = wrong[0]
         raise UserError(
-            f"the checkpoint's weights are not those of its network: {len(wrong)} tensors differ, {name} for one: "
-            f"{found.get(name, 'missing')} (expected {expected.get(name, 'nothing')})"
+            f"the weights of the checkpoint do not fit its network: {len(wrong)} tensors differ, for example {first}: "
+            f"{found.get(first, 'missing')} (expected {expected.get(first, 'nothing')})"
         )

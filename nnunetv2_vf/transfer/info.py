@@ -1,4 +1,4 @@
-"""What a file of weights is, in at most ten lines, without running anything it may hold."""
+"""``nnUNetv2_vf info``: describe a file of weights in at most ten lines, without running code that it may hold."""
 
 from __future__ import annotations
 
@@ -11,85 +11,93 @@ from torch import Tensor
 
 from nnunetv2_vf.errors import UserError, printable
 from nnunetv2_vf.settings import VFSettings
-from nnunetv2_vf.transfer import convert_nnssl as nnssl
-from nnunetv2_vf.transfer.artifact import FILE_NAME, describe_checkpoint, is_checkpoint, load_safely, storage_key
+from nnunetv2_vf.transfer.architectures import can_be_planned
+from nnunetv2_vf.transfer.artifact import FILE_NAME, storage_key
 from nnunetv2_vf.transfer.convert_misfm import convert_state_dict
-from nnunetv2_vf.transfer.safe_loading import as_described, can_be_planned
+from nnunetv2_vf.transfer.convert_nnssl import convert_nnssl_checkpoint, is_nnssl_checkpoint
+from nnunetv2_vf.transfer.metadata import describe_nnunet_checkpoint, is_nnunet_checkpoint
+from nnunetv2_vf.transfer.safe_loading import load_safely, malformed_file_errors
 
 
 def describe_file(path: Path) -> str:
-    """Describe an artifact, an nnU-Net checkpoint, or a checkpoint of MIS-FM or nnssl.
+    """Describe an artifact, or a checkpoint of nnU-Net, nnssl or MIS-FM.
 
     Raises:
-        UserError: there is no such file, or it would have to run code to be read.
+        UserError: the file cannot be loaded safely or has missing or wrong entries.
     """
     content = load_safely(path)
-    with as_described(path):
+    with malformed_file_errors(path):
         return "\n".join(printable(line) for line in _describe(path, content))
 
 
 def _describe(path: Path, content: Mapping[str, Any]) -> list[str]:
     if "vf" in content and "network_weights" in content:
-        return _artifact(path, content)
-    if is_checkpoint(content):
-        return _checkpoint(path, content)
-    if nnssl.is_checkpoint(content):
-        return _nnssl(path, content)
+        return _describe_artifact(path, content)
+    if is_nnunet_checkpoint(content):
+        return _describe_nnunet_checkpoint(path, content)
+    if is_nnssl_checkpoint(content):
+        return _describe_nnssl_checkpoint(path, content)
     if isinstance(content.get("model_state_dict"), dict):
-        return _mis_fm(path, content["model_state_dict"])
+        return _describe_misfm_release(path, content["model_state_dict"])
     keys = ", ".join(sorted(map(str, content))[:10])
-    return [f"{path}: no file of weights that this program knows; a dict of {len(content)} entries: {keys}"]
+    return [f"{path}: unknown kind of file, a dict of {len(content)} entries: {keys}"]
 
 
-def _artifact(path: Path, content: Mapping[str, Any]) -> list[str]:
-    vf = content["vf"]
-    versions = ", ".join(f"{name} {version}" for name, version in vf.get("versions", {}).items())
-    origin = vf.get("converted_from")
-    kind = f"converted from {origin['project']}" if origin else "pretrained with Volume Fusion"
-    if "adapted" in vf:
-        kind += f", adapted to other plans: {vf['adapted']['transferred_share']:.1%} of them kept"
-    lines = [f"{path}: weights {kind} ({versions})", _network(vf, content["network_weights"]), *_data(vf)]
-    if "settings" in vf:
-        s = vf["settings"]
-        lines.append(
-            f"training: {s['num_epochs']} epochs x {s['iterations_per_epoch']} iterations, {s['optimizer']} at "
-            f"{s['initial_lr']:g}, {s['fusion_map']}, pairing {s['pairing']}"
-        )
-        dice = vf["pretext_dice_per_class"]
-        lines.append(f"pretext Dice by class: {', '.join(f'{d:.3f}' for d in dice)}")
-    if "adapted" in vf:
-        target = vf["adapted"]["for"]
-        part = "encoder only, " if vf["adapted"]["encoder_only"] else ""
-        lines.append(
+def _describe_artifact(path: Path, content: Mapping[str, Any]) -> list[str]:
+    metadata = content["vf"]
+    origin, adapted = metadata.get("converted_from"), metadata.get("adapted")
+    training = f"converted from {origin['project']}" if origin else "pretrained with Volume Fusion"
+    if adapted:
+        training += f", adapted to other plans: {adapted['transferred_share']:.1%} of them kept"
+    versions = ", ".join(f"{name} {version}" for name, version in metadata.get("versions", {}).items())
+    lines = [
+        f"{path}: weights {training} ({versions})",
+        _describe_network(metadata, content["network_weights"]),
+        *_describe_data(metadata),
+    ]
+    if "settings" in metadata:
+        settings, dice = metadata["settings"], metadata["pretext_dice_per_class"]
+        lines += [
+            f"training: {settings['num_epochs']} epochs x {settings['iterations_per_epoch']} iterations, "
+            f"{settings['optimizer']} at {settings['initial_lr']:g}, {settings['fusion_map']}, "
+            f"pairing {settings['pairing']}",
+            f"pretext Dice by class: {', '.join(f'{value:.3f}' for value in dice)}",
+        ]
+    file = shlex.quote(str(path))
+    if adapted:
+        target = adapted["for"]
+        part = "encoder only, " if adapted["encoder_only"] else ""
+        lines += [
             f"adapted: for {target['configuration']} of {target['plans']} of {target['dataset']}, {part}"
-            f"from {vf['adapted']['from']}"
-        )
-        lines.append(
+            f"from {adapted['from']}",
             f"use: nnUNetv2_train {target['dataset']} {target['configuration']} FOLD -p {target['plans']} "
-            f"-tr VFFinetuneTrainer -pretrained_weights {shlex.quote(str(path))}"
-        )
-    elif can_be_planned(vf["architecture"]):
-        lines.append(f"use: nnUNetv2_vf plan -d ID --like {shlex.quote(str(path))}")
+            f"-tr VFFinetuneTrainer -pretrained_weights {file}",
+        ]
+    elif can_be_planned(metadata["architecture"]):
+        lines.append(f"use: nnUNetv2_vf plan -d ID --like {file}")
     else:
-        lines.append("use: with your own plans of this network; it takes patches of one size, so none are made for it")
+        lines.append(
+            "use: with your own plans of this network; nnUNetv2_vf cannot plan it, since its patch size is fixed"
+        )
     return lines
 
 
-def _checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> list[str]:
-    vf = describe_checkpoint(checkpoint)
-    ours = checkpoint.get("volume_fusion")
-    trainer = f"{ours['trainer']}, under the name {vf['trainer']}" if ours else vf["trainer"]
-    labels = checkpoint["init_args"]["dataset_json"]["labels"]
+def _describe_nnunet_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> list[str]:
+    metadata = describe_nnunet_checkpoint(checkpoint)
+    finetuning = checkpoint.get("volume_fusion")  # the entry of VFFinetuneTrainer
+    trainer = metadata["trainer"]
+    if finetuning:
+        trainer = f"{finetuning['trainer']}, under the name {trainer}"
     lines = [
         f"{path}: checkpoint of nnU-Net's training with {trainer}, after {checkpoint['current_epoch']} epochs",
-        _network(vf, checkpoint["network_weights"]),
-        *_data(vf),
-        f"labels: {', '.join(labels)}",
+        _describe_network(metadata, checkpoint["network_weights"]),
+        *_describe_data(metadata),
+        f"labels: {', '.join(checkpoint['init_args']['dataset_json']['labels'])}",
     ]
-    if ours and ours["pretrained"]:
-        lines.append(f"pretrained: {ours['pretrained']['file']}, on {ours['pretrained']['dataset']}")
-    if VFSettings.section in vf["plans"]:
-        lines.append(f"use: {FILE_NAME} beside it; this one is for nnUNetv2_train --c")
+    if finetuning and finetuning["pretrained"]:
+        lines.append(f"pretrained: {finetuning['pretrained']['file']}, on {finetuning['pretrained']['dataset']}")
+    if VFSettings.section in metadata["plans"]:
+        lines.append(f"use: {FILE_NAME} beside it; this file is for nnUNetv2_train --c")
     else:
         lines.append(
             "use: nnUNetv2_predict; or as pretrained weights: nnUNetv2_vf plan -d ID --like, nnUNetv2_vf adapt"
@@ -97,44 +105,57 @@ def _checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _nnssl(path: Path, checkpoint: Mapping[str, Any]) -> list[str]:
-    first = f"{path}: checkpoint of nnssl's {checkpoint.get('trainer_name', 'training')}"
+def _describe_nnssl_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> list[str]:
+    first_line = f"{path}: checkpoint of nnssl's {checkpoint.get('trainer_name', 'training')}"
     try:
-        weights, vf = nnssl.convert_checkpoint(checkpoint)
+        weights, metadata = convert_nnssl_checkpoint(checkpoint)
     except UserError as error:
-        return [first, f"cannot be converted: {error}"]
-    return [first, _network(vf, weights), *_data(vf), f"use: nnUNetv2_vf convert {shlex.quote(str(path))} -o OUT.pth"]
+        return [first_line, f"cannot be converted: {error}"]
+    return [first_line, _describe_network(metadata, weights), *_describe_data(metadata), _convert_hint(path)]
 
 
-def _mis_fm(path: Path, state_dict: Mapping[str, Any]) -> list[str]:
-    first = f"{path}: checkpoint with a 'model_state_dict', as MIS-FM releases them"
+def _describe_misfm_release(path: Path, state_dict: Mapping[str, Any]) -> list[str]:
+    first_line = f"{path}: checkpoint with a 'model_state_dict', as in releases of MIS-FM"
     try:
-        return [first, str(convert_state_dict(state_dict)), f"use: nnUNetv2_vf convert {path} -o OUT.pth"]
+        return [first_line, str(convert_state_dict(state_dict)), _convert_hint(path)]
     except UserError as error:
-        return [first, f"cannot be converted: {error}"]
+        return [first_line, f"cannot be converted: {error}"]
 
 
-def _network(vf: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
-    architecture = vf["architecture"]
+def _convert_hint(path: Path) -> str:
+    return f"use: nnUNetv2_vf convert {shlex.quote(str(path))} -o OUT.pth"
+
+
+def _describe_network(metadata: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    architecture = metadata["architecture"]
     kwargs = architecture["arch_kwargs"]
+    # A tensor with several names counts once.
     parameters = sum({storage_key(tensor): tensor.numel() for tensor in weights.values()}.values())
     features = f"features {kwargs['features_per_stage']}, " if "features_per_stage" in kwargs else ""
     return (
         f"network: {architecture['network_class_name'].rpartition('.')[2]}, {features}{parameters / 1e6:.1f} M "
-        f"parameters, {vf['num_input_channels']} input channels, {vf['num_classes']} classes"
+        f"parameters, {metadata['num_input_channels']} input channels, {metadata['num_classes']} classes"
     )
 
 
-def _data(vf: Mapping[str, Any]) -> list[str]:
+def _describe_data(metadata: Mapping[str, Any]) -> list[str]:
+    """Return a line for each of dataset, channels and patch that the metadata hold."""
     lines = []
-    if "dataset" in vf:
-        cases = f", {vf['num_cases']} cases" if "num_cases" in vf else ""
-        plans = f", {vf['configuration']} of {vf['plans']['plans_name']}, fold {vf['fold']}" if "plans" in vf else ""
-        lines.append(f"data: {vf['dataset']}{cases}{plans}")
-    if vf.get("normalization_schemes"):
-        channels = f"{', '.join(vf['channel_names'].values())}; " if vf.get("channel_names") else ""
-        lines.append(f"channels: {channels}{', '.join(vf['normalization_schemes'])}")
-    if vf.get("patch_size"):
-        spacing = f" of {' x '.join(f'{mm:.3g}' for mm in vf['spacing'])} mm" if vf.get("spacing") else ""
-        lines.append(f"patch: {' x '.join(map(str, vf['patch_size']))} voxels{spacing}")
+    if "dataset" in metadata:
+        line = f"data: {metadata['dataset']}"
+        if "num_cases" in metadata:
+            line += f", {metadata['num_cases']} cases"
+        if "plans" in metadata:
+            plans_name = metadata["plans"]["plans_name"]
+            line += f", {metadata['configuration']} of {plans_name}, fold {metadata['fold']}"
+        lines.append(line)
+    if metadata.get("normalization_schemes"):
+        names = metadata.get("channel_names")
+        channels = f"{', '.join(names.values())}; " if names else ""
+        lines.append(f"channels: {channels}{', '.join(metadata['normalization_schemes'])}")
+    if metadata.get("patch_size"):
+        line = f"patch: {' x '.join(map(str, metadata['patch_size']))} voxels"
+        if metadata.get("spacing"):
+            line += f" of {' x '.join(f'{mm:.3g}' for mm in metadata['spacing'])} mm"
+        lines.append(line)
     return lines

@@ -1,9 +1,9 @@
-"""Pretrained kernels at the norm of new ones, so that fine-tuning turns them as fast as training from scratch does.
+"""Scale pretrained kernels to the norm of freshly initialised ones, so that fine-tuning changes them equally fast.
 
-A convolution that a normalisation follows does the same at any norm of its kernel, but a step of the optimiser turns
-a kernel of twice the norm half as far (Adam), or a quarter (SGD): it has a lower learning rate than a new one (van
-Laarhoven, "L2 Regularization versus Batch and Weight Normalization", arXiv 1706.05350). Kernels that were pretrained
-with Adam have grown, most of all in the decoder: docs/label_efficiency.md has by how much, and what it costs.
+If a normalisation follows a convolution, the norm of the kernel does not change the result. It does change the learning
+rate: a step of the optimiser turns a kernel of twice the norm by half the angle (Adam), or a quarter (SGD). See van
+Laarhoven, "L2 Regularization versus Batch and Weight Normalization", arXiv 1706.05350. Adam makes kernels grow during
+pretraining, most of all in the decoder: docs/label_efficiency.md says by how much, and what that costs.
 """
 
 from __future__ import annotations
@@ -22,38 +22,42 @@ from nnunetv2_vf.network_parts import part_of
 
 
 def kernel_factors(network: nn.Module, fresh: nn.Module, parts: Collection[str]) -> dict[str, float]:
-    """By what to multiply kernels to give them the norms of another network's.
+    """Return the factor that gives each kernel the norm of its freshly initialised counterpart.
 
-    Those of nnU-Net's convolution blocks (U-Net, ResEnc) that an instance norm follows at once; one factor for all
-    filters of a kernel, so that their rates are those of new ones on average.
+    Only kernels of nnU-Net's convolution blocks (U-Net, ResEnc) that an instance norm follows directly get a factor.
+    All filters of a kernel get the same one, so that their learning rates are right on average.
 
     Args:
         fresh: the same network with new weights.
         parts: ``encoder``, ``decoder`` or both.
 
     Returns:
-        Name of the convolution -> factor; kernels of norm 0 have no direction to keep and are left out.
+        name of the convolution -> factor, without kernels whose norm is 0.
     """
     factors = {}
-    for (name, conv), (_, new) in zip(_before_instance_norms(network), _before_instance_norms(fresh), strict=True):
-        norm, norm_of_new = (float(kernel.detach().double().norm()) for kernel in (conv.weight, new.weight))
-        if part_of(name) in parts and norm > 0 and norm_of_new > 0:
-            factors[name] = norm_of_new / norm
+    pairs = zip(_normalized_convolutions(network), _normalized_convolutions(fresh), strict=True)
+    for (name, convolution), (_, fresh_convolution) in pairs:
+        norm, fresh_norm = (float(conv.weight.detach().double().norm()) for conv in (convolution, fresh_convolution))
+        if part_of(name) in parts and norm > 0 and fresh_norm > 0:
+            factors[name] = fresh_norm / norm
     return factors
 
 
 @torch.no_grad()
 def scale_kernels(network: nn.Module, factors: Mapping[str, float]) -> None:
-    """Multiply kernels; what the network computes stays the same but for rounding and the normalisation's epsilon."""
+    """Multiply kernels; the network's output changes only by rounding and by the epsilon of the normalisation."""
     for name, factor in factors.items():
         cast(_ConvNd, network.get_submodule(name)).weight.mul_(factor)
 
 
-def _before_instance_norms(network: nn.Module) -> Iterator[tuple[str, _ConvNd]]:
-    """Each convolution once, with its name; an encoder that a decoder lists too is the encoder."""
+def _normalized_convolutions(network: nn.Module) -> Iterator[tuple[str, _ConvNd]]:
+    """Yield name and module of each convolution that an instance norm follows directly.
+
+    Each comes once: convolutions of the encoder, which nnU-Net's decoder lists too, have their name in the encoder.
+    """
     for name, module in network.named_modules():
         if isinstance(module, ConvDropoutNormReLU):
-            conv, *others = (layer for layer in module.all_modules if not isinstance(layer, _DropoutNd))
-            # with running statistics it would follow the kernel's norm only after a while
+            convolution, *others = (layer for layer in module.all_modules if not isinstance(layer, _DropoutNd))
+            # A norm with running statistics would adjust to a scaled kernel only after many steps.
             if others and isinstance(others[0], _InstanceNorm) and not others[0].track_running_stats:
-                yield f"{name}.conv", cast(_ConvNd, conv)
+                yield f"{name}.conv", cast(_ConvNd, convolution)

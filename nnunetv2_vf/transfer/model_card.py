@@ -1,4 +1,4 @@
-"""``MODEL_CARD.md``: what someone else must know before using an artifact, as a page to complete and share."""
+"""``MODEL_CARD.md``: a page beside an artifact that tells other people what they need to know before they use it."""
 
 from __future__ import annotations
 
@@ -9,43 +9,47 @@ from typing import Any
 from nnunetv2_vf.transfer.artifact import FILE_NAME
 
 CARD_NAME = "MODEL_CARD.md"
-_AUTHORS = "## Licence and data"
+_AUTHORS_SECTION = "## Licence and data"
 
 
 def write_model_card(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Write the card of an artifact, from its ``vf`` metadata.
+    """Write the model card of an artifact.
 
-    What stands under "Licence and data" is the author's: it is written once and then left alone.
+    An existing card keeps its section "Licence and data", which the author fills in.
+
+    Args:
+        metadata: the entry ``vf`` of the artifact.
     """
-    card = _card(metadata)
+    card = _make_card(metadata)
     if path.is_file():
-        own = path.read_text(encoding="utf-8").partition(_AUTHORS)[2]
-        card = card.partition(_AUTHORS)[0] + _AUTHORS + (own or card.partition(_AUTHORS)[2])
+        filled_in = path.read_text(encoding="utf-8").partition(_AUTHORS_SECTION)[2]
+        generated, _, empty_section = card.partition(_AUTHORS_SECTION)
+        card = generated + _AUTHORS_SECTION + (filled_in or empty_section)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(card, encoding="utf-8")
     unfinished.replace(path)
 
 
-def _card(vf: Mapping[str, Any]) -> str:
-    network = vf["architecture"]["network_class_name"].rpartition(".")[2]
-    settings = vf["settings"]
-    dice = vf["pretext_dice_per_class"]
+def _make_card(metadata: Mapping[str, Any]) -> str:
+    network = metadata["architecture"]["network_class_name"].rpartition(".")[2]
+    settings = metadata["settings"]
+    dice = metadata["pretext_dice_per_class"]
     mean = sum(dice) / len(dice)
     steps = settings["coefficient_steps"]
-    return f"""# {FILE_NAME}: {network} pretrained with Volume Fusion on {vf["dataset"]}
+    return f"""# {FILE_NAME}: {network} pretrained with Volume Fusion on {metadata["dataset"]}
 
-Self-supervised weights of encoder and decoder for 3D segmentation with nnU-Net v2; no labels were used.
+Self-supervised weights of encoder and decoder for 3D segmentation with nnU-Net v2, trained without labels.
 
 | | |
 |---|---|
-| network | {network}, {vf["num_input_channels"]} input channels |
-| images | {vf["num_cases"]} cases of {vf["dataset"]}, fold {vf["fold"]} |
-| channels | {", ".join(vf["channel_names"].values())} |
-| preprocessing | nnU-Net's, {vf["configuration"]} of {vf["plans"]["plans_name"]} |
-| normalisation | {", ".join(vf["normalization_schemes"])} |
-| spacing | {" x ".join(f"{mm:.3g}" for mm in vf["spacing"])} mm |
-| patch | {" x ".join(map(str, vf["patch_size"]))} voxels |
-| versions | {", ".join(f"{name} {version}" for name, version in vf["versions"].items())} |
+| network | {network}, {metadata["num_input_channels"]} input channels |
+| images | {metadata["num_cases"]} cases of {metadata["dataset"]}, fold {metadata["fold"]} |
+| channels | {", ".join(metadata["channel_names"].values())} |
+| preprocessing | nnU-Net's, {metadata["configuration"]} of {metadata["plans"]["plans_name"]} |
+| normalisation | {", ".join(metadata["normalization_schemes"])} |
+| spacing | {" x ".join(f"{mm:.3g}" for mm in metadata["spacing"])} mm |
+| patch | {" x ".join(map(str, metadata["patch_size"]))} voxels |
+| versions | {", ".join(f"{name} {version}" for name, version in metadata["versions"].items())} |
 
 ## Pretext task
 
@@ -55,8 +59,8 @@ Dice on fixed validation samples by fusion coefficient (mean {mean:.3f}):
 |{"---|" * len(dice)}
 | {" | ".join(f"{value:.3f}" for value in dice)} |
 
-![curves](progress.png)
-![what the network saw and answered](preview.png)
+![training curves](progress.png)
+![samples and predictions](preview.png)
 
 ## How to use
 
@@ -64,7 +68,7 @@ Dice on fixed validation samples by fusion coefficient (mean {mean:.3f}):
 pip install nnunetv2-vf
 eval "$(nnUNetv2_vf env)"
 nnUNetv2_extract_fingerprint -d ID
-nnUNetv2_vf plan -d ID --like {FILE_NAME}      # prints the commands that come next
+nnUNetv2_vf plan -d ID --like {FILE_NAME}      # prints the next commands
 ```
 
 ## Settings
@@ -80,9 +84,9 @@ nnUNetv2_vf plan -d ID --like {FILE_NAME}      # prints the commands that come n
 - Isensee et al., nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation, Nature
   Methods 18, 2021
 
-{_AUTHORS}
+{_AUTHORS_SECTION}
 
 - Licence of the weights: TO BE FILLED IN
-- Where the images come from, and on what terms: TO BE FILLED IN
-- Who made this, and whom to ask: TO BE FILLED IN
+- Origin of the images, and their terms of use: TO BE FILLED IN
+- Author and contact: TO BE FILLED IN
 """

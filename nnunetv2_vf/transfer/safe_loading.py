@@ -1,58 +1,72 @@
-"""What files from elsewhere may say: a closed list of networks and layers, since nnU-Net calls what is named there.
+"""Read weight files from anywhere without running code that they may hold.
 
-``weights_only=True`` keeps a file's pickle from running code, but nnU-Net's ``get_network_from_plans`` looks up names
-from a plan's architecture and calls them with the plan's arguments. Plans in ``nnUNet_preprocessed`` are the user's own
-and are not asked.
+``torch.load(weights_only=True)`` reads only tensors and plain data. But nnU-Net also calls the networks and layers that
+a file names; :mod:`nnunetv2_vf.transfer.architectures` checks those names.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from nnunetv2_vf.errors import UserError
 
-_NETWORKS = (
-    "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-    "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
-    "dynamic_network_architectures.architectures.primus.Primus",
-    "nnunetv2_vf.pct_net.PCTNet",
-)
-_LAYER = re.compile(
-    r"torch\.nn\.(modules\.(conv|batchnorm|instancenorm|dropout|activation)\.)?"
-    r"(Conv[123]d|BatchNorm[123]d|InstanceNorm[123]d|Dropout[123]?d?|LeakyReLU|ReLU|PReLU|ELU|SELU|GELU|SiLU|Mish)"
-)
+_HINT = "pretraining writes vf_pretrained.pth into its fold folder"
+# nnU-Net, nnssl and MIS-FM store scores as numpy numbers beside the weights.
+_NUMPY_SCALARS: list[Any] = [
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    np.dtypes.Float32DType,
+    np.dtypes.Float64DType,
+]
 
 
-def require_known_architecture(architecture: Any, file: Path | str) -> None:
-    """Raise UserError unless a plan's entry ``architecture`` names nothing but 3D networks and layers known here."""
-    with as_described(file):
-        name, kwargs = architecture["network_class_name"], architecture["arch_kwargs"]
-        layers = {key: kwargs.get(key) for key in architecture["_kw_requires_import"]}
-    if name not in _NETWORKS:
-        raise UserError(f"{file} names the network {name!r}; legal: {', '.join(_NETWORKS)}")
-    for key, layer in layers.items():
-        if layer is not None and not (isinstance(layer, str) and _LAYER.fullmatch(layer)):
-            raise UserError(f"{file} names {layer!r} as the {key} of its network; legal: layers of torch.nn")
-    if str(kwargs.get("conv_op", "3d"))[-2:] != "3d":
-        raise UserError(f"{file} holds weights of a network with {kwargs['conv_op']}; legal: 3D networks")
+def load_safely(path: Path) -> dict[str, Any]:
+    """Read a file of PyTorch weights; all tensors are on the CPU.
+
+    Raises:
+        UserError: the file does not exist, is damaged, can only be loaded by running code, or holds no dict.
+    """
+    if not path.is_file():
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"no file {path}: it {problem}; {_HINT}")
+    try:
+        with torch.serialization.safe_globals(_NUMPY_SCALARS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about pickles that it did not write
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise errors of many kinds
+        unsafe = _unsafe_globals(path)
+        if unsafe:
+            reason = f"loading it would run {', '.join(unsafe)}"
+        else:
+            reason = f"it is damaged or is no file of PyTorch ({type(error).__name__})"
+        raise UserError(f"{path} cannot be loaded safely: {reason}; {_HINT}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dict of weights; {_HINT}")
+    return content
 
 
-def can_be_planned(architecture: Mapping[str, Any]) -> bool:
-    """Whether a network takes patches of many sizes, so that plans can be made for it: not Primus."""
-    strides = architecture["arch_kwargs"].get("strides", ())
-    return bool(strides) and all(isinstance(stride, int) or len(stride) == 3 for stride in strides)
+def _unsafe_globals(path: Path) -> list[str]:
+    """Return the names that the file imports beyond tensors and numbers; empty if the file cannot be read at all."""
+    try:
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # a damaged file, or torch's format before version 1.6
+        return []
 
 
 @contextmanager
-def as_described(file: Path | str) -> Iterator[None]:
-    """Whatever goes wrong within, because entries of a file are missing or of another kind, is one UserError."""
+def malformed_file_errors(file: Path | str) -> Iterator[None]:
+    """Raise a UserError that names the file, if missing or wrong entries of the file cause an error in this block."""
     try:
         yield
     except UserError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{file} is not what its entries say: {type(error).__name__} {error}") from error
+        raise UserError(f"{file} has missing or wrong entries: {type(error).__name__} {error}") from error

@@ -1,0 +1,203 @@
+"""List what differs between the data and plans of pretraining and those of fine-tuning.
+
+None of these differences prevents a training: the weights fit, but the network sees other data than in pretraining.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunetv2_vf.errors import printable
+from nnunetv2_vf.settings import VFSettings
+from nnunetv2_vf.transfer.network_fit import network_differences
+from nnunetv2_vf.transfer.suggested_commands import plan_like_command
+from nnunetv2_vf.transfer.target_plans import TargetPlans
+
+_CT = "CTNormalization"
+# Normalisations of HU differ if their means are this many standard deviations apart, ...
+_MAX_MEAN_SHIFT = 0.25
+# ... or if one standard deviation is this many times the other.
+_MAX_STD_RATIO = 1.5
+_MR = "mr"  # MR images of unspecified contrast: MR, MRI, MRI2
+_MR_CONTRAST = re.compile(r"(mri?|adc|pd)(?![a-z])|t[12]|flair|dwi|swi")
+# Arguments of the network that change what it computes, but not the shapes of its weights.
+_LAYERS_WITHOUT_SHAPE = ("norm_op", "norm_op_kwargs", "nonlin", "nonlin_kwargs")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One difference between pretraining and fine-tuning, and its consequence."""
+
+    aspect: str
+    pretrained: str
+    target: str
+    consequence: str
+
+    def __str__(self) -> str:
+        return printable(f"{self.aspect}: {self.pretrained} in pretraining, {self.target} here: {self.consequence}")
+
+
+def describe_differences(metadata: Mapping[str, Any], target: TargetPlans) -> list[str]:
+    """Return one line for each difference, or a line that says there is none; and the share of pretrained weights.
+
+    Args:
+        metadata: the entry ``vf`` of an artifact.
+    """
+    lines = [str(difference) for difference in find_differences(metadata, target)]
+    if not lines:
+        lines = ["channels, normalisation, spacing and axis order are as in pretraining"]
+    share = metadata.get("adapted", {}).get("transferred_share", 1)
+    if share < 1:
+        lines.append(
+            f"{share:.1%} of the weights (without heads) come from pretraining; adapt left the others at random"
+        )
+    return lines
+
+
+def find_differences(metadata: Mapping[str, Any], target: TargetPlans) -> list[Difference]:
+    """Compare channels, normalisation, spacing, axis order and layers of pretraining with the target's plans.
+
+    Args:
+        metadata: the entry ``vf`` of an artifact.
+    """
+    if not metadata.get("normalization_schemes"):
+        consequence = "compare them with what the authors of the weights write"
+        return [Difference("spacing and normalisation", "not recorded", "those of the plans", consequence)]
+    found = [
+        _compare_channels(metadata, target),
+        _compare_normalization(metadata, target),
+        _compare_ct_intensities(metadata, target),
+        _compare_mask(metadata, target),
+        _compare_spacing(metadata, target),
+        _compare_axes(metadata, target),
+        *_compare_layers(metadata, target),
+    ]
+    return [difference for difference in found if difference is not None]
+
+
+def _compare_channels(metadata: Mapping[str, Any], target: TargetPlans) -> Difference | None:
+    pretrained, current = list(metadata.get("channel_names", {}).values()), list(target.channel_names.values())
+    if not pretrained or _same_modality(pretrained, current):
+        return None
+    consequence = "the first layers see another kind of image; expect a smaller gain than within one modality"
+    return Difference("channels", ", ".join(pretrained), ", ".join(current), consequence)
+
+
+def _same_modality(pretrained: Sequence[str], current: Sequence[str]) -> bool:
+    """True if the channel names are equal, or all are MR and one side does not specify the contrast."""
+    kinds, current_kinds = ([_channel_kind(name) for name in names] for names in (pretrained, current))
+    is_unspecified_mr = {_MR} in (set(kinds), set(current_kinds))
+    all_are_mr = all(_MR_CONTRAST.match(kind) for kind in kinds + current_kinds)
+    return _same_per_channel(kinds, current_kinds) or (is_unspecified_mr and all_are_mr)
+
+
+def _channel_kind(name: str) -> str:
+    return re.sub(r"^mri?[\W_\d]*$", _MR, name.lower())
+
+
+def _same_per_channel(pretrained: Sequence[Any], current: Sequence[Any]) -> bool:
+    """True if each channel has the same value; if the numbers of channels differ, the sets of values must be equal."""
+    if len(pretrained) == len(current):
+        return list(pretrained) == list(current)
+    return set(pretrained) == set(current)
+
+
+def _compare_normalization(metadata: Mapping[str, Any], target: TargetPlans) -> Difference | None:
+    pretrained, current = metadata["normalization_schemes"], target.configuration.normalization_schemes
+    if _same_per_channel(pretrained, current):
+        return None
+    consequence = (
+        "intensities have another meaning than in pretraining, which costs more than any other difference; "
+        f"{_replan_hint(target, 'normalization')}"
+    )
+    return Difference("normalisation", ", ".join(pretrained), ", ".join(current), consequence)
+
+
+def _compare_ct_intensities(metadata: Mapping[str, Any], target: TargetPlans) -> Difference | None:
+    """Compare the mean and standard deviation by which pretraining and target normalise HU."""
+    if "plans" not in metadata:
+        return None
+    schemes = zip(metadata["normalization_schemes"], target.configuration.normalization_schemes, strict=False)
+    ct_channels = [str(i) for i, pair in enumerate(schemes) if pair == (_CT, _CT)]
+    pretrained, current = (
+        manager.foreground_intensity_properties_per_channel
+        for manager in (PlansManager(metadata["plans"]), target.plans_manager)
+    )
+    differing = [i for i in ct_channels if _differ_in_hu(pretrained[i], current[i])]
+    if not differing:
+        return None
+    first = differing[0]
+    consequence = f"the same tissue has another value than in pretraining; {_replan_hint(target, 'normalization')}"
+    return Difference("intensities", _format_hu(pretrained[first]), _format_hu(current[first]), consequence)
+
+
+def _differ_in_hu(pretrained: Mapping[str, float], current: Mapping[str, float]) -> bool:
+    smaller_std, larger_std = sorted((pretrained["std"], current["std"]))
+    shift = abs(pretrained["mean"] - current["mean"]) / larger_std
+    return shift > _MAX_MEAN_SHIFT or larger_std / max(smaller_std, 1e-8) > _MAX_STD_RATIO
+
+
+def _format_hu(intensities: Mapping[str, float]) -> str:
+    return f"(HU - {intensities['mean']:.0f}) / {intensities['std']:.0f}"
+
+
+def _compare_mask(metadata: Mapping[str, Any], target: TargetPlans) -> Difference | None:
+    if "plans" not in metadata:
+        return None
+    configuration = PlansManager(metadata["plans"]).get_configuration(metadata["configuration"])
+    pretrained, current = configuration.use_mask_for_norm, target.configuration.use_mask_for_norm
+    if _same_per_channel(pretrained, current):
+        return None
+    consequence = f"voxels outside the body stay zero in only one of the two; {_replan_hint(target, 'normalization')}"
+    return Difference("normalisation within the mask only", str(pretrained), str(current), consequence)
+
+
+def _compare_spacing(metadata: Mapping[str, Any], target: TargetPlans) -> Difference | None:
+    """Compare the spacings; pretraining crops at random scales, and within their range a spacing is nothing new."""
+    pretrained, current = metadata.get("spacing"), target.configuration.spacing
+    if not pretrained:
+        return None
+    low, high = metadata.get("settings", {}).get("crop_scale", VFSettings().crop_scale)
+    scales = [old / new for old, new in zip(pretrained, current, strict=True)]
+    if all(low * (1 - 1e-6) <= 1 / scale <= high * (1 + 1e-6) for scale in scales):
+        return None
+    consequence = (
+        f"structures are {' x '.join(f'{scale:.2g}' for scale in scales)} times as long in voxels as in pretraining, "
+        f"outside the range of its crop scales; {_replan_hint(target, 'spacing')}"
+    )
+    return Difference("spacing", _format_spacing(pretrained), _format_spacing(current), consequence)
+
+
+def _format_spacing(spacing: Sequence[float]) -> str:
+    return " x ".join(f"{mm:.3g}" for mm in spacing) + " mm"
+
+
+def _compare_axes(metadata: Mapping[str, Any], target: TargetPlans) -> Difference | None:
+    if "plans" not in metadata:
+        return None
+    pretrained, current = metadata["plans"]["transpose_forward"], list(target.plans_manager.transpose_forward)
+    if pretrained == current:
+        return None
+    consequence = (
+        "an axis of the network is another axis of the body; flips do not compensate for that, fine-tuning has to"
+    )
+    return Difference("axis order", str(pretrained), str(current), consequence)
+
+
+def _compare_layers(metadata: Mapping[str, Any], target: TargetPlans) -> list[Difference]:
+    consequence = f"the same weights compute something else; {plan_like_command('FILE', target)}"
+    differing = network_differences(metadata, target)
+    return [
+        Difference(name, str(differing[name][0]), str(differing[name][1]), consequence)
+        for name in _LAYERS_WITHOUT_SHAPE
+        if name in differing
+    ]
+
+
+def _replan_hint(target: TargetPlans, option: str) -> str:
+    return f"plan with the {option} of pretraining: {plan_like_command('FILE', target)} --{option} pretrained"

@@ -1,0 +1,85 @@
+"""Check that pretrained weights fit the network of a target's plans, as stock ``-pretrained_weights`` will."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.network_parts import HEADS
+from nnunetv2_vf.transfer.architectures import build_network, can_be_planned
+from nnunetv2_vf.transfer.suggested_commands import adapt_command, plan_like_command
+from nnunetv2_vf.transfer.target_plans import TargetPlans
+
+_NETWORK, _INPUT_CHANNELS = "network", "input channels"
+_NOT_ADAPTABLE = {_NETWORK, "conv_op", "num_heads"}
+
+
+def require_fit(file: Path, pretrained: Mapping[str, Any], target: TargetPlans) -> None:
+    """Raise UserError unless stock ``-pretrained_weights`` accepts the weights for the target's plans.
+
+    Args:
+        file: for the message.
+        pretrained: the content of the file, from :func:`nnunetv2_vf.transfer.artifact.read_pretrained`.
+    """
+    network = build_network(target.architecture, target.input_channels, target.num_classes)
+    mismatched = mismatched_tensors(pretrained["network_weights"], network)
+    if not mismatched:
+        return
+    differences = network_differences(pretrained["vf"], target)
+    reason = "; ".join(f"{name} {old} in the file, {new} in the plans" for name, (old, new) in differences.items())
+    if not reason:
+        reason = f"{len(mismatched)} tensors are missing or have another shape, for example {mismatched[0]}"
+    hint = "; or ".join(_suggest_commands(file, pretrained["vf"], target, differences))
+    raise UserError(f"{file} does not fit {target}: {reason}; {hint}")
+
+
+def mismatched_tensors(weights: Mapping[str, Tensor], network: nn.Module) -> list[str]:
+    """Return the tensors of ``network``, without its heads, that ``weights`` lack or have in another shape."""
+    return [
+        name
+        for name, tensor in network.state_dict().items()
+        if HEADS not in name and (name not in weights or weights[name].shape != tensor.shape)
+    ]
+
+
+def network_differences(metadata: Mapping[str, Any], target: TargetPlans) -> dict[str, tuple[Any, Any]]:
+    """Compare the networks of pretraining and target.
+
+    Returns:
+        name of each argument that differs -> (pretrained value, target value); empty if the metadata hold no network.
+    """
+    if "architecture" not in metadata:
+        return {}
+    pretrained, planned = metadata["architecture"], target.architecture
+    pairs = {
+        _NETWORK: (pretrained["network_class_name"], planned["network_class_name"]),
+        _INPUT_CHANNELS: (metadata["num_input_channels"], target.input_channels),
+    }
+    if pretrained["network_class_name"] == planned["network_class_name"]:
+        names = sorted({*pretrained["arch_kwargs"], *planned["arch_kwargs"]})
+        pairs |= {name: (pretrained["arch_kwargs"].get(name), planned["arch_kwargs"].get(name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _suggest_commands(
+    file: Path, metadata: Mapping[str, Any], target: TargetPlans, differences: Mapping[str, tuple[Any, Any]]
+) -> list[str]:
+    commands = []
+    # adapt refuses the second stage of a cascade, whose additional input channels are no images.
+    if differences and _can_be_adapted(differences) and target.configuration.previous_stage_name is None:
+        commands.append(f"adapt the weights: {adapt_command(file, target)}")
+    only_channels_differ = differences.keys() == {_INPUT_CHANNELS}
+    if differences and not only_channels_differ and can_be_planned(metadata["architecture"]):
+        commands.append(f"plan with the pretrained network: {plan_like_command(file, target)}")
+    return commands or [f"see what the file holds: nnUNetv2_vf info {shlex.quote(str(file))}"]
+
+
+def _can_be_adapted(differences: Mapping[str, tuple[Any, Any]]) -> bool:
+    pretrained_features, planned_features = differences.get("features_per_stage", ((), ()))
+    common_stages = zip(pretrained_features, planned_features, strict=False)
+    return not differences.keys() & _NOT_ADAPTABLE and all(old == new for old, new in common_stages)

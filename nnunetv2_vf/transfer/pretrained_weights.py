@@ -1,0 +1,81 @@
+"""The weights that a training command names with ``-pretrained_weights``: find, check and load them.
+
+nnU-Net does not tell its trainers about this option, so it is read from the command line.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nnunetv2_vf.network_parts import HEADS
+from nnunetv2_vf.transfer.artifact import read_pretrained
+from nnunetv2_vf.transfer.differences import describe_differences
+from nnunetv2_vf.transfer.network_fit import require_fit
+from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
+from nnunetv2_vf.transfer.target_plans import TargetPlans
+
+_TRAINING_COMMANDS = ("nnUNetv2_train", "run_training", "distributed")  # the last is nnunetv2_vf.distributed
+_OPTION = "-pretrained_weights"
+
+
+@dataclass(frozen=True)
+class PretrainedWeights:
+    """Weights that fit the network of the training.
+
+    Attributes:
+        file: what ``-pretrained_weights`` names.
+        record: plain data for the log and for checkpoints: file name, dataset, number of cases, what ``adapt`` did, and
+            the differences between pretraining and this training.
+    """
+
+    file: Path
+    record: dict[str, Any]
+
+    @classmethod
+    def from_command_line(cls, command: Sequence[str], target: TargetPlans) -> PretrainedWeights | None:
+        """Read and check the file that a training command names; None if it names none.
+
+        Raises:
+            UserError: the file cannot be read, or its weights do not fit the target's network.
+        """
+        file = pretrained_weights_argument(command)
+        if file is None:
+            return None
+        pretrained = read_pretrained(file)
+        metadata = pretrained["vf"]
+        with malformed_file_errors(file):
+            require_fit(file, pretrained, target)
+            differences = describe_differences(metadata, target)
+        record = {
+            "file": file.name,  # without its folder, since checkpoints are shared with others
+            "dataset": metadata.get("dataset"),
+            "num_cases": metadata.get("num_cases"),
+            "adapted": metadata.get("adapted"),
+            "compared": differences,
+        }
+        return cls(file, record)
+
+    def copy_into(self, network: nn.Module) -> None:
+        """Copy all weights except the heads into the network, as stock ``-pretrained_weights`` does."""
+        weights = read_pretrained(self.file)["network_weights"]
+        for name, tensor in network.state_dict().items():
+            if HEADS not in name:
+                tensor.copy_(weights[name.removeprefix("_orig_mod.")])  # torch.compile adds this prefix
+
+
+def pretrained_weights_argument(command: Sequence[str]) -> Path | None:
+    """Return the file that a training command names with ``-pretrained_weights``; None for other commands."""
+    if Path(command[0]).stem not in _TRAINING_COMMANDS:
+        return None
+    for word, next_word in itertools.zip_longest(command[1:], command[2:]):
+        if word == _OPTION and next_word is not None:
+            return Path(next_word)
+        if word.startswith(f"{_OPTION}="):
+            return Path(word.removeprefix(f"{_OPTION}="))
+    return None
