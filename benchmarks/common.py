@@ -1,7 +1,8 @@
-"""Measuring contenders side by side: in turn, in one process, so that a busy machine slows all of them alike."""
+"""Shared by the benchmarks: command line options, contenders that take turns, the printed table and the result file."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
@@ -10,67 +11,166 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from nnunetv2_vf.demo.phantoms import write_dataset
+from nnunetv2_vf.nnunet_commands import Workspace
 
-DOCS = Path(__file__).parent.parent / "docs"
+RESULTS = Path(__file__).parent / "results"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+PEERS = {
+    "MIS-FM": "https://github.com/openmedlab/MIS-FM",
+    "PyMIC": "https://github.com/HiLab-git/PyMIC",
+    "nnssl": "https://github.com/MIC-DKFZ/nnssl",
+}
+PHANTOMS_ID = 1
+PHANTOMS = f"Dataset{PHANTOMS_ID:03d}_Phantoms"
+
+Seconds = dict[str, list[float]]  # contender -> seconds of each of its runs
 
 
-def alternate(
+# ---------------------------------------------------------------- command line
+
+
+def make_parser(
+    description: str | None, device: bool = False, peers: Sequence[str] = (), output: bool = False
+) -> argparse.ArgumentParser:
+    """Return a parser whose help is the docstring of the script, with the options that the benchmarks share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if device:
+        parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    if peers:
+        what = f"folder with the checkouts to compare with: {', '.join(peers)}; default: none"
+        parser.add_argument("--peers", type=Path, metavar="FOLDER", help=what)
+    if output:
+        parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file; default: in benchmarks/results")
+    return parser
+
+
+def find_peer(peers: Path | None, name: str) -> Path | None:
+    """Return the checkout of a peer, or None, with a printed note, if there is none."""
+    if peers is None:
+        return None
+    checkout = peers / name
+    if checkout.is_dir():
+        return checkout.resolve()
+    print(f"{name} is left out: {checkout} does not exist; git clone {PEERS[name]} {checkout}")
+    return None
+
+
+# ---------------------------------------------------------------- data
+
+
+def prepare_phantoms(workspace: Workspace, cases: int, spacing: float) -> dict[str, Any]:
+    """Plan and preprocess generated phantoms with nnU-Net's commands.
+
+    Args:
+        spacing: mm; smaller voxels mean larger patches.
+
+    Returns:
+        The 3d_fullres configuration of the plans.
+    """
+    write_dataset(workspace.raw / PHANTOMS, range(cases), spacing=spacing)
+    workspace.run("nnUNetv2_plan_and_preprocess", "-d", PHANTOMS_ID, "-c", "3d_fullres", "-gpu_memory_target", 2)
+    plans = json.loads((workspace.preprocessed / PHANTOMS / "nnUNetPlans.json").read_text())
+    configuration: dict[str, Any] = plans["configurations"]["3d_fullres"]
+    return configuration
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def take_turns(
     contenders: Mapping[str, Callable[[], Any]],
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
     warm_up: int = 1,
-) -> dict[str, list[float]]:
-    """Seconds of every run of each contender, A B C A B C ..., after ``warm_up`` rounds that do not count.
+) -> Seconds:
+    """Time every contender in turn (A B C A B C ...), so that a busy machine slows all of them alike.
 
     Args:
-        clock: ``time.process_time`` counts the time of the processor alone, which neighbours on the machine do not
-            lengthen; for work on one core.
+        repeats: counted runs of each contender, after ``warm_up`` runs that are not counted.
+        clock: ``time.process_time`` counts processor time only, which other processes on the machine do not
+            lengthen; use it for work on one core.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: Seconds = {name: [] for name in contenders}
     for turn in range(warm_up + repeats):
         for name, run in contenders.items():
             start = clock()
             result = run()
             elapsed = clock() - start
-            del result  # what it holds is given back outside the measured time
+            del result  # its memory is freed outside the measured time
             if turn >= warm_up:
                 seconds[name].append(elapsed)
     return seconds
 
 
-def summary(seconds: Sequence[float], unit: float = 1e3, digits: int = 2) -> str:
-    """``median (lowest to highest)``, in milliseconds unless ``unit`` is another number of parts of a second."""
-    median, lowest, highest = (f"{unit * f(seconds):.{digits}f}" for f in (statistics.median, min, max))
+def wait_for_device(device: Any) -> None:
+    """Wait until a GPU has finished its queued work."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def proportional_memory(pid: int) -> float:
+    """Return the proportional set size of a process and its children in MiB (Linux).
+
+    Memory that they share counts once.
+
+    Raises:
+        OSError: one of them has just ended.
+    """
+    children = (file.read_text().split() for file in Path(f"/proc/{pid}/task").glob("*/children"))
+    processes = [pid, *(int(child) for of_thread in children for child in of_thread)]
+    lines = [line for each in processes for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()]
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+# ---------------------------------------------------------------- reporting
+
+
+def median_and_range(values: Sequence[float], scale: float = 1, digits: int = 2) -> str:
+    """Return ``median (lowest to highest)`` of values times ``scale``."""
+    median, lowest, highest = (f"{scale * f(values):.{digits}f}" for f in (statistics.median, min, max))
     return f"{median} ({lowest} to {highest})"
 
 
-def ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
-    """Of the medians."""
-    return statistics.median(seconds) / statistics.median(reference)
+def median_ratio(values: Sequence[float], reference: Sequence[float]) -> float:
+    return statistics.median(values) / statistics.median(reference)
 
 
-def machine(device: torch.device) -> str:
-    """What the figures are of, in words that say enough to compare and no more."""
-    if device.type == "cuda":
-        return f"one {torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+def describe_device(device: str) -> str:
+    """Return the GPU's name or the number of CPU threads, and the version of torch."""
+    import torch
+
+    if device == "cuda":
+        return f"one {torch.cuda.get_device_name()}, torch {torch.__version__}"
     threads = torch.get_num_threads()
     model = platform.processor() or platform.machine()
     return f"{threads} CPU core{'s' if threads > 1 else ''} ({model}), torch {torch.__version__}"
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of rows with the same keys."""
-    return "\n".join(map(_line, [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]))
+def by(sides: Iterable[Any]) -> str:
+    """Return ``64 x 128 x 128`` for the sides of a shape or a spacing."""
+    return " x ".join(f"{side:g}" for side in sides)
 
 
-def _line(cells: Iterable[Any]) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown table of rows with the same keys."""
+    lines: list[Iterable[Any]] = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def report(name: str, about: str, rows: Sequence[Mapping[str, Any]], docs: Path = DOCS, **raw: Any) -> None:
-    """Print the table; write rows and raw figures to ``NAME.json`` in ``docs``."""
-    print(f"\n{about}\n\n{markdown(rows)}")
-    content = {"about": about, "rows": rows, **raw}
-    docs.mkdir(parents=True, exist_ok=True)
-    (docs / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+def write_result(file: Path, content: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def report(args: argparse.Namespace, name: str, about: str, rows: Sequence[Mapping[str, Any]], **raw: Any) -> None:
+    """Print the table; write it and the single measurements to ``--output``.
+
+    Args:
+        name: of the result file without its ending, unless ``--output`` is given.
+        about: what was measured, and on what.
+    """
+    print(f"\n{about}\n\n{markdown_table(rows)}")
+    write_result(args.output or RESULTS / f"{name}.json", {"about": about, "rows": rows, **raw})

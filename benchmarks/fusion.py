@@ -1,16 +1,17 @@
-"""A training sample of Volume Fusion, side by side with PyMIC and nnssl: from a volume in memory to what is learnt.
+"""Time to make one Volume Fusion training sample, beside PyMIC and nnssl.
 
-    python benchmarks/fusion.py [--pymic PATH] [--nnssl PATH] [--device cpu|cuda] [--repeats 40]
+    python benchmarks/fusion.py [--peers FOLDER] [--device cpu|cuda] [--repeats 40]
 
-PATH is a checkout of HiLab-git/PyMIC (which also needs pip install imops h5py fastremap edt) or MIC-DKFZ/nnssl; without
-them ours runs alone. On the CPU: one core, counted in its own time. Three tasks, each with a patch of 64x128x128:
+On the CPU three tasks are timed on one core, in processor time, for a patch of 64x128x128 voxels from a volume in memory:
 
-- rescaled: two crops at random scales, resized, contrast, gamma, flips, inversion, map, fusion (the paper's recipe);
-- not rescaled: the same with crops of the patch's size; nnssl with the augmentations of its VolumeFusionTrainer;
-- fusion: map and fusion of two arrays alone.
+- rescaled: two crops at random scales, resized, contrast, gamma, flips, inversion, fusion map, fusion (the paper's
+  recipe);
+- not rescaled: the same with crops of the patch's size; nnssl runs the augmentations of its VolumeFusionTrainer;
+- fusion: fusion map and fusion of two given sub-volumes.
 
-On CUDA, what runs there: augmentation and fusion of a batch that lies in pinned memory, per sample.
-Prints Markdown tables; writes ``docs/fusion_DEVICE.json``.
+On CUDA only our part that runs there is timed: augmentation and fusion of a batch of 4 in pinned memory, per sample.
+
+Duration: 1 minute. Needs: one CPU core; with ``--device cuda`` a GPU; for PyMIC ``pip install imops h5py fastremap edt``.
 """
 
 from __future__ import annotations
@@ -24,26 +25,38 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from side_by_side import DOCS, alternate, machine, ratio, report, summary
+from common import (
+    Seconds,
+    describe_device,
+    find_peer,
+    make_parser,
+    median_and_range,
+    median_ratio,
+    report,
+    take_turns,
+    wait_for_device,
+)
+from torch import Tensor
 
+from nnunetv2_vf.pretext.dataset import TRAINING, FusionDataset
 from nnunetv2_vf.pretext.fusion import draw_fusion_map, fuse, fuse_batch
-from nnunetv2_vf.pretext.sampling import TRAINING, FusionDataset, collate
+from nnunetv2_vf.pretext.loader import collate
 from nnunetv2_vf.settings import VFSettings
 
 PATCH = (64, 128, 128)
 VOLUME = (128, 256, 256)
 GPU_BATCH = 4
-UNSCALED = VFSettings(crop_scale=(1, 1))
+SETTINGS = VFSettings()
+WARM_UP = 3
 Contenders = dict[str, Callable[[], Any]]
 
 
 class VolumeInMemory:
-    """A dataset of one preprocessed case, as nnU-Net's datasets offer it."""
+    """A dataset of one preprocessed case with the interface of nnU-Net's datasets."""
 
     def __init__(self, volume: np.ndarray):
         self.identifiers = ["case"]
@@ -54,121 +67,120 @@ class VolumeInMemory:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pymic", type=Path, metavar="PATH")
-    parser.add_argument("--nnssl", type=Path, metavar="PATH")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser = make_parser(__doc__, device=True, peers=("PyMIC", "nnssl"), output=True)
     parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--docs", type=Path, default=DOCS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    device = torch.device(args.device)
     volume = smooth_noise(VOLUME)
-    if device.type == "cuda":
-        seconds = {"on the GPU": {"ours": on_gpu(volume, device, args.repeats)}}
-    else:
-        seconds = {
-            task: alternate(contenders, args.repeats, clock=time.process_time, warm_up=3)
-            for task, contenders in tasks(volume, args.pymic, args.nnssl).items()
-        }
+    seconds = time_on_gpu(volume, args.repeats) if args.device == "cuda" else time_on_cpu(volume, args)
     rows = [
-        {"task": task, "": name, "ms per sample": summary(runs), "ours / this": f"{ratio(of_task['ours'], runs):.3f}"}
-        for task, of_task in seconds.items()
-        for name, runs in of_task.items()
+        {
+            "task": task,
+            "": name,
+            "ms per sample": median_and_range(runs, 1e3),
+            "ours / this": f"{median_ratio(by_contender['ours'], runs):.3f}",
+        }
+        for task, by_contender in seconds.items()
+        for name, runs in by_contender.items()
     ]
-    report(f"fusion_{device.type}", f"{machine(device)}: median (range)", rows, args.docs, seconds=seconds)
+    about = f"{describe_device(args.device)}: median (range)"
+    report(args, f"fusion_{args.device}", about, rows, seconds=seconds)
 
 
-def tasks(volume: np.ndarray, pymic: Path | None, nnssl: Path | None) -> dict[str, Contenders]:
-    """What each contender does for one sample of each task."""
+def time_on_cpu(volume: np.ndarray, args: argparse.Namespace) -> dict[str, Seconds]:
+    tasks = make_tasks(volume, find_peer(args.peers, "PyMIC"), find_peer(args.peers, "nnssl"))
+    return {
+        task: take_turns(contenders, args.repeats, time.process_time, WARM_UP) for task, contenders in tasks.items()
+    }
+
+
+def time_on_gpu(volume: np.ndarray, repeats: int) -> dict[str, Seconds]:
+    """Time the part of a training step that nnU-Net does not have, with the copy from pinned memory."""
+    dataset = FusionDataset(VolumeInMemory(volume), PATCH, SETTINGS, TRAINING)
+    tensors = collate([dataset[i] for i in range(GPU_BATCH)])["tensors"]
+    batch = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+
+    def run() -> None:
+        fuse_batch(batch, SETTINGS.coefficient_steps, torch.device("cuda"))
+        wait_for_device("cuda")
+
+    seconds = take_turns({"ours": run}, repeats, warm_up=WARM_UP)
+    return {"on the GPU": {"ours": [of_batch / GPU_BATCH for of_batch in seconds["ours"]]}}
+
+
+def make_tasks(volume: np.ndarray, pymic: Path | None, nnssl: Path | None) -> dict[str, Contenders]:
+    """Return for every task what each contender runs to make one sample."""
     foreground, background = (volume[i : i + PATCH[0], : PATCH[1], : PATCH[2]].copy() for i in (0, 32))
-    rescaled: Contenders = {"ours": ours(volume, VFSettings())}
-    unscaled: Contenders = {"ours": ours(volume, UNSCALED)}
-    fusion: Contenders = {"ours": ours_fusion(foreground, background)}
+    rescaled: Contenders = {"ours": our_sample(volume, SETTINGS)}
+    unscaled: Contenders = {"ours": our_sample(volume, VFSettings(crop_scale=(1, 1)))}
+    fusion: Contenders = {"ours": our_fusion(foreground, background)}
     if pymic is not None:
-        crop, fuse_them = pymic_transforms(pymic)
-        rescaled["PyMIC"] = lambda: fuse_them({"image": crop({"image": volume[None].copy()})["image"]})
-        fusion["PyMIC"] = lambda: fuse_them({"image": (foreground[None], background[None])})
+        crop, pymic_fusion = load_pymic(pymic)
+        rescaled["PyMIC"] = lambda: pymic_fusion({"image": crop({"image": volume[None].copy()})["image"]})
+        fusion["PyMIC"] = lambda: pymic_fusion({"image": (foreground[None], background[None])})
     if nnssl is not None:
-        augment, mix = nnssl_transforms(nnssl)
+        augment, nnssl_fusion = load_nnssl(nnssl)
         unscaled["nnssl"] = lambda: augment(data=two_crops(volume))
-        both = np.stack([foreground, background])[:, None]
-        fusion["nnssl"] = lambda: mix(data=both)
+        pair = np.stack([foreground, background])[:, None]
+        fusion["nnssl"] = lambda: nnssl_fusion(data=pair)
     return {"rescaled": rescaled, "not rescaled": unscaled, "fusion": fusion}
 
 
-def ours(volume: np.ndarray, settings: VFSettings) -> Callable[[], Any]:
-    """What a worker and the training step on a CPU do, but for collating: nobody's is measured."""
+def our_sample(volume: np.ndarray, settings: VFSettings) -> Callable[[], Any]:
+    """Return what a worker and the training step on a CPU do, without collating, which no contender is timed for."""
     dataset = FusionDataset(VolumeInMemory(volume), PATCH, settings, TRAINING)
     index = itertools.count()
-    cpu = torch.device("cpu")
 
     def run() -> Any:
         sample = dataset[next(index)]
-        batch_of_one = {name: x[None] for name, x in sample.items() if isinstance(x, torch.Tensor)}
-        return fuse_batch(batch_of_one, settings.coefficient_steps, cpu)
+        batch_of_one = {name: x[None] for name, x in sample.items() if isinstance(x, Tensor)}
+        return fuse_batch(batch_of_one, settings.coefficient_steps, torch.device("cpu"))
 
     return run
 
 
-def ours_fusion(foreground: np.ndarray, background: np.ndarray) -> Callable[[], Any]:
-    settings, rng = VFSettings(), np.random.default_rng(0)
+def our_fusion(foreground: np.ndarray, background: np.ndarray) -> Callable[[], Any]:
+    rng = np.random.default_rng(0)
     pair = [torch.from_numpy(x)[None, None] for x in (foreground, background)]
 
     def run() -> Any:
-        fusion_map = draw_fusion_map(PATCH, settings, rng)[None]
-        return fuse(*pair, fusion_map, settings.coefficient_steps), fusion_map
+        fusion_map = draw_fusion_map(PATCH, SETTINGS, rng)[None]
+        return fuse(*pair, fusion_map, SETTINGS.coefficient_steps), fusion_map
 
     return run
 
 
-def on_gpu(volume: np.ndarray, device: torch.device, repeats: int) -> list[float]:
-    """Seconds per sample of what the training step adds to nnU-Net's, copying from pinned memory included."""
-    dataset = FusionDataset(VolumeInMemory(volume), PATCH, VFSettings(), TRAINING)
-    batch = collate([dataset[i] for i in range(GPU_BATCH)])["tensors"]
-    batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-    seconds = []
-    for _ in range(repeats + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        fuse_batch(batch, VFSettings().coefficient_steps, device)
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3 / GPU_BATCH)
-    return seconds[3:]
-
-
 def smooth_noise(shape: tuple[int, ...]) -> np.ndarray:
-    """Structures of several voxels, mean 0, standard deviation 1."""
+    """Return noise with structures of about 8 voxels, mean 0 and standard deviation 1."""
     coarse = torch.from_numpy(np.random.default_rng(0).normal(size=[side // 8 for side in shape])).float()
     fine = torch.nn.functional.interpolate(coarse[None, None], shape, mode="trilinear", align_corners=False)[0, 0]
     return ((fine - fine.mean()) / fine.std()).numpy()
 
 
 def two_crops(volume: np.ndarray) -> np.ndarray:
-    """(2, 1, D, H, W), as nnssl's loader hands them on."""
+    """Return two random crops (2, 1, D, H, W), in the layout of nnssl's loader."""
     starts = [[random.randint(0, side - patch) for side, patch in zip(VOLUME, PATCH, strict=True)] for _ in range(2)]
     return np.stack([volume[z : z + PATCH[0], y : y + PATCH[1], x : x + PATCH[2]] for z, y, x in starts])[:, None]
 
 
-# ------------------------------------------------------------------ peers
+# ---------------------------------------------------------------- peers
 
 
-def pymic_transforms(checkout: Path) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Its Crop4VolumeFusion and VolumeFusion with their defaults, which are the paper's."""
+def load_pymic(checkout: Path) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return PyMIC's Crop4VolumeFusion and VolumeFusion with their defaults, which are the paper's."""
     sys.path.insert(0, str(checkout))
-    warnings.simplefilter("ignore")  # it calls names that scipy deprecates
+    warnings.simplefilter("ignore")  # PyMIC calls names that scipy deprecates
     from pymic.transform.crop4vf import Crop4VolumeFusion, VolumeFusion
 
     parameters = {"task": "seg", "crop4volumefusion_output_size": PATCH}
     return Crop4VolumeFusion(parameters), VolumeFusion(parameters)
 
 
-def nnssl_transforms(checkout: Path) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The transforms of its VolumeFusionTrainer with that trainer's values, and the last of them, the fusion, alone.
+def load_nnssl(checkout: Path) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return the transforms of nnssl's VolumeFusionTrainer with that trainer's values, and its fusion alone.
 
-    All but the fusion are batchgenerators'. (The trainer itself asks for Python 3.12 and for packages that this does
-    without.)
+    All transforms but the fusion come from batchgenerators. nnssl's trainer itself needs Python 3.12 and further
+    packages, so its file with the fusion is loaded by itself.
     """
     from batchgenerators.transforms.abstract_transforms import Compose
     from batchgenerators.transforms.color_transforms import (
@@ -182,8 +194,11 @@ def nnssl_transforms(checkout: Path) -> tuple[Callable[..., Any], Callable[..., 
     from batchgenerators.transforms.utility_transforms import NumpyToTensor
 
     source = checkout / "src/nnssl/ssl_data/dataloading/volume_fusion_transform.py"
-    sides = [(8, int(0.625 * side) + 1) for side in PATCH]
-    mix = load_module(source).VolumeFusionTransform(np.linspace(0, 1, 5), (10, 40), sides)
+    spec = importlib.util.spec_from_file_location(source.stem, source)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    box_sides = [(8, int(0.625 * side) + 1) for side in PATCH]
+    fusion = module.VolumeFusionTransform(np.linspace(0, 1, 5), (10, 40), box_sides)
     augment = Compose(
         [
             GaussianNoiseTransform(p_per_sample=0.1),
@@ -197,20 +212,11 @@ def nnssl_transforms(checkout: Path) -> tuple[Callable[..., Any], Callable[..., 
             GammaTransform((0.7, 1.5), True, True, retain_stats=True, p_per_sample=0.1),
             GammaTransform((0.7, 1.5), False, True, retain_stats=True, p_per_sample=0.3),
             MirrorTransform((0, 1, 2)),
-            mix,
+            fusion,
             NumpyToTensor(["input", "target"], "float"),
         ]
     )  # fmt: skip
-    return augment, mix
-
-
-def load_module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise FileNotFoundError(path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return augment, fusion
 
 
 if __name__ == "__main__":

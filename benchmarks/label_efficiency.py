@@ -37,7 +37,7 @@ from label_efficiency_report import CELL, CURVES, SCORES, VARIANTS, is_done, rea
 from side_by_side import DOCS
 
 from nnunetv2_vf.errors import UserError, one_line_errors
-from nnunetv2_vf.nnunet_commands import Host
+from nnunetv2_vf.nnunet_commands import Workspace
 
 CONFIG = Path(__file__).with_suffix(".json")
 PRETRAIN, FINETUNE = "VFPretrainTrainer", "VFFinetuneTrainer"
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=DOCS, help="tables; what is in them is not run again")
     args = parser.parse_args()
     with one_line_errors():
-        experiment = Experiment(config, Host(args.out, processes=2), args.device, args.jobs, args.workers)
+        experiment = Experiment(config, Workspace(args.out, processes=2), args.device, args.jobs, args.workers)
         cells = [
             Cell(plans, arm, labels, seed, variant)
             for plans, labels, seed, arm, variant in itertools.product(  # one comparison after the other
@@ -97,7 +97,7 @@ def main() -> None:
 class Experiment:
     """Everything below one folder, so that what is there need not be done again."""
 
-    def __init__(self, config: Mapping[str, Any], host: Host, device: str, jobs: int, workers: int = 0):
+    def __init__(self, config: Mapping[str, Any], host: Workspace, device: str, jobs: int, workers: int = 0):
         self.config, self.host, self.device, self.jobs, self.workers = config, host, device, jobs, workers
         self.dataset = config["dataset"]
         self.dataset_id = int(self.dataset[7:10])

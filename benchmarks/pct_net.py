@@ -1,24 +1,26 @@
-"""PCT-Net side by side with MIS-FM's: time and peak memory of forward pass, backward pass and training step.
+"""Time and peak memory of PCT-Net beside MIS-FM's release: forward pass, backward pass and training step.
 
-    python benchmarks/pct_net.py [--mis-fm PATH] [--device cpu|cuda] [--size 64 64 64] [--batch 2] [--repeats 5]
+    python benchmarks/pct_net.py [--peers FOLDER] [--device cpu|cuda] [--size 64 64 64] [--batch 2] [--repeats 5]
 
-PATH is a checkout of openmedlab/MIS-FM (which also needs pip install einops); without it ours runs alone. The same
-published sizes, one output, 5 classes. Contenders: MIS-FM as released, single precision, eager, and the same
-channels-last; ours as a plan builds it and as VFPretrainTrainer trains it, in single precision and in bf16, and with
-``--compile`` compiled. A training step is the forward pass, nnU-Net's Dice and cross-entropy, the backward pass and
-Adam; ours is the trainer's, with its fused optimiser, clipping and look at whether the gradient is finite. Prints
-Markdown tables; writes ``docs/pct_net_DEVICE.json``.
+All contenders have the published sizes, one output and 5 classes:
 
-On CUDA, torch's defaults let the convolutions of MIS-FM's single precision be computed in TF32. Ours does that as
-"tf32"; its "fp32" is exact. cuDNN looks for the fastest kernels, as nnU-Net has it.
+- MIS-FM as released (single precision, not compiled), and the same network in channels-last memory format;
+- ours as a plan builds it and VFPretrainTrainer trains it, in single precision and bf16, with ``--compile`` compiled.
 
-Peak memory is of a training step: on CUDA what torch allocated since before the contender was made, weights included;
-on the CPU the growth of the resident set, each contender's in a process of its own.
+A training step is the forward pass, nnU-Net's Dice and cross-entropy loss, the backward pass and Adam; ours has the
+trainer's fused optimiser, gradient clipping and check for non-finite gradients. On CUDA MIS-FM's single-precision
+convolutions run in TF32, which is torch's default; ours in the same precision is "tf32", and "fp32" is exact.
+
+Peak memory is measured over a training step: on CUDA the memory that torch allocated for the contender, weights
+included; on the CPU the growth of the resident set, each contender in a process of its own.
+
+Duration: 7 minutes on 2 CPU cores. Needs: for MIS-FM ``pip install einops``; with ``--device cuda`` a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,9 +29,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import (
+    by,
+    describe_device,
+    find_peer,
+    make_parser,
+    median_and_range,
+    median_ratio,
+    report,
+    take_turns,
+    wait_for_device,
+)
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
-from side_by_side import DOCS, alternate, machine, ratio, report, summary
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -39,15 +51,15 @@ from nnunetv2_vf.training.optimizer import make_optimizer
 from nnunetv2_vf.training.step import Precision, take_step
 
 CLASSES = 5
-THEIRS = "MIS-FM, fp32"
+MISFM = "MIS-FM, fp32"
 
 
 class Contender:
-    """A network on a device, with what a training step of it needs; this one trains as MIS-FM does."""
+    """A network on a device and its training step. This class trains as MIS-FM does."""
 
-    def __init__(self, network: nn.Module, device: torch.device, channels_last: bool = False):
+    def __init__(self, network: nn.Module, device: str, input_format: torch.memory_format = torch.contiguous_format):
         self.network = network.to(device).train()
-        self.layout = torch.channels_last_3d if channels_last else torch.contiguous_format  # of the input
+        self.input_format = input_format
         dice = {"batch_dice": True, "do_bg": True, "smooth": 1e-5, "ddp": False}
         self.loss = DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
         self.optimizer = self.make_optimizer()
@@ -55,13 +67,17 @@ class Contender:
     def make_optimizer(self) -> Optimizer:
         return torch.optim.Adam(self.network.parameters(), 1e-3, weight_decay=1e-5)
 
-    def use_settings(self) -> None:
-        """Set what the process has but one of; here to torch's defaults."""
+    def set_float32_precision(self) -> None:
+        """Set the precision of the whole process; torch's defaults here."""
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = True
 
     def autocast(self) -> AbstractContextManager[Any]:
         return nullcontext()
+
+    def compute_loss(self, x: Tensor, target: Tensor) -> Tensor:
+        with self.autocast():
+            return self.loss(self.network(x), target)
 
     def forward(self, x: Tensor, target: Tensor) -> None:
         with torch.no_grad(), self.autocast():
@@ -75,170 +91,156 @@ class Contender:
 
     def training_step(self, x: Tensor, target: Tensor) -> None:
         self.optimizer.zero_grad()
-        self.loss_of(x, target).backward()
+        self.compute_loss(x, target).backward()
         self.optimizer.step()
 
-    def loss_of(self, x: Tensor, target: Tensor) -> Tensor:
-        with self.autocast():
-            return self.loss(self.network(x), target)
 
-
-class Ours(Contender):
+class OurContender(Contender):
     """Trains as VFPretrainTrainer does."""
 
-    def __init__(self, network: nn.Module, device: torch.device, precision: str):
-        self.precision = Precision(precision, device.type)
+    def __init__(self, network: nn.Module, device: str, precision: str):
+        self.precision = Precision(precision, device)
         self.scaler = self.precision.scaler()
         super().__init__(network, device)
 
     def make_optimizer(self) -> Optimizer:
         return make_optimizer(self.network.parameters(), VFSettings(), fused=True)
 
-    def use_settings(self) -> None:
+    def set_float32_precision(self) -> None:
         self.precision.set_float32_precision()
 
     def autocast(self) -> AbstractContextManager[Any]:
         return self.precision.autocast()
 
     def training_step(self, x: Tensor, target: Tensor) -> None:
-        take_step(self.loss_of(x, target), self.network, self.optimizer, self.scaler)
+        take_step(self.compute_loss(x, target), self.network, self.optimizer, self.scaler)
 
 
-# By name, so that a contender's own method is called.
 TASKS = {"forward": "forward", "forward + backward": "forward_and_backward", "training step": "training_step"}
-Makers = dict[str, Callable[[], Contender]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mis-fm", type=Path, metavar="PATH")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--size", type=int, nargs=3, default=(64, 64, 64))
+    parser = make_parser(__doc__, device=True, peers=("MIS-FM",), output=True)
+    parser.add_argument("--size", type=int, nargs=3, default=(64, 64, 64), metavar=("D", "H", "W"))
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--docs", type=Path, default=DOCS)
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # for the process whose memory is measured
+    parser.add_argument("--compile", action="store_true", help="also measure ours with torch.compile")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # in the process whose memory is measured
     args = parser.parse_args()
-    device = torch.device(args.device)
-    torch.backends.cudnn.benchmark = True
-    makers = contenders(device, args.size, args.mis_fm, args.compile)
-    x = torch.randn(args.batch, 1, *args.size, device=device)
-    target = torch.randint(0, CLASSES, x.shape, device=device)
+    torch.backends.cudnn.benchmark = True  # as nnU-Net
+    makers = contender_makers(args)
+    x = torch.randn(args.batch, 1, *args.size, device=args.device)
+    target = torch.randint(0, CLASSES, x.shape, device=args.device)
     if args.memory_of:
-        print(peak_memory(makers[args.memory_of](), x, target, 0))
+        print(measure_peak(makers[args.memory_of](), x, target, already_allocated=0))
         return
-    made: dict[str, Contender] = {}
+    contenders: dict[str, Contender] = {}
     peaks: dict[str, float] = {}
     for name, make in makers.items():
-        before = torch.cuda.memory_allocated() if x.is_cuda else 0
-        made[name] = make()
-        peaks[name] = peak_memory(made[name], x, target, before) if x.is_cuda else peak_memory_apart(name)
+        allocated = torch.cuda.memory_allocated() if x.is_cuda else 0
+        contenders[name] = make()
+        peaks[name] = measure_peak(contenders[name], x, target, allocated) if x.is_cuda else peak_in_new_process(name)
         print(f"{name}: {peaks[name]:.2f} GB", flush=True)
-    seconds = {}
-    for task in TASKS:
-        seconds[task] = measure(task, made, x, target, args.repeats)
-        print(task, *(f"{name}: {summary(its, unit=1, digits=3)} s" for name, its in seconds[task].items()), sep="\n  ")
-    reference = THEIRS if THEIRS in made else next(iter(made))
+    seconds = {
+        task: take_turns(
+            {name: make_run(contender, task, x, target) for name, contender in contenders.items()}, args.repeats
+        )
+        for task in TASKS
+    }
+    reference = MISFM if MISFM in contenders else next(iter(contenders))
     rows = [
         {
             "": name,
-            **{f"{task}, s": summary(seconds[task][name], unit=1, digits=3) for task in TASKS},
+            **{f"{task}, s": median_and_range(seconds[task][name], digits=3) for task in TASKS},
             **{
-                f"{task} / {reference}": f"{ratio(seconds[task][name], seconds[task][reference]):.2f}" for task in TASKS
+                f"{task} / {reference}": f"{median_ratio(seconds[task][name], seconds[task][reference]):.2f}"
+                for task in TASKS
             },
             "peak, GB": f"{peaks[name]:.2f}",
         }
-        for name in made
+        for name in contenders
     ]
-    about = f"batch {args.batch} of {'x'.join(map(str, args.size))}, {machine(device)}: median (range)"
-    report(f"pct_net_{args.device}", about, rows, args.docs, seconds=seconds, peak_gb=peaks)
+    about = f"batch {args.batch} of {by(args.size)}, {describe_device(args.device)}: median (range)"
+    report(args, f"pct_net_{args.device}", about, rows, seconds=seconds, peak_gb=peaks)
 
 
-def measure(task: str, made: dict[str, Contender], x: Tensor, target: Tensor, repeats: int) -> dict[str, list[float]]:
-    return alternate({name: runner(contender, task, x, target) for name, contender in made.items()}, repeats)
+def contender_makers(args: argparse.Namespace) -> dict[str, Callable[[], Contender]]:
+    """Return, by name, a function that makes each contender."""
 
-
-def runner(contender: Contender, task: str, x: Tensor, target: Tensor) -> Callable[[], None]:
-    """What does a task once, and waits until the device has done it."""
-    x = x.contiguous(memory_format=contender.layout)
-    method = getattr(contender, TASKS[task])
-
-    def run() -> None:
-        contender.use_settings()
-        method(x, target)
-        if x.is_cuda:
-            torch.cuda.synchronize()
-
-    return run
-
-
-def contenders(device: torch.device, size: tuple[int, ...], mis_fm: Path | None, compiled: bool) -> Makers:
-    """What makes each of them, by name."""
-
-    def theirs(channels_last: bool = False) -> Contender:
-        network = mis_fm_network(mis_fm, size)
-        if channels_last:
-            network = network.to(memory_format=torch.channels_last_3d)
-        return Contender(network, device, channels_last)
-
-    def ours(precision: str = "fp32", compiled: bool = False, channels_last: bool = True) -> Contender:
+    def ours(precision: str, compiled: bool = False, channels_last: bool = True) -> Contender:
         network = PCTNet(1, PUBLISHED_FEATURES, MODES[0], CLASSES, channels_last=channels_last)
-        return Ours(torch.compile(network) if compiled else network, device, precision)
+        return OurContender(torch.compile(network) if compiled else network, args.device, precision)
 
-    makers: Makers = {}
-    if mis_fm is not None:
-        makers[THEIRS] = theirs
-        makers[f"{THEIRS}, channels-last"] = lambda: theirs(channels_last=True)
-    makers["ours, fp32"] = ours
-    makers["ours, fp32, channels first"] = lambda: ours(channels_last=False)
-    if device.type == "cuda":
-        makers["ours, tf32"] = lambda: ours("tf32")
-    makers["ours, bf16"] = lambda: ours("bf16")
-    if compiled:
-        if device.type == "cpu":  # GPUs train in half precision
-            makers["ours, fp32, compiled"] = lambda: ours(compiled=True)
-        makers["ours, bf16, compiled"] = lambda: ours("bf16", compiled=True)
+    def misfm(memory_format: torch.memory_format) -> Contender:
+        network = load_misfm(checkout, args.size).to(memory_format=memory_format)
+        return Contender(network, args.device, memory_format)
+
+    makers: dict[str, Callable[[], Contender]] = {}
+    checkout = find_peer(args.peers, "MIS-FM")
+    if checkout is not None:
+        makers[MISFM] = functools.partial(misfm, torch.contiguous_format)
+        makers[f"{MISFM}, channels-last"] = functools.partial(misfm, torch.channels_last_3d)
+    makers["ours, fp32"] = functools.partial(ours, "fp32")
+    makers["ours, fp32, channels first"] = functools.partial(ours, "fp32", channels_last=False)
+    if args.device == "cuda":
+        makers["ours, tf32"] = functools.partial(ours, "tf32")
+    makers["ours, bf16"] = functools.partial(ours, "bf16")
+    if args.compile:
+        makers["ours, bf16, compiled"] = functools.partial(ours, "bf16", compiled=True)
     return makers
 
 
-def mis_fm_network(checkout: Path, size: tuple[int, ...]) -> nn.Module:
+def load_misfm(checkout: Path, size: tuple[int, ...]) -> nn.Module:
     sys.path.insert(0, str(checkout))
-    from net.pct_net import PCTNet as Released
+    from net.pct_net import PCTNet as MisfmPCTNet
 
-    return Released(
+    return MisfmPCTNet(
         {"in_chns": 1, "class_num": CLASSES, "input_size": list(size), "feature_chns": list(PUBLISHED_FEATURES)}
     )
 
 
-# ------------------------------------------------------------------ memory
+def make_run(contender: Contender, task: str, x: Tensor, target: Tensor) -> Callable[[], None]:
+    """Return a function that does a task once and waits until the device has finished."""
+    x = x.contiguous(memory_format=contender.input_format)
+    method = getattr(contender, TASKS[task])
+
+    def run() -> None:
+        contender.set_float32_precision()
+        method(x, target)
+        wait_for_device(x.device)
+
+    return run
 
 
-def peak_memory_apart(name: str) -> float:
-    """GiB, in a process of its own, whose resident set nothing else has grown."""
+# ---------------------------------------------------------------- memory
+
+
+def peak_in_new_process(name: str) -> float:
+    """Return the peak in GiB, measured where no other contender has grown the resident set."""
     command = [sys.executable, "-W", "ignore", *sys.argv, "--memory-of", name]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.splitlines()[-1])
 
 
-def peak_memory(contender: Contender, x: Tensor, target: Tensor, allocated: int) -> float:
-    """GiB of a contender's second training step; the first makes Adam's state, and looks for kernels.
+def measure_peak(contender: Contender, x: Tensor, target: Tensor, already_allocated: int) -> float:
+    """Return the peak in GiB of a contender's second training step; the first creates Adam's state.
 
     Args:
-        allocated: bytes on the GPU that are not its.
+        already_allocated: bytes on the GPU that were allocated before the contender was made.
     """
-    step = runner(contender, "training step", x, target)
-    before = resident("VmRSS")
+    step = make_run(contender, "training step", x, target)
+    before = resident_kib("VmRSS")
     step()
     if x.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     step()
     if x.is_cuda:
-        return (torch.cuda.max_memory_allocated() - allocated) / 2**30
-    return (resident("VmHWM") - before) / 2**20
+        return (torch.cuda.max_memory_allocated() - already_allocated) / 2**30
+    return (resident_kib("VmHWM") - before) / 2**20
 
 
-def resident(field: str) -> int:
+def resident_kib(field: str) -> int:
+    """Return VmRSS (now) or VmHWM (the largest so far) of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 

@@ -26,7 +26,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_vf.errors import one_line_errors
-from nnunetv2_vf.nnunet_commands import Host
+from nnunetv2_vf.nnunet_commands import Workspace
 from nnunetv2_vf.pct_net import MODES
 
 FINGERPRINTS = {  # spacing in mm, median shape in voxels, slices first; cases
@@ -51,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     args.docs.mkdir(parents=True, exist_ok=True)
     with one_line_errors(), tempfile.TemporaryDirectory() as folder:
-        host = Host(Path(folder), processes=1)
+        host = Workspace(Path(folder), processes=1)
         for name in FINGERPRINTS:
             write_fingerprint(host, name)
         choices = list(itertools.product(FINGERPRINTS, args.targets))
@@ -66,7 +66,7 @@ def main() -> None:
         print("| " + " | ".join(map(str, each.values())) + " |")
 
 
-def make_plan(host: Host, name: str, target: float) -> tuple[dict, float]:
+def make_plan(host: Workspace, name: str, target: float) -> tuple[dict, float]:
     """Plan one fingerprint; returns the configuration and how many seconds it took."""
     start, plans_name = time.monotonic(), f"For{target:g}GB"
     host.run(
@@ -103,7 +103,7 @@ def dataset(name: str) -> str:
     return f"Dataset{100 + list(FINGERPRINTS).index(name)}_{name.title().replace(' ', '')}"
 
 
-def write_fingerprint(host: Host, name: str) -> None:
+def write_fingerprint(host: Workspace, name: str) -> None:
     """A dataset without images: all that planning reads."""
     spacing, shape, cases = FINGERPRINTS[name]
     raw, preprocessed = host.raw / dataset(name), host.preprocessed / dataset(name)

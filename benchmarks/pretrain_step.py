@@ -1,19 +1,18 @@
-"""A step of pretraining beside a supervised step of nnU-Net: same plan, same device, same number of workers.
+"""Time of a pretraining step beside a supervised step of nnU-Net: same plans, same device, same number of workers.
 
     python benchmarks/pretrain_step.py [--device cpu|cuda] [--workers 2] [--steps 24] [--rounds 4] [--spacing 6]
 
-nnU-Net's own commands plan and preprocess generated phantoms. nnUNetTrainer and VFPretrainTrainer are made as
-``nnUNetv2_train`` makes them and then take turns. A turn has fresh workers, and no others are alive: it trains on
-``--drop`` batches that do not count and on ``--steps`` that do, and ends when the device has done its work. The wait
-for batches and the rest are measured apart. "loader alone" is a turn without training: the time of a batch, which is
-what a device would wait for that needs less than that for a step. Prints a Markdown table; writes
-``docs/pretrain_step_DEVICE.json``.
+nnU-Net's own commands plan and preprocess generated phantoms. nnUNetTrainer and VFPretrainTrainer take turns; only the
+workers of one of them are alive at a time. A turn first trains on as many batches as the queues of the workers can
+hold, which do not count, then on ``--steps`` batches that do. The wait for a batch and the rest of the step are timed
+apart. "loader alone" is a turn without training: the time of a batch, and so the shortest step that the workers can
+supply.
+
+Duration: 5 minutes on 2 CPU cores. Needs: with ``--device cuda`` a GPU.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
 import statistics
@@ -25,95 +24,85 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import DOCS, machine, ratio, report, summary
+from common import (
+    PHANTOMS_ID,
+    Seconds,
+    by,
+    describe_device,
+    make_parser,
+    median_and_range,
+    median_ratio,
+    prepare_phantoms,
+    report,
+    wait_for_device,
+)
 
-from nnunetv2_vf.demo.phantoms import write_dataset
 from nnunetv2_vf.errors import one_line_errors
-from nnunetv2_vf.nnunet_commands import Host
+from nnunetv2_vf.nnunet_commands import Workspace
 
-DATASET_ID = 1
-DATASET = f"Dataset{DATASET_ID:03d}_Phantoms"
 CASES = 8
-ALONE = 16  # batches that are taken without training
+LOADED_BATCHES = 16  # timed in a turn without training
 SUPERVISED, PRETRAINING = "nnUNetTrainer", "VFPretrainTrainer"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser = make_parser(__doc__, device=True, output=True)
     parser.add_argument("--workers", type=int, default=2, help="nnUNet_n_proc_DA; nnU-Net's default is 12")
-    parser.add_argument("--drop", type=int, help="first steps of a turn, not counted; default: what queues hold")
-    parser.add_argument("--steps", type=int, default=24, help="of a turn that count")
+    parser.add_argument("--steps", type=int, default=24, help="counted steps of a turn")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--spacing", type=float, default=6.0, help="of the phantoms, mm: smaller ones, larger patches")
-    parser.add_argument("--memory", type=float, default=2.0, help="-gpu_memory_target of the plan")
-    parser.add_argument("--docs", type=Path, default=DOCS)
+    parser.add_argument("--spacing", type=float, default=6.0, help="mm; smaller voxels mean larger patches")
     args = parser.parse_args()
-    device = torch.device(args.device)
-    drop = most_prepared(args.workers) if args.drop is None else args.drop
     with one_line_errors(), tempfile.TemporaryDirectory() as folder:
-        plan = prepare(Host(Path(folder), args.workers), args.spacing, args.memory)
-        waiting, working, alone = measure(device, drop, args.steps, args.rounds)
+        workspace = Workspace(Path(folder), args.workers)
+        plan = prepare_phantoms(workspace, CASES, args.spacing)
+        os.environ |= workspace.environment  # nnU-Net reads its variables when it is imported
+        wait, step, load = measure(args.device, args.workers, args.steps, args.rounds)
     rows = [
         {
             "trainer": name,
-            "step, ms": summary(working[name], digits=0),
-            f"step / {SUPERVISED}": f"{ratio(working[name], working[SUPERVISED]):.2f}",
-            "wait for data, ms": summary(waiting[name], digits=1),
-            "wait / (wait + step)": f"{wait_share(waiting[name], working[name]):.1%}",
-            "loader alone, ms a batch": summary(alone[name], digits=1),
+            "step, ms": median_and_range(step[name], 1e3, digits=0),
+            f"step / {SUPERVISED}": f"{median_ratio(step[name], step[SUPERVISED]):.2f}",
+            "wait for data, ms": median_and_range(wait[name], 1e3, digits=1),
+            "wait / (wait + step)": f"{wait_share(wait[name], step[name]):.1%}",
+            "loader alone, ms a batch": median_and_range(load[name], 1e3, digits=1),
         }
-        for name in working
+        for name in step
     ]
-    patch = " x ".join(map(str, plan["patch_size"]))
-    about = f"patch {patch}, batch {plan['batch_size']}, {args.workers} workers, {machine(device)}: median (range)"
-    report(f"pretrain_step_{device.type}", about, rows, args.docs, waiting=waiting, working=working, alone=alone)
+    plan_text = f"patch {by(plan['patch_size'])}, batch {plan['batch_size']}"
+    about = f"{plan_text}, {args.workers} workers, {describe_device(args.device)}: median (range)"
+    report(args, f"pretrain_step_{args.device}", about, rows, waiting=wait, working=step, alone=load)
 
 
-def most_prepared(workers: int) -> int:
-    """Batches that may lie ready: nnU-Net has two queues, and one in the hands of each worker and of who carries over.
-
-    Ours has fewer: 6, rounded up to a multiple of the workers.
-    """
-    return 2 * max(6, workers // 2) + workers + 1
+def wait_share(waits: list[float], steps: list[float]) -> float:
+    wait, step = statistics.fmean(waits), statistics.fmean(steps)
+    return wait / (wait + step)
 
 
-def wait_share(waiting: list[float], working: list[float]) -> float:
-    wait, work = statistics.fmean(waiting), statistics.fmean(working)
-    return wait / (wait + work)
-
-
-def prepare(host: Host, spacing: float, memory: float) -> dict[str, Any]:
-    """Plan and preprocess; returns the plan. nnU-Net reads the variables when it is imported."""
-    write_dataset(host.raw / DATASET, range(CASES), spacing=spacing)
-    host.run("nnUNetv2_plan_and_preprocess", "-d", DATASET_ID, "-c", "3d_fullres", "-gpu_memory_target", memory)
-    os.environ.update({name: value for name, value in host.environment.items() if name.startswith("nnUNet")})
-    plans = json.loads((host.preprocessed / DATASET / "nnUNetPlans.json").read_text())
-    configuration: dict[str, Any] = plans["configurations"]["3d_fullres"]
-    return configuration
-
-
-def measure(device: torch.device, drop: int, steps: int, rounds: int) -> tuple[dict[str, list[float]], ...]:
-    """By trainer: seconds waited for each batch; of a step, the mean of each turn; of a batch alone, likewise."""
+def measure(device: str, workers: int, steps: int, rounds: int) -> tuple[Seconds, Seconds, Seconds]:
+    """Return, by trainer: the wait for each batch, the mean step of each turn, the mean time to load a batch."""
+    # nnU-Net has two queues; each worker, and the thread between the queues, holds one more batch. Ours has fewer:
+    # 6, rounded up to a multiple of the workers.
+    queued = 2 * max(6, workers // 2) + workers + 1
     trainers = {name: make_trainer(name, device) for name in (SUPERVISED, PRETRAINING)}
-    waiting: dict[str, list[float]] = {name: [] for name in trainers}
-    working: dict[str, list[float]] = {name: [] for name in trainers}
-    alone: dict[str, list[float]] = {name: [] for name in trainers}
+    wait, step, load = ({name: [] for name in trainers} for _ in range(3))
     for _ in range(rounds):
         for name, trainer in trainers.items():
-            waits, worked = training_turn(trainer, drop, steps)
-            waiting[name] += waits
-            working[name].append(worked)
-            alone[name].append(loading_turn(trainer, drop))
-        print(*(f"{name}: {statistics.median(working[name]):.2f} s" for name in trainers), sep=", ", flush=True)
-    return waiting, working, alone
+            with fresh_workers(trainer):
+                take_steps(trainer, queued)
+                waits, working = take_steps(trainer, steps)
+            wait[name] += waits
+            step[name].append(working / steps)
+            with fresh_workers(trainer):
+                load[name].append(time_loader(trainer, queued))
+        print(*(f"{name}: {statistics.median(step[name]):.2f} s" for name in trainers), sep=", ", flush=True)
+    return wait, step, load
 
 
-def make_trainer(name: str, device: torch.device) -> Any:
-    """A trainer that has taken its first step, which may compile the network while a queue fills; without workers."""
+def make_trainer(name: str, device: str) -> Any:
+    """Return a trainer without workers that has taken its first step, which may compile the network."""
     from nnunetv2.run.run_training import get_trainer_from_args
 
-    trainer = get_trainer_from_args(str(DATASET_ID), "3d_fullres", "all", name, device=device)
+    trainer = get_trainer_from_args(str(PHANTOMS_ID), "3d_fullres", "all", name, device=torch.device(device))
     trainer.disable_checkpointing = True  # on_train_end is called after every turn
     trainer.on_train_start()
     trainer.on_train_epoch_start()
@@ -122,27 +111,8 @@ def make_trainer(name: str, device: torch.device) -> Any:
     return trainer
 
 
-def training_turn(trainer: Any, drop: int, steps: int) -> tuple[list[float], float]:
-    """Seconds waited for each batch, and of all the rest of a step."""
-    with fresh_workers(trainer):
-        take_steps(trainer, drop)
-        waits, worked = take_steps(trainer, steps)
-    return waits, worked / steps
-
-
-def loading_turn(trainer: Any, drop: int) -> float:
-    """Seconds until the next batch, when nothing is done with them."""
-    with fresh_workers(trainer):
-        for _ in range(drop):
-            next(trainer.dataloader_train)
-        start = time.perf_counter()
-        for _ in range(ALONE):
-            next(trainer.dataloader_train)
-        return (time.perf_counter() - start) / ALONE
-
-
 def take_steps(trainer: Any, steps: int) -> tuple[list[float], float]:
-    """Seconds waited for each batch, and seconds of all the rest."""
+    """Train; return the seconds of the wait for each batch, and of everything else together."""
     waits = []
     start = time.perf_counter()
     for _ in range(steps):
@@ -150,26 +120,34 @@ def take_steps(trainer: Any, steps: int) -> tuple[list[float], float]:
         batch = next(trainer.dataloader_train)
         waits.append(time.perf_counter() - before)
         trainer.train_step(batch)
-    if trainer.device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for_device(trainer.device)
     return waits, time.perf_counter() - start - sum(waits)
+
+
+def time_loader(trainer: Any, queued: int) -> float:
+    """Return the seconds per batch of the loader alone, after the batches that are queued by now."""
+    for _ in range(queued):
+        next(trainer.dataloader_train)
+    start = time.perf_counter()
+    for _ in range(LOADED_BATCHES):
+        next(trainer.dataloader_train)
+    return (time.perf_counter() - start) / LOADED_BATCHES
 
 
 @contextmanager
 def fresh_workers(trainer: Any) -> Iterator[None]:
-    """Workers that have prepared nothing yet, as long as the context lasts."""
-    trainer.on_train_epoch_start()
+    """Give the trainer workers with empty queues; end them when the context ends."""
     trainer.dataloader_train, trainer.dataloader_val = trainer.get_dataloaders()
+    trainer.on_train_epoch_start()
     yield
     end_workers(trainer)
 
 
 def end_workers(trainer: Any) -> None:
-    """Each trainer knows best what holds its workers."""
-    trainer.on_train_end()
+    trainer.on_train_end()  # each trainer ends its own workers there
     alive = multiprocessing.active_children()
     if alive:
-        raise RuntimeError(f"would disturb the next turn: {alive}")
+        raise RuntimeError(f"these workers would disturb the next turn: {alive}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from side_by_side import DOCS
 
 from nnunetv2_vf.demo.phantoms import write_dataset
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.nnunet_commands import Host
+from nnunetv2_vf.nnunet_commands import Workspace
 
 CONFIG = json.loads(label_efficiency.CONFIG.read_text())
 ARMS = ("scratch", "encoder", "full")
@@ -38,7 +38,7 @@ ARMS = ("scratch", "encoder", "full")
 
 @pytest.fixture
 def experiment(tmp_path):
-    return Experiment(CONFIG, Host(tmp_path / "host", processes=1), "cpu", jobs=1)
+    return Experiment(CONFIG, Workspace(tmp_path / "host", processes=1), "cpu", jobs=1)
 
 
 # ---------------------------------------------------------------- splits
@@ -112,7 +112,7 @@ def test_from_scratch_nothing_waits_for_a_pretraining(tmp_path):
 
     begins_with: dict[str, str | None] = {}
     cells = [Cell("nnUNetPlans", arm, 5, 0) for arm in ("full", "scratch", "encoder")]
-    Recorded(CONFIG, Host(tmp_path, processes=1), "cpu", jobs=2).run(cells, tmp_path, on_test_cases=True)
+    Recorded(CONFIG, Workspace(tmp_path, processes=1), "cpu", jobs=2).run(cells, tmp_path, on_test_cases=True)
     source = "nnUNetPlansSmall, default"
     assert begins_with == {"scratch": None, "full": source, "encoder": source}
 
@@ -161,7 +161,7 @@ def test_pretrains_fine_tunes_and_scores_every_arm_and_does_nothing_twice(tmp_pa
         "split": {"labelled": cases[:4], "validation": cases[4:6], "test": cases[6:]},
     }
     docs, arms = tmp_path / "docs", ("scratch", "encoder", "full")
-    experiment = Experiment(config, Host(tmp_path / "out", processes=1), "cpu", jobs=1)
+    experiment = Experiment(config, Workspace(tmp_path / "out", processes=1), "cpu", jobs=1)
     experiment.prepare(tmp_path / "data")
     cells = [Cell("Tiny", arm, 2, 1) for arm in arms]
     experiment.run(cells[:1], docs, on_test_cases=True)
