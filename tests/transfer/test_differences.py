@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from nnunetv2_vf.transfer.artifact import read_artifact
+from nnunetv2_vf.transfer.differences import find_differences
+
+
+@pytest.fixture
+def metadata(artifact) -> dict:
+    return read_artifact(artifact)["vf"]
+
+
+def aspects(metadata: dict, target) -> list[str]:
+    return [difference.aspect for difference in find_differences(metadata, target)]
+
+
+def change_architecture(metadata: dict, **kwargs) -> dict:
+    metadata["architecture"]["arch_kwargs"] |= kwargs
+
+
+def shift_intensities(metadata: dict) -> None:
+    intensities = metadata["plans"]["foreground_intensity_properties_per_channel"]["0"]
+    intensities["mean"] += 5 * intensities["std"]
+
+
+def test_the_plans_of_pretraining_have_no_differences(metadata, target):
+    assert find_differences(metadata, target) == []
+
+
+@pytest.mark.parametrize(
+    ("aspect", "change"),
+    [
+        ("channels", lambda vf: vf.update(channel_names={"0": "T1"})),
+        ("normalisation", lambda vf: vf.update(normalization_schemes=["ZScoreNormalization"])),
+        ("intensities", shift_intensities),
+        ("spacing", lambda vf: vf.update(spacing=[2 * mm for mm in vf["spacing"]])),
+        ("axis order", lambda vf: vf["plans"].update(transpose_forward=[2, 0, 1])),
+        ("nonlin", lambda vf: change_architecture(vf, nonlin="torch.nn.ReLU")),
+        ("norm_op", lambda vf: change_architecture(vf, norm_op="torch.nn.modules.batchnorm.BatchNorm3d")),
+        (
+            "normalisation within the mask only",
+            lambda vf: vf["plans"]["configurations"]["3d_fullres"].update(use_mask_for_norm=[True]),
+        ),
+    ],
+)
+def test_a_difference_names_both_values_and_its_consequence(metadata, target, aspect, change):
+    metadata = copy.deepcopy(metadata)
+    change(metadata)
+    (found,) = find_differences(metadata, target)
+    assert found.aspect == aspect
+    assert found.pretrained != found.target
+    assert str(found) == f"{aspect}: {found.pretrained} in pretraining, {found.target} here: {found.consequence}"
+
+
+def test_a_suggested_command_names_the_dataset_and_the_option(metadata, target):
+    metadata["spacing"] = [2 * mm for mm in metadata["spacing"]]
+    (found,) = find_differences(metadata, target)
+    assert found.consequence.endswith("nnUNetv2_vf plan -d 7 --like FILE --spacing pretrained")
+
+
+def test_channels_in_another_order_are_a_difference(metadata, change_target):
+    schemes = ["CTNormalization", "ZScoreNormalization"]
+    metadata |= {"channel_names": {"0": "CT", "1": "PET"}, "normalization_schemes": schemes}
+    swapped = change_target(["PET", "CT"], normalization_schemes=schemes[::-1])
+    assert {"channels", "normalisation"} <= {*aspects(metadata, swapped)}
+
+
+@pytest.mark.parametrize(
+    ("factor", "is_difference"), [(0.72, False), (1.0, False), (1.45, False), (0.6, True), (1.6, True)]
+)
+def test_a_spacing_within_the_crop_scales_of_pretraining_is_no_difference(metadata, target, factor, is_difference):
+    metadata["spacing"] = [mm / factor for mm in target.configuration.spacing]
+    assert aspects(metadata, target) == ["spacing"] * is_difference
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "current", "is_difference"),
+    [
+        (["ct"], ["CT"], False),
+        (["MR"], ["MRI"], False),
+        (["MR"], ["MRI", "MRI1", "mr_2"], False),
+        (["MR"], ["T1", "T2w", "FLAIR"], False),
+        (["T1"], ["T2"], True),
+        (["MR"], ["CT"], True),
+        (["MR"], ["T1", "PET"], True),
+        (["CT"], ["CT", "CT"], False),
+        (["T1", "T2"], ["T2", "T1"], True),
+    ],
+)
+def test_channel_names_of_one_modality_are_no_difference(metadata, change_target, pretrained, current, is_difference):
+    metadata["channel_names"] = dict(enumerate(pretrained))
+    assert ("channels" in aspects(metadata, change_target(current))) == is_difference
+
+
+def test_weights_without_metadata_are_reported(target):
+    (found,) = find_differences({}, target)
+    assert "not recorded" in str(found)
