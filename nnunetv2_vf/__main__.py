@@ -1,4 +1,4 @@
-"""``python -m nnunetv2_vf`` is the command ``nnUNetv2_vf``."""
+"""Let ``python -m nnunetv2_vf`` run the command ``nnUNetv2_vf``."""
 
 from nnunetv2_vf.cli import main
 

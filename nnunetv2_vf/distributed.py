@@ -1,8 +1,12 @@
-"""``torchrun --nnodes N --nproc-per-node G -m nnunetv2_vf.distributed DATASET CONFIGURATION FOLD -tr TRAINER [flags]``
+"""Train on several GPUs, machines or CPUs: nnUNetv2_train in each process of torchrun.
 
-``nnUNetv2_train`` in every one of torchrun's processes, on one machine or several, on GPUs or (``-device cpu``) CPUs.
-The flags are nnU-Net's. A launch goes on where the checkpoints of its folder end, so that whatever restarts it
-(torchrun's ``--max-restarts``, a cluster that requeues the job) loses nothing; to train anew, move the folder away.
+::
+
+    torchrun --nnodes N --nproc-per-node G -m nnunetv2_vf.distributed DATASET CONFIGURATION FOLD -tr TRAINER [flags]
+
+The flags are those of nnUNetv2_train. A launch continues from the checkpoints in the fold's folder, if there are any.
+A restart (torchrun's ``--max-restarts``, or a cluster that requeues the job) therefore loses nothing. To start from
+the beginning, move the folder away.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import argparse
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,105 +24,105 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.run.run_training import run_training
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-from nnunetv2_vf.errors import UserError, one_line_errors
+from nnunetv2_vf.errors import OneLineArgumentParser, UserError, one_line_errors
 from nnunetv2_vf.nnunet_folders import dataset_name, require_variables
 from nnunetv2_vf.training.checkpoints import BEST, FINAL, LATEST
 from nnunetv2_vf.training.ranks import join
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
 
-_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @one_line_errors()
 def main() -> None:
-    """Join the other ranks, then train as nnU-Net's command does.
+    """Join the other ranks, then train as nnUNetv2_train does."""
+    args = parse_arguments(sys.argv[1:])
+    _require_torchrun()
+    _require_legal_arguments(args)
+    if int(os.environ["RANK"]) > 0:
+        os.environ.update(nnUNet_wandb_enabled="0")  # one run on the dashboard, not one per rank
+    _join_ranks(args.device)
+    run_training(
+        args.dataset_name_or_id,
+        args.configuration,
+        args.fold,
+        args.tr,
+        args.p,
+        export_validation_probabilities=args.npz,
+        continue_training=_continue_on_all_ranks(args),
+        only_run_validation=args.val,
+        disable_checkpointing=args.disable_checkpointing,
+        val_with_best=args.val_best,
+        device=torch.device(args.device),
+    )
+    dist.destroy_process_group()
 
-    Raises:
-        SystemExit: not started by torchrun, or with another trainer than ours.
-    """
-    arguments = _parse(sys.argv[1:])
-    missing = [name for name in _VARIABLES if name not in os.environ]
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags of nnUNetv2_train, whose own parser cannot be called without starting a training."""
+    parser = OneLineArgumentParser("python -m nnunetv2_vf.distributed", allow_abbrev=False)
+    parser.add_argument("dataset_name_or_id")
+    parser.add_argument("configuration")
+    parser.add_argument("fold")
+    parser.add_argument("-tr", default="nnUNetTrainer", help="VFPretrainTrainer or VFFinetuneTrainer")
+    parser.add_argument("-p", default="nnUNetPlans", help="name of the plans; default: %(default)s")
+    parser.add_argument("-pretrained_weights", help="read by the trainers, if the training has no checkpoint yet")
+    parser.add_argument("-num_gpus", type=int, default=1, help="must be 1: torchrun sets the number of processes")
+    parser.add_argument("-device", default="cuda", help="cuda or cpu; default: %(default)s")
+    parser.add_argument("--npz", action="store_true", help="save the probabilities of the final validation")
+    parser.add_argument("--c", action="store_true", help="ignored: a launch that finds checkpoints always continues")
+    parser.add_argument("--val", action="store_true", help="run only the final validation")
+    parser.add_argument("--val_best", action="store_true", help="validate with the best checkpoint")
+    parser.add_argument("--disable_checkpointing", action="store_true", help="write no checkpoints")
+    return parser.parse_args(arguments)
+
+
+def _require_torchrun() -> None:
+    missing = [name for name in _TORCHRUN_VARIABLES if name not in os.environ]
     if missing:
         raise UserError(
             f"{', '.join(missing)} are not set; start it with torchrun: torchrun --nproc-per-node 2 -m "
             "nnunetv2_vf.distributed DATASET CONFIGURATION FOLD -tr VFPretrainTrainer"
         )
-    _check(arguments)
-    if int(os.environ["RANK"]) > 0:
-        os.environ.update(nnUNet_wandb_enabled="0")  # one run on the dashboard, not one of every rank
-    if arguments.device == "cuda":
+
+
+def _require_legal_arguments(args: argparse.Namespace) -> None:
+    require_variables(nnUNet_preprocessed, nnUNet_results)
+    if args.num_gpus != 1:
+        raise UserError(f"-num_gpus {args.num_gpus} has no effect with torchrun; use torchrun's --nproc-per-node")
+    if args.device not in ("cuda", "cpu"):
+        raise UserError(f"-device {args.device} cannot train on several ranks; legal: cuda, cpu")
+    try:
+        trainer = recursive_find_trainer_class_by_name(args.tr)
+    except RuntimeError as error:
+        raise UserError(f"nnU-Net finds no trainer {args.tr}: {error}; to find out why: nnUNetv2_vf doctor") from error
+    if not issubclass(trainer, ResumableTrainer):
+        raise UserError(f"-tr {args.tr} cannot train on several machines; legal: VFPretrainTrainer, VFFinetuneTrainer")
+
+
+def _join_ranks(device: str) -> None:
+    if device == "cuda":
         gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(gpu)
-        torch.set_num_threads(1)  # as nnU-Net's command does
+        torch.set_num_threads(1)  # as nnUNetv2_train does
         join("nccl", device_id=gpu)
     else:
-        warnings.filterwarnings(
-            "ignore", ".*GradScaler is enabled, but CUDA is not available"
-        )  # nnU-Net's, of any rank
+        # nnU-Net makes a GradScaler on CPUs too, and every rank would print torch's warning about it
+        warnings.filterwarnings("ignore", ".*GradScaler is enabled, but CUDA is not available")
         join("gloo")
-    goes_on = [_has_checkpoint(arguments) and not arguments.val]
-    dist.broadcast_object_list(goes_on)  # machines may see a shared folder at different times
-    run_training(
-        arguments.dataset_name_or_id,
-        arguments.configuration,
-        arguments.fold,
-        arguments.tr,
-        arguments.p,
-        export_validation_probabilities=arguments.npz,
-        continue_training=goes_on[0],  # without a checkpoint there is nothing that --c could mean
-        only_run_validation=arguments.val,
-        disable_checkpointing=arguments.disable_checkpointing,
-        val_with_best=arguments.val_best,
-        device=torch.device(arguments.device),
-    )
-    dist.destroy_process_group()
 
 
-def _parse(command: list[str]) -> argparse.Namespace:
-    """The flags of nnUNetv2_train, whose own parser has them all in one function with what it does."""
-    parser = argparse.ArgumentParser("python -m nnunetv2_vf.distributed", allow_abbrev=False)
-    for name in ("dataset_name_or_id", "configuration", "fold"):
-        parser.add_argument(name)
-    parser.add_argument("-tr", default="nnUNetTrainer", help="VFPretrainTrainer or VFFinetuneTrainer")
-    parser.add_argument("-p", default="nnUNetPlans", help="plans")
-    parser.add_argument("-pretrained_weights", help="of a training that begins; the trainers read it themselves")
-    parser.add_argument("-num_gpus", type=int, default=1, help="not here: torchrun says how many processes")
-    parser.add_argument("-device", default="cuda", help="cuda or cpu")
-    for flag, about in {
-        "--npz": "save the probabilities of the final validation",
-        "--c": "continue; a launch that finds checkpoints does so in any case",
-        "--val": "validate only",
-        "--val_best": "validate with the best checkpoint",
-        "--disable_checkpointing": "write no checkpoints",
-    }.items():
-        parser.add_argument(flag, action="store_true", help=about)
-    return parser.parse_args(command)
+def _continue_on_all_ranks(args: argparse.Namespace) -> bool:
+    """Return rank 0's answer to whether the training continues: machines may see a shared folder at different times."""
+    answer = [_has_checkpoint(args) and not args.val]
+    dist.broadcast_object_list(answer)
+    return answer[0]
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    require_variables(nnUNet_preprocessed, nnUNet_results)
-    if arguments.num_gpus != 1:
-        raise UserError("-num_gpus is nnUNetv2_train's; here torchrun says how many: --nproc-per-node")
-    if arguments.device not in ("cuda", "cpu"):
-        raise UserError(f"-device {arguments.device} has no collective operations; legal: cuda, cpu")
-    if not _is_ours(arguments.tr):
-        raise UserError(
-            f"-tr {arguments.tr} is not made for several machines; legal: VFPretrainTrainer, VFFinetuneTrainer"
-        )
-
-
-def _is_ours(trainer: str) -> bool:
-    """Whether it is one of our trainers, or made of one."""
-    try:
-        return issubclass(recursive_find_trainer_class_by_name(trainer), ResumableTrainer)
-    except RuntimeError as error:
-        raise UserError(f"nnU-Net finds no trainer {trainer}: {error}; what is wrong: nnUNetv2_vf doctor") from error
-
-
-def _has_checkpoint(arguments: argparse.Namespace) -> bool:
-    """Whether there is something to go on from: torchrun does not tell a first start from one that follows."""
-    run = f"{arguments.tr}__{arguments.p}__{arguments.configuration}"
-    folder = Path(nnUNet_results) / dataset_name(arguments.dataset_name_or_id) / run / f"fold_{arguments.fold}"
+def _has_checkpoint(args: argparse.Namespace) -> bool:
+    """True if the fold's folder holds a checkpoint. torchrun does not tell whether a start is the first one."""
+    run = f"{args.tr}__{args.p}__{args.configuration}"
+    folder = Path(nnUNet_results) / dataset_name(args.dataset_name_or_id) / run / f"fold_{args.fold}"
     return any((folder / name).is_file() for name in (FINAL, LATEST, BEST))
 
 

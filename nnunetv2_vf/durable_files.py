@@ -1,4 +1,7 @@
-"""Files that cannot be lost: whole on the disk before they replace anything, and read back before they are trusted."""
+"""Write files that survive crashes, power loss and full disks; check that a file is undamaged.
+
+A new file replaces the old one only after it is completely on the disk and reads back correctly.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,15 @@ import torch
 
 
 def write_durably(content: Any, path: Path, previous: Path | None = None) -> None:
-    """``torch.save``, but ``path`` is replaced only once the new file is on the disk and reads back as it was meant.
+    """Save ``content`` with ``torch.save``; replace ``path`` only after the new file is on the disk and reads back.
 
-    The process may be killed and the machine may lose power at any time: what ``path`` held is there until then.
+    If the process is killed or the machine loses power, ``path`` holds either the old or the new file.
 
     Args:
-        previous: another name under which to keep what ``path`` held.
+        previous: another path that keeps the old file of ``path``.
 
     Raises:
-        OSError: it could not be written, since the disk is full for example; nothing has changed.
+        OSError: the file could not be written, for example because the disk is full. Nothing has changed.
     """
     unfinished = _unfinished(path)
     with io.BytesIO() as buffer:
@@ -30,7 +33,7 @@ def write_durably(content: Any, path: Path, previous: Path | None = None) -> Non
             with buffer.getbuffer() as data:
                 _write_and_compare(unfinished, data)
             if previous is not None and path.is_file():
-                give_second_name(path, previous)
+                link_or_copy(path, previous)
             unfinished.replace(path)
             _flush_folder(path.parent)
         finally:
@@ -49,30 +52,30 @@ def _write_and_compare(path: Path, data: memoryview) -> None:
         file.flush()
         os.fsync(file.fileno())
     with path.open("rb") as file:
-        if hasattr(os, "posix_fadvise"):  # from the disk, not from what the system remembers of it
+        if hasattr(os, "posix_fadvise"):  # read from the disk, not from the system's cache
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         position = 0
         while chunk := file.read(1 << 24):
             if data[position : position + len(chunk)] != chunk:
-                raise OSError(f"{path} does not read back as it was written")
+                raise OSError(f"{path} differs from what was written")
             position += len(chunk)
     if position != len(data):
-        raise OSError(f"{path} does not read back as it was written: {position} bytes of {len(data)}")
+        raise OSError(f"{path} differs from what was written: it has {position} bytes of {len(data)}")
 
 
-def give_second_name(path: Path, name: Path) -> None:
-    """``name`` is, at every moment, what it was or what ``path`` is."""
-    unfinished = _unfinished(name)
+def link_or_copy(source: Path, destination: Path) -> None:
+    """Replace ``destination`` by ``source``, in one step: at any time it is either the old or the new file."""
+    unfinished = _unfinished(destination)
     unfinished.unlink(missing_ok=True)
     try:
-        unfinished.hardlink_to(path)
+        unfinished.hardlink_to(source)
     except OSError:  # not every file system has hard links
-        shutil.copy2(path, unfinished)
-    unfinished.replace(name)
+        shutil.copy2(source, unfinished)
+    unfinished.replace(destination)
 
 
 def _flush_folder(folder: Path) -> None:
-    """Renaming is on the disk once the folder is; Windows has no such thing."""
+    """Write a renaming in this folder to the disk. Windows cannot flush folders."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -81,19 +84,19 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a file of ``torch.save`` is as it was written: every checksum in it holds.
+def is_undamaged(path: Path) -> bool:
+    """True if a file of ``torch.save`` exists and all checksums in it are correct.
 
     Raises:
-        OSError: the file system does not give it, which says nothing about the file.
+        OSError: the file cannot be read, which is no sign of damage.
     """
     if not path.is_file():
         return False
-    with path.open("rb") as file:
+    with path.open("rb") as file:  # errors of the file system must not be taken for damage below
         while file.read(1 << 24):
             pass
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except Exception:  # there is no telling what zipfile makes of damage
+    except Exception:  # zipfile raises many kinds of errors on damaged files
         return False

@@ -1,7 +1,8 @@
-"""Which part of a network a weight belongs to, by its name: encoder, decoder or heads.
+"""The part of a network that a weight belongs to, told from its name: encoder, decoder or heads.
 
-nnU-Net's networks and ours name their weights alike: ``encoder.``, ``decoder.``, and ``decoder.seg_layers.`` for the
-heads, the last convolutions that give the classes. nnU-Net transfers all pretrained weights but the heads.
+nnU-Net's networks and ours use the same names: ``encoder.``, ``decoder.``, and ``decoder.seg_layers.`` for the heads,
+which are the last convolutions, one per deep supervision output. nnU-Net transfers all pretrained weights except the
+heads.
 """
 
 from __future__ import annotations
@@ -14,26 +15,35 @@ ENCODER_PREFIX = "encoder."
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter belongs to, by its name."""
+    """Return the part of a parameter: ``"encoder"``, ``"decoder"`` or ``"heads"``."""
     if HEADS in name:
         return "heads"
     return "encoder" if name.startswith(ENCODER_PREFIX) else "decoder"
 
 
 def stages_to_output(names: Sequence[str]) -> dict[str, int]:
-    """How many stages lie between a parameter and the output, on the way down and up again; heads: none."""
-    stages = {
-        # PCT-Net's encoder.downs.0 leads to its encoder.stages.1
-        name: int((re.findall(r"\.(\d+)\.", name) or [0])[0]) + (".downs." in name)
-        for name in names
-    }
-    count = {
-        part: 1 + max((stages[name] for name in names if part_of(name) == part), default=-1)
-        for part in ("decoder", "encoder")
-    }
+    """Return for each parameter the number of stages from its own to the output; 0 for the heads.
+
+    The path goes down the encoder and up the decoder.
+
+    Args:
+        names: all parameters of the network.
+    """
+    stages = {name: _stage_of(name) for name in names}
+
+    def count_stages(part: str) -> int:
+        return 1 + max((stages[name] for name in names if part_of(name) == part), default=-1)
+
+    decoder_stages, encoder_stages = count_stages("decoder"), count_stages("encoder")
     distances = {
         "heads": lambda stage: 0,
-        "decoder": lambda stage: count["decoder"] - stage,
-        "encoder": lambda stage: count["decoder"] + count["encoder"] - stage,
+        "decoder": lambda stage: decoder_stages - stage,
+        "encoder": lambda stage: decoder_stages + encoder_stages - stage,
     }
     return {name: distances[part_of(name)](stages[name]) for name in names}
+
+
+def _stage_of(name: str) -> int:
+    """Return the index of a parameter's stage within its part, in the order in which data passes the stages."""
+    number = int((re.findall(r"\.(\d+)\.", name) or [0])[0])
+    return number + (".downs." in name)  # PCT-Net's encoder.downs.0 leads to its encoder.stages.1

@@ -1,4 +1,4 @@
-"""Where nnU-Net keeps a dataset and its plans."""
+"""Find a dataset and its plans in nnU-Net's folders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_t
 
 from nnunetv2_vf.errors import UserError
 
-_PLAN_COMMANDS = {  # that make plans of these names
+_PLAN_COMMANDS = {  # plans name -> the command that makes such plans
     "nnUNetPlans": "nnUNetv2_plan_and_preprocess -d {} -c 3d_fullres",
     "PCTNetPlans": "nnUNetv2_vf plan -d {}",
     "VFPlans": "nnUNetv2_vf plan -d {} --like FILE",
@@ -18,7 +18,7 @@ _PLAN_COMMANDS = {  # that make plans of these names
 
 
 def require_variables(*variables: Any) -> None:
-    """Raise UserError if one of nnU-Net's environment variables is not set."""
+    """Raise UserError unless all of these environment variables (objects of ``nnunetv2.paths``) are set."""
     for variable in variables:
         if not variable.get():  # unset or empty
             name = variable.env_var_name
@@ -26,10 +26,10 @@ def require_variables(*variables: Any) -> None:
 
 
 def dataset_name(dataset: str) -> str:
-    """``7`` or ``Dataset007_Liver`` -> ``Dataset007_Liver``.
+    """Return the full name of a dataset: ``7`` or ``Dataset007_Liver`` -> ``Dataset007_Liver``.
 
     Raises:
-        UserError: nnU-Net finds no such dataset in any of its folders.
+        UserError: none of nnU-Net's folders holds such a dataset.
     """
     try:
         name: str = maybe_convert_to_dataset_name(dataset)
@@ -39,10 +39,14 @@ def dataset_name(dataset: str) -> str:
 
 
 def plans_file(dataset: str, plans_name: str) -> Path:
-    """The plans of a dataset, by its id or name.
+    """Return the path of a plans file.
+
+    Args:
+        dataset: id or name.
+        plans_name: file name without ``.json``.
 
     Raises:
-        UserError: there are none of that name.
+        UserError: there is no such dataset or file, or the name is a path.
     """
     require_variables(nnUNet_preprocessed)
     if plans_name != Path(plans_name).name or plans_name.endswith(".json"):
@@ -50,8 +54,8 @@ def plans_file(dataset: str, plans_name: str) -> Path:
     name = dataset_name(dataset)
     path = Path(nnUNet_preprocessed) / name / f"{plans_name}.json"
     if not path.is_file():
-        present = ", ".join(sorted(p.stem for p in path.parent.glob("*Plans*.json"))) or "none"
+        available = ", ".join(sorted(p.stem for p in path.parent.glob("*Plans*.json"))) or "none"
         command = _PLAN_COMMANDS.get(plans_name)
-        make = f"; make them: {command.format(convert_dataset_name_to_id(name))}" if command else ""
-        raise UserError(f"no plans {path}; there are: {present}{make}")
+        hint = f"; make them: {command.format(convert_dataset_name_to_id(name))}" if command else ""
+        raise UserError(f"no plans {path}; there are: {available}{hint}")
     return path

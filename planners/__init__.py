@@ -1,1 +1,12 @@
-"""Experiment planners of this project, for ``nnUNetv2_vf plan``."""
+"""Experiment planners for ``nnUNetv2_vf plan``: nnU-Net's planning with another network in the 3D configurations.
+
+Start reading in :mod:`.topology_planner`::
+
+    pct_net_planner   plans PCT-Net
+    like_planner      plans the network of pretrained weights (--like)
+    topology_planner  the base of both: nnU-Net's planner with a given network
+    memory_fitting    chooses the patch and batch size that fit into the GPU memory
+    step_memory       counts the memory of one training step
+
+May import: transfer, the networks and the ground.
+"""

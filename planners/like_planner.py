@@ -1,9 +1,10 @@
-"""Plans a target with the topology of pretrained weights: ``nnUNetv2_vf plan -d ID --like vf_pretrained.pth``."""
+"""Plan a dataset with the network of pretrained weights: ``nnUNetv2_vf plan -d ID --like vf_pretrained.pth``."""
 
 from __future__ import annotations
 
+import functools
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,28 +14,67 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.pct_net import PCTNet
-from nnunetv2_vf.planners.memory_fitting import TopologyPlanner, planned_configurations
-from nnunetv2_vf.transfer.compatibility import adapted_name
-from nnunetv2_vf.transfer.safe_loading import can_be_planned
+from nnunetv2_vf.planners.topology_planner import TopologyPlanner, describe_configurations, plan_datasets
+from nnunetv2_vf.transfer.architectures import can_be_planned
+from nnunetv2_vf.transfer.artifact import read_with_architecture
+from nnunetv2_vf.transfer.differences import describe_differences
+from nnunetv2_vf.transfer.suggested_commands import adapted_file_name
+from nnunetv2_vf.transfer.target_plans import load_target
 
-_RECORD = "volume_fusion_like"  # of the plans: what they were made like
-_CT = "CTNormalization"  # the scheme that uses statistics of the dataset
+_RECORD = "volume_fusion_like"  # section of the plans that names the weights
+_CT = "CTNormalization"  # the scheme that uses intensity statistics of the whole dataset
+_STATISTICS = "foreground_intensity_properties_per_channel"
 _T = TypeVar("_T")
 
 
-class LikePlanner(TopologyPlanner):
-    """All of nnU-Net's planning with the network of pretrained weights in the 3D configurations.
+def plan_like(
+    datasets: Sequence[str],
+    file: Path,
+    spacing: str = "target",
+    normalization: str = "target",
+    **options: Any,
+) -> Iterator[str]:
+    """Write plans for datasets with the network of pretrained weights.
 
     Args:
-        pretrained: the artifact's ``vf`` metadata.
-        like: the artifact's file, for the record in the plans.
-        spacing: "target": nnU-Net's choice for the dataset; "pretrained": the one of pretraining.
-        normalization: the same; "pretrained" takes pretraining's intensity statistics as well, where the scheme uses
-            any, so that a voxel value means what it meant in pretraining.
+        datasets: ids or names; their fingerprints must exist.
+        file: ``vf_pretrained.pth`` or a checkpoint of nnU-Net.
+        spacing, normalization: see :class:`LikePlanner`.
+        options: of :func:`~nnunetv2_vf.planners.topology_planner.plan_datasets`.
+
+    Yields:
+        for each dataset a description of its plans, the next commands, and the differences to the pretraining.
 
     Raises:
-        UserError: the weights do not tell the spacing or normalisation that is asked for, or are of a 2D
-            network or one without strides.
+        UserError: the file cannot be read or lacks required metadata; see also :class:`LikePlanner` and
+            :func:`~nnunetv2_vf.planners.topology_planner.plan_datasets`.
+    """
+    if spacing == "pretrained" and options.get("target_spacing") is not None:
+        raise UserError("--spacing pretrained and -overwrite_target_spacing exclude each other; leave one out")
+    pretrained = read_with_architecture(file)["vf"]
+    planner = functools.partial(
+        LikePlanner, pretrained=pretrained, file=file, spacing=spacing, normalization=normalization
+    )
+    for plans, name in plan_datasets(datasets, planner, **options):
+        yield _describe_plans(plans, name, pretrained, file)
+        if "3d_fullres" in plans["configurations"]:
+            target = load_target(plans["dataset_name"], name, "3d_fullres")
+            yield "\n  ".join(["Pretraining and these plans:", *describe_differences(pretrained, target)])
+
+
+class LikePlanner(TopologyPlanner):
+    """nnU-Net's planner with the network of pretrained weights in the 3D configurations.
+
+    Args:
+        pretrained: the ``vf`` metadata of the weights.
+        file: the file of the weights; the plans record its name.
+        spacing: "target": nnU-Net's choice for the dataset; "pretrained": the spacing of the pretraining.
+        normalization: "target": nnU-Net's choice for the dataset; "pretrained": the schemes of the pretraining and,
+            for a scheme that uses intensity statistics, its statistics too, so that a voxel value means the same as
+            in pretraining.
+
+    Raises:
+        UserError: the metadata lacks the requested spacing or normalisation, or the network is 2D or has no strides.
     """
 
     def __init__(
@@ -47,13 +87,13 @@ class LikePlanner(TopologyPlanner):
         suppress_transpose: bool = False,
         *,
         pretrained: Mapping[str, Any],
-        like: Path,
+        file: Path,
         spacing: str = "target",
         normalization: str = "target",
     ):
         self.pretrained = pretrained
-        self.like, self.spacing, self.normalization = like, spacing, normalization
-        self._check()
+        self.file, self.spacing, self.normalization = file, spacing, normalization
+        self._require_metadata()
         super().__init__(
             dataset_name_or_id,
             gpu_memory_target_in_gb,
@@ -63,41 +103,42 @@ class LikePlanner(TopologyPlanner):
             suppress_transpose,
         )
         if normalization == "pretrained" and _CT in pretrained["normalization_schemes"]:
-            properties = pretrained["plans"]["foreground_intensity_properties_per_channel"]
-            every_channel = self._per_channel([properties[str(i)] for i in range(len(properties))])
-            key = "foreground_intensity_properties_per_channel"
-            self.dataset_fingerprint[key] = {str(i): p for i, p in enumerate(every_channel)}  # of this object alone
+            statistics = pretrained["plans"][_STATISTICS]
+            every_channel = self._one_per_channel([statistics[str(i)] for i in range(len(statistics))])
+            self.dataset_fingerprint[_STATISTICS] = {str(i): entry for i, entry in enumerate(every_channel)}
 
-    def _check(self) -> None:
+    def _require_metadata(self) -> None:
         architecture = self.pretrained["architecture"]
         if not can_be_planned(architecture):
             raise UserError(
-                f"{self.like} holds weights of {architecture['network_class_name']}, which is two-dimensional or takes "
+                f"{self.file} holds weights of {architecture['network_class_name']}, which is two-dimensional or takes "
                 "patches of one size only; legal: 3D U-Nets, residual encoder U-Nets and PCT-Net"
             )
-        for option, asked, key in (
+        for option, value, key in (
             ("--spacing", self.spacing, "spacing"),
             ("--normalization", self.normalization, "normalization_schemes"),
         ):
-            if asked == "pretrained" and not self.pretrained.get(key):
-                raise UserError(f"{option} pretrained, but {self.like} does not tell its {key}; legal: target")
+            if value == "pretrained" and not self.pretrained.get(key):
+                raise UserError(f"{option} pretrained, but {self.file} does not hold its {key}; legal: target")
         schemes = self.pretrained.get("normalization_schemes") or []
         if self.normalization == "pretrained" and _CT in schemes and "plans" not in self.pretrained:
-            raise UserError(f"--normalization pretrained, but {self.like} does not tell its intensities; legal: target")
+            raise UserError(
+                f"--normalization pretrained, but {self.file} does not hold its intensity statistics; legal: target"
+            )
 
-    def topology(self, spacing: Sequence[float]) -> dict[str, Any]:
-        entry: dict[str, Any] = self.pretrained["architecture"]
-        return entry
+    def choose_architecture(self, spacing: Sequence[float]) -> dict[str, Any]:
+        architecture: dict[str, Any] = self.pretrained["architecture"]
+        return architecture
 
     def determine_fullres_target_spacing(self) -> np.ndarray:
-        """nnU-Net's, or the pretrained spacing: its first axis, the coarsest, along the target's coarsest."""
-        own: np.ndarray = super().determine_fullres_target_spacing()
+        """Return nnU-Net's spacing, or the pretrained one with its coarsest axis along the target's coarsest axis."""
+        target: np.ndarray = super().determine_fullres_target_spacing()
         if self.spacing == "target" or self.overwrite_target_spacing is not None:
-            return own
-        coarsest = int(np.argmax(own))
-        order = [coarsest, *(axis for axis in range(3) if axis != coarsest)]
+            return target
+        coarsest = int(np.argmax(target))
+        axes = [coarsest, *(axis for axis in range(3) if axis != coarsest)]
         spacing = np.empty(3)
-        spacing[order] = self.pretrained["spacing"]
+        spacing[axes] = self.pretrained["spacing"]  # nnU-Net's plans list the coarsest axis first
         return spacing
 
     def determine_normalization_scheme_and_whether_mask_is_used_for_norm(self) -> tuple[list[str], list[bool]]:
@@ -105,13 +146,13 @@ class LikePlanner(TopologyPlanner):
         if self.normalization == "target":
             return schemes, use_mask
         if "plans" in self.pretrained:
-            manager = PlansManager(self.pretrained["plans"])
-            use_mask = self._per_channel(manager.get_configuration(self.pretrained["configuration"]).use_mask_for_norm)
-        return self._per_channel(self.pretrained["normalization_schemes"]), use_mask
+            configuration = PlansManager(self.pretrained["plans"]).get_configuration(self.pretrained["configuration"])
+            use_mask = self._one_per_channel(configuration.use_mask_for_norm)
+        return self._one_per_channel(self.pretrained["normalization_schemes"]), use_mask
 
-    def _per_channel(self, pretrained: Sequence[_T]) -> list[_T]:
-        """One entry for each of the target's channels: those of pretraining, or the one all of them had."""
-        channels = len(self.dataset_json.get("channel_names", self.dataset_json.get("modality")))
+    def _one_per_channel(self, pretrained: Sequence[_T]) -> list[_T]:
+        """Return one entry per target channel; if the numbers of channels differ, all entries must be equal."""
+        channels = self.number_of_channels
         if len(pretrained) == channels:
             return list(pretrained)
         if any(entry != pretrained[0] for entry in pretrained):
@@ -123,31 +164,30 @@ class LikePlanner(TopologyPlanner):
 
     def save_plans(self, plans: dict[str, Any]) -> None:
         options = {"spacing": self.spacing, "normalization": self.normalization}
-        plans[_RECORD] = {"file": self.like.name, "dataset": self.pretrained.get("dataset"), **options}
+        plans[_RECORD] = {"file": self.file.name, "dataset": self.pretrained.get("dataset"), **options}
         super().save_plans(plans)
 
 
 def default_plans_name(pretrained: Mapping[str, Any]) -> str:
-    """``PCTNetPlans`` for PCT-Net, ``VFPlans`` for other networks, whose own names nnU-Net's plans have."""
+    """Return ``PCTNetPlans`` for PCT-Net, else ``VFPlans``, because the names of nnU-Net's planners are taken."""
     is_pct_net = pretrained["architecture"]["network_class_name"] == f"{PCTNet.__module__}.{PCTNet.__qualname__}"
     return "PCTNetPlans" if is_pct_net else "VFPlans"
 
 
-def next_steps(plans: dict[str, Any], name: str, pretrained: Mapping[str, Any], like: Path) -> str:
-    """What was planned, and the commands that come next."""
-    planned = planned_configurations(plans)
-    if not planned:
-        return f"{name} of {plans['dataset_name']}: only the configuration 2d: the images are two-dimensional"
-    dataset_id, weights = convert_dataset_name_to_id(plans["dataset_name"]), shlex.quote(str(like))
+def _describe_plans(plans: dict[str, Any], name: str, pretrained: Mapping[str, Any], file: Path) -> str:
+    configurations = describe_configurations(plans)
+    if not configurations:
+        return f"{name} of {plans['dataset_name']}: only the configuration 2d, because the images are two-dimensional"
+    dataset_id, weights = convert_dataset_name_to_id(plans["dataset_name"]), shlex.quote(str(file))
     channels = len(plans["configurations"]["3d_fullres"]["normalization_schemes"])
     lines = [
         f"{name} of {plans['dataset_name']}, with the network of {weights}:",
-        *(f"  {each}: {about}" for each, about in planned.items()),
+        *(f"  {key}: {line}" for key, line in configurations.items()),
         "Next:",
         f"  nnUNetv2_preprocess -d {dataset_id} -plans_name {name} -c 3d_fullres",
     ]
     if channels != pretrained["num_input_channels"]:
-        adapted = adapted_name(like, dataset_id)
+        adapted = adapted_file_name(file, dataset_id)
         lines.append(f"  nnUNetv2_vf adapt {weights} -d {dataset_id} -p {name} -c 3d_fullres -o {adapted}")
         weights = adapted
     lines.append(

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 
 from nnunetv2_vf.pct_net import MODES, PUBLISHED_FEATURES, PCTNet
-from nnunetv2_vf.planners.memory_fitting import TopologyPlanner, planned_configurations
+from nnunetv2_vf.planners.topology_planner import TopologyPlanner, describe_configurations, plan_datasets
+
+
+def plan_pct_net(datasets: Sequence[str], **options: Any) -> Iterator[str]:
+    """Write PCT-Net plans for datasets.
+
+    Args:
+        datasets: ids or names; their fingerprints must exist.
+        options: of :func:`~nnunetv2_vf.planners.topology_planner.plan_datasets`.
+
+    Yields:
+        for each dataset a description of its plans and the next commands.
+
+    Raises:
+        UserError: see :func:`~nnunetv2_vf.planners.topology_planner.plan_datasets`.
+    """
+    for plans, name in plan_datasets(datasets, PCTNetPlanner, **options):
+        yield _describe_plans(plans, name)
 
 
 class PCTNetPlanner(TopologyPlanner):
-    """Plans PCT-Net in the resolution mode that follows from the spacing, as ``PCTNetPlans``."""
+    """Plan PCT-Net in the resolution mode that follows from the spacing; the plans are called ``PCTNetPlans``."""
 
     def __init__(
         self,
@@ -33,22 +50,25 @@ class PCTNetPlanner(TopologyPlanner):
             suppress_transpose,
         )
 
-    def topology(self, spacing: Sequence[float]) -> dict[str, Any]:
-        return architecture(resolution_mode(spacing))
+    def choose_architecture(self, spacing: Sequence[float]) -> dict[str, Any]:
+        return pct_net_architecture(resolution_mode(spacing))
 
 
 def resolution_mode(spacing: Sequence[float]) -> int:
-    """The paper's resolution mode for a spacing (mm), slices first: 0, 1 or 2 levels that leave the slices alone.
+    """Return the paper's resolution mode: the number of levels that do not halve the slice axis, 0, 1 or 2.
 
-    The slices are halved once they are less than twice as far apart as the voxels along the coarser of the other
-    axes, which is nnU-Net's factor. (nnU-Net compares with the finest axis, but can also leave other axes alone.)
+    A level halves the slice axis if the slices are less than twice as far apart as the voxels along the coarser
+    in-plane axis. The factor 2 is nnU-Net's, but nnU-Net compares with the finest axis and may leave any axis.
+
+    Args:
+        spacing: mm, slice axis first.
     """
     anisotropy = spacing[0] / max(spacing[1:])
     return min(int(np.floor(np.log2(max(anisotropy, 1)))), len(MODES) - 1)
 
 
-def architecture(mode: int) -> dict[str, Any]:
-    """The plan's entry for PCT-Net as published, in a resolution mode."""
+def pct_net_architecture(mode: int) -> dict[str, Any]:
+    """Return the plan's entry ``architecture`` for the published PCT-Net in a resolution mode."""
     return {
         "network_class_name": f"{PCTNet.__module__}.{PCTNet.__qualname__}",
         "arch_kwargs": {
@@ -61,26 +81,25 @@ def architecture(mode: int) -> dict[str, Any]:
     }
 
 
-def next_steps(plans: dict[str, Any], name: str) -> str:
-    """What was planned, and the commands that come next."""
-    planned = planned_configurations(plans)
-    if not planned:
+def _describe_plans(plans: dict[str, Any], name: str) -> str:
+    configurations = describe_configurations(plans)
+    if not configurations:
         return (
-            f"{name} of {plans['dataset_name']}: only the configuration 2d, with nnU-Net's U-Net: the images are "
-            "two-dimensional"
+            f"{name} of {plans['dataset_name']}: only the configuration 2d, with nnU-Net's U-Net, because the images "
+            "are two-dimensional"
         )
+    modes = {key: resolution_mode(plans["configurations"][key]["spacing"]) for key in configurations}
     dataset_id = convert_dataset_name_to_id(plans["dataset_name"])
     train = f"nnUNetv2_train {dataset_id} 3d_fullres"
     fold = f"$nnUNet_results/{plans['dataset_name']}/VFPretrainTrainer__{name}__3d_fullres/fold_all"
-    finetune = f"-tr VFFinetuneTrainer -pretrained_weights {fold}/vf_pretrained.pth"
-    modes = {each: resolution_mode(plans["configurations"][each]["spacing"]) for each in planned}
+    weights = f"-tr VFFinetuneTrainer -pretrained_weights {fold}/vf_pretrained.pth"
     return "\n".join(
         [
             f"{name} of {plans['dataset_name']}:",
-            *(f"  {each}: resolution mode {modes[each]}, {about}" for each, about in planned.items()),
+            *(f"  {key}: resolution mode {modes[key]}, {line}" for key, line in configurations.items()),
             "Next:",
             f"  nnUNetv2_preprocess -d {dataset_id} -plans_name {name} -c 3d_fullres",
-            f"  {train} all -p {name} -tr VFPretrainTrainer      # if it is to pretrain on",
-            f"  {train} 0 -p {name} {finetune}      # its labels; for another dataset: plan --like",
+            f"  {train} all -p {name} -tr VFPretrainTrainer      # to pretrain on this dataset",
+            f"  {train} 0 -p {name} {weights}      # to fine-tune on its labels; on another dataset's: plan --like",
         ]
     )

@@ -61,7 +61,7 @@ def test_help_lists_every_subcommand(capsys):
             main([name, "--help"])
 
 
-@pytest.mark.parametrize("statement", ["import nnunetv2_vf", "from nnunetv2_vf.cli import _parser; _parser()"])
+@pytest.mark.parametrize("statement", ["import nnunetv2_vf", "from nnunetv2_vf.cli import make_parser; make_parser()"])
 def test_importing_and_parsing_load_neither_torch_nor_nnunet(statement):
     code = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""``nnUNetv2_vf demo``: the whole journey on generated volumes, in a few minutes, on any machine.
+"""The whole method on generated volumes, in a few minutes, on any machine: ``nnUNetv2_vf demo``.
 
 Start reading in :mod:`.journey`, which runs the commands; :mod:`.phantoms` generates the volumes.
 

@@ -1,6 +1,7 @@
 """Procedural CT-like torso phantoms: seeded images in HU with organ labels, for the demo and the tests.
 
-They are drawn, not measured: ellipsoids and cylinders in millimetres, jittered per patient, with texture and noise.
+Organs are ellipsoids and the body is an elliptic cylinder, in mm; size and position vary between patients. Texture
+and noise are added.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813  its own convention
 from numpy.typing import ArrayLike
 
-_BODY_MM = (240.0, 220.0, 320.0)  # depth (head to foot), front to back, left to right
+_FIELD_OF_VIEW_MM = (240.0, 220.0, 320.0)  # head to foot, front to back, left to right
 
 
 class Phantom(NamedTuple):
-    """A torso: image in HU (int16) and labels (uint8), axes (D, H, W); spacing in mm, in the same order."""
+    """Image in HU (int16) and labels (uint8) of a torso, axes (D, H, W); spacing in mm, in the same order."""
 
     image: np.ndarray
     labels: np.ndarray
@@ -27,10 +28,10 @@ class Phantom(NamedTuple):
 
 class _Organ(NamedTuple):
     label: int
-    hu: float  # mean of the organ
-    contrast: float  # standard deviation of that mean between patients, in HU
-    texture: float  # standard deviation within the organ, in HU
-    ellipsoids: tuple[tuple[tuple[float, float, float], tuple[float, float, float]], ...]  # centre, semi-axes in mm
+    mean_hu: float
+    hu_std_between_patients: float
+    hu_std_within_organ: float
+    ellipsoids: tuple[tuple[tuple[float, float, float], tuple[float, float, float]], ...]  # centre and semi-axes, mm
 
 
 LABELS = {"background": 0, "lungs": 1, "heart": 2, "liver": 3, "kidneys": 4, "spine": 5}
@@ -39,45 +40,45 @@ _ORGANS = (
     _Organ(2, 170, 30, 25, (((-25, -30, 15), (42, 38, 42)),)),
     _Organ(3, 110, 15, 30, (((55, -10, -60), (45, 65, 72)),)),
     _Organ(4, 240, 40, 40, (((80, 40, -58), (36, 20, 18)), ((72, 40, 58), (36, 20, 18)))),
-    _Organ(5, 420, 60, 120, (((0, 75, 0), (400, 17, 19)),)),  # longer than the body: a column
+    _Organ(5, 420, 60, 120, (((0, 75, 0), (400, 17, 19)),)),  # longer than the image
 )
 _AIR, _FAT, _SOFT = -1000.0, -100.0, 40.0
 
 
 def make_phantom(seed: int, spacing: float = 6.0) -> Phantom:
-    """Draw the phantom of one patient.
+    """Generate the phantom of one patient.
 
     Args:
-        seed: the patient; the same seed gives the same phantom.
-        spacing: typical voxel size in mm; every patient's scan differs from it by up to a quarter, per axis
-            (left to right as front to back).
+        seed: number of the patient; the same seed gives the same phantom.
+        spacing: typical voxel size in mm. The voxel sizes along the slice axis and within the slices each differ
+            from it by up to a quarter.
     """
     rng = np.random.default_rng(seed)
     across, along = (spacing * rng.uniform(0.8, 1.25, size=2)).tolist()
     voxel = (along, across, across)
-    build = rng.uniform(0.9, 1.1, size=3)  # of the patient
-    axes = [_axis(*per_axis) for per_axis in zip(_BODY_MM, voxel, build, strict=True)]
+    body_scale = rng.uniform(0.9, 1.1, size=3)
+    axes = [_voxel_centres(*per_axis) for per_axis in zip(_FIELD_OF_VIEW_MM, voxel, body_scale, strict=True)]
     grid = np.meshgrid(*axes, indexing="ij", sparse=True)
 
     image = np.full(np.broadcast_shapes(*(g.shape for g in grid)), _AIR)
     labels = np.zeros(image.shape, dtype=np.uint8)
-    fine, coarse = (_texture(rng, image.shape, voxel, width) for width in (6.0, 20.0))  # vessels, muscles
+    fine, coarse = (_texture(rng, image.shape, voxel, width) for width in (6.0, 20.0))
     body = _inside(grid, (0, 0, 0), (1e6, 100, 145))
     image[body] = _FAT + 20 * coarse[body]
-    body = _inside(grid, (0, 0, 0), (1e6, 88, 132))
-    image[body] = _SOFT + 25 * coarse[body]
+    below_fat = _inside(grid, (0, 0, 0), (1e6, 88, 132))
+    image[below_fat] = _SOFT + 25 * coarse[below_fat]
     for organ in _ORGANS:
-        hu = rng.normal(organ.hu, organ.contrast)
+        hu = rng.normal(organ.mean_hu, organ.hu_std_between_patients)
         for centre, semi_axes in organ.ellipsoids:
             inside = _inside(grid, rng.normal(centre, 5), rng.normal(1, 0.06, size=3) * semi_axes)
-            image[inside] = hu + organ.texture * fine[inside]
+            image[inside] = hu + organ.hu_std_within_organ * fine[inside]
             labels[inside] = organ.label
     image += rng.normal(0, rng.uniform(10, 35), size=image.shape)
     return Phantom(np.clip(image, -1024, 3071).astype(np.int16), labels, voxel)
 
 
 def write_dataset(folder: Path, seeds: Sequence[int], spacing: float = 6.0) -> None:
-    """Write phantoms, one a seed, as an nnU-Net raw dataset: ``imagesTr``, ``labelsTr``, ``dataset.json``."""
+    """Write one phantom per seed as an nnU-Net raw dataset: ``imagesTr``, ``labelsTr``, ``dataset.json``."""
     write_images(folder / "imagesTr", seeds, spacing)
     write_labels(folder / "labelsTr", seeds, spacing)
     description = {
@@ -105,14 +106,14 @@ def write_labels(folder: Path, seeds: Sequence[int], spacing: float = 6.0) -> No
         _write(phantom.labels, phantom.spacing, folder / f"torso_{seed:04d}.nii.gz")
 
 
-def _axis(length: float, step: float, build: float) -> np.ndarray:
-    """Voxel centres in mm of a body of average build, 0 in the middle."""
+def _voxel_centres(length: float, step: float, body_scale: float) -> np.ndarray:
+    """Return the voxel centres along an axis in mm of an average body, 0 in the middle."""
     count = round(length / step)
-    return (np.arange(count) - (count - 1) / 2) * step / build
+    return (np.arange(count) - (count - 1) / 2) * step / body_scale
 
 
 def _texture(rng: np.random.Generator, shape: tuple[int, ...], voxel: Sequence[float], width: float) -> np.ndarray:
-    """Smooth noise of mean 0 and standard deviation 1; ``width`` in mm is the Gaussian's sigma."""
+    """Return smooth noise of mean 0 and standard deviation 1; ``width`` is the sigma of the Gaussian in mm."""
     noise = sitk.GetImageFromArray(rng.normal(size=shape).astype(np.float32))
     noise.SetSpacing(voxel[::-1])
     smooth = sitk.GetArrayFromImage(sitk.SmoothingRecursiveGaussian(noise, width))
@@ -120,7 +121,7 @@ def _texture(rng: np.random.Generator, shape: tuple[int, ...], voxel: Sequence[f
 
 
 def _inside(grid: Sequence[np.ndarray], centre: ArrayLike, axes: ArrayLike) -> np.ndarray:
-    """Which voxels lie in an ellipsoid; centre and semi-axes in mm."""
+    """Return a mask of the voxels in an ellipsoid; centre and semi-axes in mm."""
     z, y, x = ((g - c) / a for g, c, a in zip(grid, np.asarray(centre), np.asarray(axes), strict=True))
     return z**2 + y**2 + x**2 <= 1
 

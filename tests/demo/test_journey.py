@@ -15,7 +15,7 @@ import SimpleITK as sitk  # noqa: N813
 
 from nnunetv2_vf.demo.phantoms import make_phantom, write_dataset, write_images
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.nnunet_commands import Host
+from nnunetv2_vf.nnunet_commands import Workspace
 
 DATASET = "Dataset008_Journey"
 SCHEDULE = {"num_epochs": 1, "iterations_per_epoch": 2, "val_iterations_per_epoch": 1}
@@ -23,20 +23,20 @@ SCHEDULE = {"num_epochs": 1, "iterations_per_epoch": 2, "val_iterations_per_epoc
 
 def test_pretrain_finetune_predict_with_stock_commands(tmp_path):
     """On an ordinary labelled dataset: no -p, no plans of ours; the artifact goes straight into -pretrained_weights."""
-    host = Host(tmp_path, processes=1)
-    write_dataset(host.raw / DATASET, range(5), spacing=12)
-    host.run("nnUNetv2_plan_and_preprocess", "-d", 8, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
+    workspace = Workspace(tmp_path, processes=1)
+    write_dataset(workspace.raw / DATASET, range(5), spacing=12)
+    workspace.run("nnUNetv2_plan_and_preprocess", "-d", 8, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
     pretraining = {f"nnUNet_vf_{name}": value for name, value in SCHEDULE.items()}
-    host.run("nnUNetv2_train", 8, "3d_fullres", 0, "-tr", "VFPretrainTrainer", "-device", "cpu", **pretraining)
-    artifact = host.fold_folder(DATASET, "VFPretrainTrainer", 0) / "vf_pretrained.pth"
+    workspace.run("nnUNetv2_train", 8, "3d_fullres", 0, "-tr", "VFPretrainTrainer", "-device", "cpu", **pretraining)
+    artifact = workspace.fold_folder(DATASET, "VFPretrainTrainer", 0) / "vf_pretrained.pth"
     finetuning = {f"nnUNet_vf_finetune_{name}": value for name, value in SCHEDULE.items()}
-    host.run(
+    workspace.run(
         "nnUNetv2_train", 8, "3d_fullres", 0, "-tr", "VFFinetuneTrainer", "-device", "cpu",
         "-pretrained_weights", artifact, **finetuning,
     )  # fmt: skip
-    assert f"Loading pretrained weights from file  {artifact}" in host.log.read_text()
+    assert f"Loading pretrained weights from file  {artifact}" in workspace.log.read_text()
     write_images(tmp_path / "in", [50], spacing=12)
-    host.run(
+    workspace.run(
         "nnUNetv2_predict", "-d", 8, "-c", "3d_fullres", "-tr", "VFFinetuneTrainer", "-f", 0, "-device", "cpu",
         "-i", tmp_path / "in", "-o", tmp_path / "out", "-npp", 1, "-nps", 1, "--disable_tta",
     )  # fmt: skip
@@ -47,34 +47,36 @@ def test_pretrain_finetune_predict_with_stock_commands(tmp_path):
 @pytest.mark.slow
 def test_one_artifact_serves_two_targets_and_is_shared(tmp_path):
     """Import, pretrain, plan like it, adapt, fine-tune, predict, export, install elsewhere, predict: every command."""
-    host = Host(tmp_path, processes=1)
+    workspace = Workspace(tmp_path, processes=1)
     write_images(tmp_path / "unlabelled", range(4), spacing=10)
-    write_dataset(host.raw / DATASET, range(50, 53), spacing=14)
-    two_channels(host.raw / DATASET, host.raw / "Dataset009_TwoChannels")
-    host.run("nnUNetv2_vf", "import", "-d", 7, "-n", "Unlabelled", tmp_path / "unlabelled", "-np", 1)
-    host.run("nnUNetv2_plan_and_preprocess", "-d", 7, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
-    narrow_network(host.preprocessed / "Dataset007_Unlabelled" / "nnUNetPlans.json", [4, 8, 16])
+    write_dataset(workspace.raw / DATASET, range(50, 53), spacing=14)
+    two_channels(workspace.raw / DATASET, workspace.raw / "Dataset009_TwoChannels")
+    workspace.run("nnUNetv2_vf", "import", "-d", 7, "-n", "Unlabelled", tmp_path / "unlabelled", "-np", 1)
+    workspace.run("nnUNetv2_plan_and_preprocess", "-d", 7, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
+    narrow_network(workspace.preprocessed / "Dataset007_Unlabelled" / "nnUNetPlans.json", [4, 8, 16])
     pretraining = {f"nnUNet_vf_{name}": value for name, value in SCHEDULE.items()}
-    host.run("nnUNetv2_train", 7, "3d_fullres", "all", "-tr", "VFPretrainTrainer", "-device", "cpu", **pretraining)
-    artifact = host.fold_folder("Dataset007_Unlabelled", "VFPretrainTrainer", "all") / "vf_pretrained.pth"
+    workspace.run("nnUNetv2_train", 7, "3d_fullres", "all", "-tr", "VFPretrainTrainer", "-device", "cpu", **pretraining)
+    artifact = workspace.fold_folder("Dataset007_Unlabelled", "VFPretrainTrainer", "all") / "vf_pretrained.pth"
     adapted = tmp_path / "adapted.pth"
     finetuning = {f"nnUNet_vf_finetune_{name}": value for name, value in SCHEDULE.items()}
     like = ("-p", "VFPlans", "-tr", "VFFinetuneTrainer")
     for target, weights in ((8, artifact), (9, adapted)):
-        host.run("nnUNetv2_extract_fingerprint", "-d", target, "-np", 1)
-        host.run("nnUNetv2_vf", "plan", "-d", target, "--like", artifact, "--normalization", "pretrained")
-        host.run("nnUNetv2_preprocess", "-d", target, "-plans_name", "VFPlans", "-c", "3d_fullres", "-np", 1)
+        workspace.run("nnUNetv2_extract_fingerprint", "-d", target, "-np", 1)
+        workspace.run("nnUNetv2_vf", "plan", "-d", target, "--like", artifact, "--normalization", "pretrained")
+        workspace.run("nnUNetv2_preprocess", "-d", target, "-plans_name", "VFPlans", "-c", "3d_fullres", "-np", 1)
         if weights == adapted:
             refused = ("-device", "cpu", "-pretrained_weights", artifact)
-            with pytest.raises(UserError, match=r"does not fit 3d_fullres of VFPlans .*input channels 1 against 2"):
-                host.run("nnUNetv2_train", target, "3d_fullres", "all", *like, *refused, **finetuning)
-            host.run("nnUNetv2_vf", "adapt", artifact, "-d", target, "-p", "VFPlans", "-o", adapted)
-        host.run("nnUNetv2_vf", "doctor", "-d", target, "-p", "VFPlans", "-w", weights)
-        host.run(
+            with pytest.raises(
+                UserError, match=r"does not fit 3d_fullres of VFPlans .*input channels 1 in the file, 2 in the plans"
+            ):
+                workspace.run("nnUNetv2_train", target, "3d_fullres", "all", *like, *refused, **finetuning)
+            workspace.run("nnUNetv2_vf", "adapt", artifact, "-d", target, "-p", "VFPlans", "-o", adapted)
+        workspace.run("nnUNetv2_vf", "doctor", "-d", target, "-p", "VFPlans", "-w", weights)
+        workspace.run(
             "nnUNetv2_train", target, "3d_fullres", "all", *like, "-device", "cpu", "-pretrained_weights", weights,
             **finetuning,
         )  # fmt: skip
-        host.run(
+        workspace.run(
             "nnUNetv2_export_model_to_zip", "-d", target, "-o", tmp_path / f"{target}.zip", "-c", "3d_fullres",
             "-f", "all", *like,
         )  # fmt: skip
@@ -82,9 +84,9 @@ def test_one_artifact_serves_two_targets_and_is_shared(tmp_path):
     elsewhere.mkdir()
     for target in (8, 9):
         plain = {"nnUNet_results": elsewhere, "nnUNet_extTrainer": ""}
-        host.run("nnUNetv2_install_pretrained_model_from_zip", tmp_path / f"{target}.zip", **plain)
-        images = next(host.raw.glob(f"Dataset{target:03d}_*")) / "imagesTr"
-        host.run(
+        workspace.run("nnUNetv2_install_pretrained_model_from_zip", tmp_path / f"{target}.zip", **plain)
+        images = next(workspace.raw.glob(f"Dataset{target:03d}_*")) / "imagesTr"
+        workspace.run(
             "nnUNetv2_predict", "-d", target, "-c", "3d_fullres", *like, "-f", "all", "-device", "cpu", "-i", images,
             "-o", tmp_path / f"out{target}", "-npp", 1, "-nps", 1, "--disable_tta", **plain,
         )  # fmt: skip
@@ -113,16 +115,16 @@ def test_a_user_error_in_a_stock_command_is_one_line_and_exit_status_1(tiny):
     )
 
 
-def test_a_failing_host_command_is_reported_with_its_last_line(tmp_path):
-    host = Host(tmp_path, processes=1)
+def test_a_failing_command_is_reported_with_its_last_line(tmp_path):
+    workspace = Workspace(tmp_path, processes=1)
     with pytest.raises(UserError, match=r"nnUNetv2_plan_experiment failed with exit status 1: .*commands\.log"):
-        host.run("nnUNetv2_plan_experiment", "-d", 999)
+        workspace.run("nnUNetv2_plan_experiment", "-d", 999)
 
 
 def test_the_users_variables_do_not_reach_the_commands(tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_raw", "/the/users")
     monkeypatch.setenv("nnUNet_vf_num_epochs", "77")
-    environment = Host(tmp_path, processes=1).environment
+    environment = Workspace(tmp_path, processes=1).environment
     assert environment["nnUNet_raw"] == str(tmp_path / "raw")
     assert "nnUNet_vf_num_epochs" not in environment
 
@@ -161,17 +163,17 @@ def narrow_network(plans_file: Path, features: list[int]) -> None:
 @pytest.mark.slow
 def test_pretraining_on_real_mr_volumes_rises_well_above_an_untrained_network(tmp_path, real_data):
     """The Hippocampus task of the Medical Segmentation Decathlon, below the folder NNUNETV2_VF_TEST_DATA."""
-    host = Host(tmp_path, processes=2)
-    (host.raw / "Dataset004_Hippocampus").symlink_to(real_data / "Dataset004_Hippocampus")
-    host.run("nnUNetv2_plan_and_preprocess", "-d", 4, "-c", "3d_fullres", "-np", 2)
-    narrow_network(host.preprocessed / "Dataset004_Hippocampus" / "nnUNetPlans.json", [8, 16, 32, 64])
+    workspace = Workspace(tmp_path, processes=2)
+    (workspace.raw / "Dataset004_Hippocampus").symlink_to(real_data / "Dataset004_Hippocampus")
+    workspace.run("nnUNetv2_plan_and_preprocess", "-d", 4, "-c", "3d_fullres", "-np", 2)
+    narrow_network(workspace.preprocessed / "Dataset004_Hippocampus" / "nnUNetPlans.json", [8, 16, 32, 64])
 
     def pretext_dice(**settings: float) -> float:
-        host.run(
+        workspace.run(
             "nnUNetv2_train", 4, "3d_fullres", 0, "-tr", "VFPretrainTrainer", "-device", "cpu",
             **{f"nnUNet_vf_{name}": value for name, value in settings.items()},
         )  # fmt: skip
-        report = host.fold_folder("Dataset004_Hippocampus", "VFPretrainTrainer", 0) / "pretext_report.json"
+        report = workspace.fold_folder("Dataset004_Hippocampus", "VFPretrainTrainer", 0) / "pretext_report.json"
         return json.loads(report.read_text())["mean_dice"]
 
     common = {"val_iterations_per_epoch": 8, "num_epochs": 4}
@@ -182,8 +184,8 @@ def test_pretraining_on_real_mr_volumes_rises_well_above_an_untrained_network(tm
 @pytest.mark.slow
 def test_pct_net_predicts_real_ct_at_three_resolutions(tmp_path, real_data):
     """The torso CT volumes below NNUNETV2_VF_TEST_DATA, at 3 mm in plane; one plan for each resolution mode."""
-    host = Host(tmp_path, processes=1)
-    dataset = host.raw / "Dataset009_Torso"
+    workspace = Workspace(tmp_path, processes=1)
+    dataset = workspace.raw / "Dataset009_Torso"
     volumes = sorted((real_data / "ct").glob("*.nii.gz"))
     for folder in ("imagesTr", "labelsTr"):
         (dataset / folder).mkdir(parents=True)
@@ -194,22 +196,22 @@ def test_pct_net_predicts_real_ct_at_three_resolutions(tmp_path, real_data):
         sitk.WriteImage(sitk.Cast(image > -500, sitk.sitkUInt8), dataset / "labelsTr" / f"{name}.nii.gz")  # HU
     description = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "body": 1}, "file_ending": ".nii.gz"}
     (dataset / "dataset.json").write_text(json.dumps({**description, "numTraining": len(volumes)}))
-    host.run("nnUNetv2_extract_fingerprint", "-d", 9, "-np", 1)
+    workspace.run("nnUNetv2_extract_fingerprint", "-d", 9, "-np", 1)
     schedule = {"num_epochs": 3, "iterations_per_epoch": 20, "val_iterations_per_epoch": 1}
     variables = {f"nnUNet_vf_finetune_{name}": value for name, value in schedule.items()}
 
     for mode, slice_mm in enumerate((3, 8, 13)):
         plans = f"PCTNetPlans{slice_mm}mm"
-        host.run(
+        workspace.run(
             "nnUNetv2_vf", "plan", "-d", 9, "-gpu_memory_target", 2.5, "-overwrite_plans_name", plans,
             "-overwrite_target_spacing", slice_mm, 3, 3,
         )  # fmt: skip
-        assert f"resolution mode {mode}" in host.log.read_text().rpartition("$ ")[2]
-        narrow_network(host.preprocessed / dataset.name / f"{plans}.json", [8, 16, 32, 64, 128])
-        host.run("nnUNetv2_preprocess", "-d", 9, "-plans_name", plans, "-c", "3d_fullres", "-np", 1)
+        assert f"resolution mode {mode}" in workspace.log.read_text().rpartition("$ ")[2]
+        narrow_network(workspace.preprocessed / dataset.name / f"{plans}.json", [8, 16, 32, 64, 128])
+        workspace.run("nnUNetv2_preprocess", "-d", 9, "-plans_name", plans, "-c", "3d_fullres", "-np", 1)
         common = ("-p", plans, "-tr", "VFFinetuneTrainer", "-device", "cpu")
-        host.run("nnUNetv2_train", 9, "3d_fullres", "all", *common, **variables)
-        host.run(
+        workspace.run("nnUNetv2_train", 9, "3d_fullres", "all", *common, **variables)
+        workspace.run(
             "nnUNetv2_predict", "-d", 9, "-c", "3d_fullres", *common, "-f", "all", "-i", dataset / "imagesTr",
             "-o", tmp_path / plans, "-npp", 1, "-nps", 1, "--disable_tta",
         )  # fmt: skip
@@ -217,6 +219,6 @@ def test_pct_net_predicts_real_ct_at_three_resolutions(tmp_path, real_data):
             predicted, image = sitk.ReadImage(tmp_path / plans / path.name), sitk.ReadImage(path)
             assert predicted.GetSize() == image.GetSize()
             assert predicted.GetSpacing() == pytest.approx(image.GetSpacing())
-        dice = host.evaluate(dataset / "labelsTr", tmp_path / plans)["mean"]
+        dice = workspace.evaluate(dataset / "labelsTr", tmp_path / plans)["mean"]
         print(f"mode {mode}: Dice of the body {dice:.3f}")
         assert dice > 0.85  # all voxels marked as body: 0.78

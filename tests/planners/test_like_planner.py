@@ -12,9 +12,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.cli import main
 from nnunetv2_vf.planners.memory_fitting import patch_divisor
-from nnunetv2_vf.planners.pct_net_planner import architecture
-from nnunetv2_vf.transfer.compatibility import mismatched_tensors
-from nnunetv2_vf.transfer.target_plans import build_network, load_target
+from nnunetv2_vf.planners.pct_net_planner import pct_net_architecture
+from nnunetv2_vf.transfer.architectures import build_network
+from nnunetv2_vf.transfer.network_fit import mismatched_tensors
+from nnunetv2_vf.transfer.target_plans import load_target
 
 STAGES = 6
 NETWORKS = {
@@ -34,7 +35,7 @@ NETWORKS = {
         },
         "_kw_requires_import": ["conv_op", "norm_op"],
     },
-    "PCT-Net": architecture(1),
+    "PCT-Net": pct_net_architecture(1),
 }
 PRIMUS = "dynamic_network_architectures.architectures.primus.Primus"
 TARGETS = {
@@ -179,7 +180,7 @@ def test_the_targets_normalisation_is_the_default_and_the_difference_is_told(mad
 def test_weights_that_do_not_tell_their_network_are_refused(made_up, tmp_path):
     made_up(*TARGETS["tiny"])
     torch.save({"network_weights": unet().state_dict()}, tmp_path / "bare.pth")
-    with pytest.raises(SystemExit, match="does not tell which network"):
+    with pytest.raises(SystemExit, match="does not record which network"):
         main(["plan", "-d", "42", "--like", str(tmp_path / "bare.pth")])
 
 
@@ -187,13 +188,13 @@ def test_weights_that_do_not_tell_their_network_are_refused(made_up, tmp_path):
     ("vf", "arguments", "message"),
     [
         ({}, ["--like", "nowhere.pth"], "no file nowhere.pth"),
-        ({"spacing": None}, ["--spacing", "pretrained"], "does not tell its spacing; legal: target"),
+        ({"spacing": None}, ["--spacing", "pretrained"], "does not hold its spacing; legal: target"),
         (
             {"normalization_schemes": None},
             ["--normalization", "pretrained"],
-            "does not tell its normalization_schemes; legal: target",
+            "does not hold its normalization_schemes; legal: target",
         ),
-        ({"plans": None}, ["--normalization", "pretrained"], "does not tell its intensities; legal: target"),
+        ({"plans": None}, ["--normalization", "pretrained"], "does not hold its intensity statistics; legal: target"),
         ({"schemes": ("CTNormalization", "ZScoreNormalization")}, ["--normalization", "pretrained"], "2 channels"),
         ({}, ["--spacing", "pretrained", "-overwrite_target_spacing", "1", "1", "1"], "exclude each other"),
         ({}, ["-gpu_memory_target", "0.01"], "-gpu_memory_target 0.01 is too small for this network"),
@@ -226,5 +227,5 @@ def test_mistakes_are_one_line_and_leave_no_plans(made_up, pretrained, vf, argum
 @pytest.mark.parametrize("option", ["--spacing", "--normalization"])
 def test_what_belongs_to_like_is_refused_without_it(made_up, option):
     made_up(*TARGETS["tiny"])
-    with pytest.raises(SystemExit, match=f"{option} pretrained is for plans made with --like"):
+    with pytest.raises(SystemExit, match=f"{option} pretrained needs --like FILE"):
         main(["plan", "-d", "42", option, "pretrained"])

@@ -11,9 +11,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.cli import main
 from nnunetv2_vf.pct_net import MODES, PUBLISHED_FEATURES, PCTNet, total_stride
-from nnunetv2_vf.planners.memory import GIB, measure_step
 from nnunetv2_vf.planners.memory_fitting import candidate_patches
 from nnunetv2_vf.planners.pct_net_planner import resolution_mode
+from nnunetv2_vf.planners.step_memory import GIB, measure_step
 
 CASES = {  # spacing in mm, median shape in voxels, cases, resolution mode
     "isotropic": ((1.0, 1.0, 1.0), (160, 200, 180), 100, 0),

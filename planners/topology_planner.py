@@ -1,0 +1,145 @@
+"""nnU-Net's experiment planning with a given network in the 3D configurations."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.nnunet_folders import dataset_name, require_variables
+from nnunetv2_vf.planners.memory_fitting import Patch, candidate_patches, fit_batch_size, fit_patch, patch_divisor
+from nnunetv2_vf.planners.step_memory import GIB, StepMemory, measure_architecture
+
+_PRETEXT_CLASSES = 5  # of Volume Fusion's default settings; pretraining with these plans must fit as well
+
+
+class TopologyPlanner(ExperimentPlanner):
+    """nnU-Net's planner, except for the network of the 3D configurations and the patch and batch size that fit it.
+
+    Spacings, normalisation, resampling, the decision about 3d_lowres and the configuration 2d are nnU-Net's.
+    """
+
+    def choose_architecture(self, spacing: Sequence[float]) -> dict[str, Any]:
+        """Return the plan's entry ``architecture`` for a spacing (mm, axes as in the preprocessed cases)."""
+        raise NotImplementedError
+
+    def get_plans_for_configuration(
+        self,
+        spacing: Sequence[float],
+        median_shape: Sequence[float],
+        data_identifier: str,
+        approximate_n_voxels_dataset: float,
+        _cache: dict[Any, Any],
+    ) -> dict[str, Any]:
+        """Return nnU-Net's plan of a configuration; a 3D one gets the network of :meth:`choose_architecture`.
+
+        Raises:
+            UserError: not even the smallest patch fits into the memory.
+        """
+        plan: dict[str, Any] = super().get_plans_for_configuration(
+            spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache
+        )
+        if len(spacing) == 2:
+            return plan
+        architecture = self.choose_architecture(spacing)
+        measure = functools.partial(self._measure, _cache, architecture)
+        divisor = patch_divisor(architecture)
+        target_gb = self.UNet_vram_target_GB
+        patch = fit_patch(candidate_patches(spacing, median_shape, divisor), divisor, measure, target_gb)
+        # nnU-Net's limit: a batch covers at most 5 % of the dataset's voxels
+        limit = round(approximate_n_voxels_dataset * self.max_dataset_covered / np.prod(patch, dtype=np.float64))
+        batch_size = fit_batch_size(patch, measure, target_gb, limit)
+        return {
+            **plan,
+            "patch_size": patch,
+            "batch_size": batch_size,
+            "architecture": architecture,
+            "estimated_training_memory_gb": round(measure(patch, batch_size).total / GIB, 1),
+        }
+
+    def _measure(
+        self, cache: dict[Any, Any], architecture: Mapping[str, Any], patch: Patch, batch_size: int
+    ) -> StepMemory:
+        """Return the memory of a training step; measure each step once, because nnU-Net plans 3d_lowres repeatedly."""
+        key = (json.dumps(architecture), patch, batch_size)
+        if key not in cache:
+            classes = max(len(self.dataset_json["labels"]), _PRETEXT_CLASSES)
+            cache[key] = measure_architecture(architecture, self.number_of_channels, classes, patch, batch_size)
+        memory: StepMemory = cache[key]
+        return memory
+
+    @property
+    def number_of_channels(self) -> int:
+        return len(self.dataset_json.get("channel_names", self.dataset_json.get("modality")))
+
+
+def plan_datasets(
+    datasets: Sequence[str],
+    planner: Callable[..., TopologyPlanner],
+    gpu_memory_target: float | None = None,
+    preprocessor_name: str = "DefaultPreprocessor",
+    target_spacing: Sequence[float] | None = None,
+    plans_name: str | None = None,
+) -> list[tuple[dict[str, Any], str]]:
+    """Plan datasets and write their plans.
+
+    Args:
+        datasets: ids or names; their fingerprints must exist.
+        planner: called with the arguments of nnU-Net's planner classes.
+        gpu_memory_target: GB; default 8.
+        target_spacing: of 3d_fullres, mm, axes as in the images.
+        plans_name: default: the planner's.
+
+    Returns:
+        the content and the name of each plans file.
+
+    Raises:
+        UserError: before any file is written, if a dataset or its fingerprint is missing or an argument is not legal;
+            or, without plans for this dataset, if its smallest patch does not fit into the memory.
+    """
+    require_variables(nnUNet_raw, nnUNet_preprocessed)
+    if target_spacing is not None and not all(0 < mm < math.inf for mm in target_spacing):
+        raise UserError(f"-overwrite_target_spacing {list(target_spacing)}; legal: three positive numbers, mm")
+    if gpu_memory_target is not None and not 0 < gpu_memory_target < math.inf:
+        raise UserError(f"-gpu_memory_target {gpu_memory_target:g}; legal: a positive number of GB")
+    if get_allowed_n_proc_DA() < 1:
+        raise UserError("nnUNet_n_proc_DA=0 is for training; nnU-Net's planning divides by it: unset nnUNet_n_proc_DA")
+    names = [_find_dataset_with_fingerprint(dataset) for dataset in datasets]
+    return [
+        plan_experiment_dataset(name, planner, gpu_memory_target, preprocessor_name, target_spacing, plans_name)
+        for name in names
+    ]
+
+
+def _find_dataset_with_fingerprint(dataset: str) -> str:
+    name = dataset_name(dataset)
+    if not (Path(nnUNet_raw) / name / "dataset.json").is_file():
+        raise UserError(f"no dataset {dataset}: {nnUNet_raw}/{name}/dataset.json does not exist")
+    if not (Path(nnUNet_preprocessed) / name / "dataset_fingerprint.json").is_file():
+        raise UserError(
+            f"dataset {name} has no fingerprint; make it: nnUNetv2_extract_fingerprint "
+            f"-d {convert_dataset_name_to_id(name)}"
+        )
+    return name
+
+
+def describe_configurations(plans: Mapping[str, Any]) -> dict[str, str]:
+    """Return one line on patch, spacing, batch and memory for each 3D configuration of a :class:`TopologyPlanner`."""
+    return {
+        name: f"patch {' x '.join(map(str, plan['patch_size']))} voxels of "
+        f"{' x '.join(f'{mm:.3g}' for mm in plan['spacing'])} mm, batch {plan['batch_size']}, "
+        f"about {plan['estimated_training_memory_gb']:g} GB in training on a GPU"
+        for name, plan in plans["configurations"].items()
+        if "estimated_training_memory_gb" in plan
+    }
