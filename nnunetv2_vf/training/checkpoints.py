@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_vf.durable_files import give_second_name, is_whole
+from nnunetv2_vf.durable_files import link_or_copy, is_undamaged
 from nnunetv2_vf.errors import UserError
 
 # nnU-Net's names, and PREVIOUS: the content of LATEST before it was last replaced.
@@ -40,7 +40,7 @@ def newest_undamaged(requested: Path, report: Callable[[str], None]) -> Path:
     others = [path for name in (FINAL, LATEST, BEST, PREVIOUS) if (path := requested.with_name(name)) != requested]
     candidates = [requested, *(path for path in others if path.is_file())]
     try:
-        undamaged = [path for path in candidates if is_whole(path)]
+        undamaged = [path for path in candidates if is_undamaged(path)]
     except OSError as error:
         raise UserError(f"a checkpoint in {requested.parent} cannot be read: {error}; try again") from error
     if not undamaged:
@@ -78,11 +78,11 @@ def _run_and_progress(path: Path) -> tuple[str, Progress]:
 def _set_aside(path: Path, replacement: Path | None) -> Path:
     """Rename a damaged file. With a replacement, a file of the old name exists at every moment: other ranks read it."""
     moved_to = path.with_name(f"{path.name}.damaged")
-    give_second_name(path, moved_to)
+    link_or_copy(path, moved_to)
     if replacement is None:
         path.unlink()
     else:
-        give_second_name(replacement, path)
+        link_or_copy(replacement, path)
     return moved_to
 
 

@@ -1,7 +1,6 @@
-"""The long proofs: processes killed at any moment, machines that drop out, a disk that is full. ``make test-slow``.
+"""Long tests (``make test-slow``): processes killed at any moment, machines that fail, a full disk.
 
-All of it stays on this machine: in folders of the test's own, on the loopback device, or in network namespaces that the
-test makes and removes.
+The tests use temporary folders, the loopback device, and network namespaces that they create and remove.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ import torch
 from conftest import DATASET_ID, edit_json, fold_folder, pretrain
 from trainings import assert_nearly_same_weights, assert_same_training
 
-from nnunetv2_vf.durable_files import is_whole
+from nnunetv2_vf.durable_files import is_undamaged
 
 pytestmark = pytest.mark.slow
 
 KILLS = 50
-TIMEOUT = 400  # seconds, of anything
+TIMEOUT = 400  # seconds, for each wait
 
 
-def wait_until(holds, what: str, process=None) -> None:
+def wait_until(condition, event: str, process=None) -> None:
     end = time.monotonic() + TIMEOUT
-    while not holds():
-        assert time.monotonic() < end, f"waited {TIMEOUT} s for: {what}"
-        assert process is None or process.is_alive(), f"ended by itself, waiting for: {what}"
+    while not condition():
+        assert time.monotonic() < end, f"waited {TIMEOUT} s for: {event}"
+        assert process is None or process.is_alive(), f"the process ended before: {event}"
         time.sleep(0.01)
 
 
@@ -43,24 +42,24 @@ def wait_until(holds, what: str, process=None) -> None:
 
 
 def test_fifty_kills_at_random_moments_lose_nothing(tiny, tmp_path, monkeypatch, capsys):
-    """A checkpoint before every step, so that many of the kills fall into the writing of one."""
+    """A checkpoint is written before every step, so that many kills happen while one is written."""
     for name, value in {"num_epochs": 150, "iterations_per_epoch": 4, "save_every_minutes": 0}.items():
         monkeypatch.setenv(f"nnUNet_vf_{name}", str(value))
     folder = fold_folder(tmp_path / "results")
     rng, kills, while_writing = random.Random(0), 0, 0
     while kills < KILLS:
-        life = multiprocessing.get_context("fork").Process(target=go_on)
-        life.start()
-        wait_until(functools.partial(is_newer, folder, checkpoint_time(folder)), "a checkpoint", life)
-        life.join(rng.uniform(0, 0.2))
-        os.kill(life.pid, signal.SIGKILL)
-        life.join()
-        assert life.exitcode == -signal.SIGKILL
+        process = multiprocessing.get_context("fork").Process(target=continue_training)
+        process.start()
+        wait_until(functools.partial(is_newer, folder, checkpoint_time(folder)), "a checkpoint", process)
+        process.join(rng.uniform(0, 0.2))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         kills += 1
         files = list(folder.glob("checkpoint_*.pth"))
-        assert all(map(is_whole, files)), files
+        assert all(map(is_undamaged, files)), files
         while_writing += any(folder.glob("*.part"))
-    last = multiprocessing.get_context("fork").Process(target=go_on)
+    last = multiprocessing.get_context("fork").Process(target=continue_training)
     last.start()
     last.join(TIMEOUT)
     assert last.exitcode == 0
@@ -85,8 +84,8 @@ def is_newer(folder: Path, time_before: int) -> bool:
     return checkpoint_time(folder) != time_before
 
 
-def go_on() -> None:
-    """A life of a training, in a process that has imported everything: what ``nnUNetv2_train ... --c`` does."""
+def continue_training() -> None:
+    """Do what ``nnUNetv2_train ... --c`` does, in a process that has imported everything."""
     with Path(os.devnull).open("w") as silent, contextlib.redirect_stdout(silent):
         pretrain(continue_training=True)
 
@@ -96,7 +95,7 @@ def go_on() -> None:
 
 @pytest.fixture
 def two_hosts() -> Iterator[list[str]]:
-    """Two network namespaces with a cable between them: the names of both."""
+    """Make two network namespaces that a virtual cable connects; yield their names."""
     if os.geteuid() != 0 or subprocess.run(["ip", "netns"], capture_output=True, check=False).returncode:
         pytest.skip("making network namespaces needs root and iproute2")
     names = [f"vf{os.getpid()}{side}" for side in "ab"]
@@ -116,12 +115,12 @@ def two_hosts() -> Iterator[list[str]]:
 
 
 def launch(host: str, number: int, log: Path, results: Path) -> subprocess.Popen[bytes]:
-    """torchrun on one of two hosts."""
+    """Start torchrun on one of two hosts."""
     command = [
         *("ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run"),
         *("--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"),
         *("--rdzv-endpoint", "10.77.0.1:29400", "--rdzv-id", "vf", "--local-addr", f"10.77.0.{number}"),
-        *("--rdzv-conf", f"is_host={int(number == 1)}"),  # the namespaces share a name that leads to neither
+        *("--rdzv-conf", f"is_host={int(number == 1)}"),  # both namespaces have the same host name
         *("-m", "nnunetv2_vf.distributed", str(DATASET_ID), "3d_fullres", "0"),
         *("-tr", "VFPretrainTrainer", "-device", "cpu"),
     ]
@@ -163,8 +162,8 @@ def test_two_hosts_train_as_one_process_and_survive_a_kill(own_dataset, two_host
     assert [len(v) for v in two["logging"].values()] == [len(v) for v in one["logging"].values()]
     assert_nearly_same_weights(two, one)
     assert two["logging"]["train_losses"] == pytest.approx(one["logging"]["train_losses"], abs=1e-4)
-    said = logs[0].read_text() + logs[1].read_text()
-    assert "2 ranks, 1 on this machine" in said
+    output = logs[0].read_text() + logs[1].read_text()
+    assert "2 ranks, 1 on this machine" in output
     starts = len(list(fold_folder(tmp_path / "two").glob("training_log*.txt")))
     assert starts == (1 if victim is None else 2)
 
@@ -174,7 +173,7 @@ def test_two_hosts_train_as_one_process_and_survive_a_kill(own_dataset, two_host
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 12 MB."""
+    """Mount a file system of 12 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = subprocess.run(
@@ -186,7 +185,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_disk_that_is_full_for_a_while(tiny, small_disk, tmp_path, monkeypatch):
+def test_a_training_survives_a_full_disk(tiny, small_disk, tmp_path, monkeypatch):
     for name, value in {"num_epochs": 60, "iterations_per_epoch": 4, "save_every_minutes": 0.005}.items():
         monkeypatch.setenv(f"nnUNet_vf_{name}", str(value))
     monkeypatch.setenv("nnUNet_results", str(small_disk))
@@ -202,12 +201,12 @@ def test_a_disk_that_is_full_for_a_while(tiny, small_disk, tmp_path, monkeypatch
             wait_until(lambda: "Epoch 3" in output.read_text(), "the fourth epoch")
             wait_until((folder / "checkpoint_latest.pth").is_file, "a checkpoint")
             filler = small_disk / "filler"
-            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file_without_end:
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as endless_file:
                 while True:
-                    file_without_end.write(bytes(4096))
+                    endless_file.write(bytes(4096))
             wait_until(lambda: "checkpoint_latest.pth was not written" in output.read_text(), "a warning")
-            assert all(map(is_whole, folder.glob("checkpoint_*.pth")))
-            assert training.poll() is None, "it goes on"
+            assert all(map(is_undamaged, folder.glob("checkpoint_*.pth")))
+            assert training.poll() is None, "the training must go on"
             filler.unlink()
             assert training.wait(TIMEOUT) == 0, output.read_text()[-3000:]
         finally:
