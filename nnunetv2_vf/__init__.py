@@ -1,46 +1,46 @@
-"""Volume Fusion pretraining inside stock nnU-Net v2.
+"""Volume Fusion pretraining for stock nnU-Net v2. This is the map of the package.
 
-The pipeline, and the module of each step::
+Four wings, one per step of the method. Each wing's docstring lists its modules::
 
-    folders of unlabelled volumes: NIfTI, NRRD, MetaImage, DICOM
-        | sources     what there is
-        | readers     read it, whatever its format
-        | volumes     decide whether it is fit
-        | body        find the body: label 1
-        | unlabelled  the raw dataset, with a report; nnU-Net's own commands plan and preprocess it
-        v
-    unlabelled case, preprocessed by nnU-Net
-        | sampling   crop two sub-volumes of one case, flip and resize them to the patch; draw all parameters
-        | augment    contrast, gamma, inversion: batched, on the trainer's device
-        | fusion     X = a * foreground + (1 - a) * background; the target of a voxel is Y = K * a
-        v
-    trainers.VFPretrainTrainer: nnU-Net's own network, loss, schedule, logging and checkpoints, K + 1 classes
-        | training_step   in the precision that the device has, waiting for nothing
-        | weights    vf_pretrained.pth, and a model_card
-        v
-    any target: its plans and dataset are a target
-        | planners.LikePlanner   its plans take the pretrained topology; or:
-        | adapt                  the weights take its plans' topology
-        v
-    nnUNetv2_train ... -tr VFFinetuneTrainer -pretrained_weights vf_pretrained.pth
-        | compatibility       says what differs, and refuses what cannot work
-        | kernel_norms        lets pretrained kernels learn as fast as new ones
-        | finetune_schedule   what is trained when, and how fast
+    importing    folders of unlabelled volumes -> a raw dataset of nnU-Net
+    pretext      preprocessed case -> two fused sub-volumes and their fusion classes, which the network predicts
+    training     what both trainers share: ranks, checkpoints, resuming, monitoring, schedules
+    transfer     vf_pretrained.pth: write, read safely, compare with a target's plans, adapt, convert
 
-PCT-Net, the network of the paper::
+nnU-Net finds and runs two kinds of classes. In the repository they lie beside this package::
 
-    planners.PCTNetPlanner   decides the topology; planning fits patch and batch to what memory counts
-        | plans name pct_net (and its window_attention) as the architecture
-        v
-    any nnU-Net trainer; trainers.VFFinetuneTrainer has the recipe (optimizer) it needs
+    trainers     VFPretrainTrainer pretrains, VFFinetuneTrainer fine-tunes
+    planners     PCTNetPlanner plans PCT-Net, LikePlanner plans the network of pretrained weights
 
-Both trainers are a long_training: on several machines (distributed, ranks), with checkpoints that cannot be lost, under
-the signals of a cluster (interruption) and with an eye on steps, cases and waiting (watch).
+Networks. Plans store their dotted paths, so they never move::
 
-Beside the road: convert and nnssl read other projects' weights, trust says what a file may name, info tells what it
-is, doctor whether all is well.
+    pct_net            PCTNet, the network of the paper
+    window_attention   its attention layers
 
-Importing the package imports neither torch nor nnU-Net.
+Entrances::
+
+    cli            the command nnUNetv2_vf (also: python -m nnunetv2_vf)
+    distributed    training on several ranks: torchrun -m nnunetv2_vf.distributed
+    doctor         nnUNetv2_vf doctor: checks installation, dataset, plans and weights
+    preview        nnUNetv2_vf preview: draws training samples
+    demo           nnUNetv2_vf demo: the whole method on generated phantoms
+
+The ground, which everything may use::
+
+    settings          every setting of both trainings: defaults, legal values, sources
+    nnunet_folders    finds a dataset and its plans in nnU-Net's folders
+    nnunet_commands   runs nnU-Net's commands; the value of nnUNet_extTrainer
+    network_parts     encoder, decoder or heads: the part that a weight belongs to
+    durable_files     writes files that survive crashes and power loss
+    errors            errors that a user can correct
+
+Who may import whom (checked by ``lint-imports``):
+
+- entrances -> trainers and planners -> wings -> networks -> ground. Imports go only in this direction.
+- The four wings are independent of one another. ``importing`` does not use torch.
+- ``pretext`` and the networks know nothing of nnU-Net. Nothing imports a trainer: nnU-Net finds them by itself.
+
+Importing ``nnunetv2_vf`` itself imports neither torch nor nnU-Net.
 """
 
 from importlib.metadata import PackageNotFoundError, version

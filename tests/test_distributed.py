@@ -22,7 +22,7 @@ TIMEOUT = 240  # seconds
 
 
 def start_torchrun(processes: int, *arguments: object, **variables: object) -> subprocess.Popen[str]:
-    """What a user types, on this machine."""
+    """Start the command that a user types, on this machine."""
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
@@ -44,10 +44,10 @@ def torchrun(processes: int, *arguments: object, **variables: object) -> subproc
 
 @pytest.fixture
 def batch_of_four(own_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A plan that four ranks can share, and 20 steps of SGD.
+    """Plans with a batch that four ranks can share, and 20 steps of SGD.
 
-    Adam would make of the gradient of a bias before an instance norm, which is nothing but rounding, steps as long as
-    any other; a large learning rate does the like to all weights.
+    The gradient of a bias before an instance norm is only rounding error. Adam would make full steps of it, and the
+    weights of two runs would differ. A large learning rate amplifies rounding errors of all weights.
     """
     edit_json(own_dataset / "nnUNetPlans.json", lambda p: p["configurations"]["3d_fullres"].update(batch_size=4))
     for name, value in {"num_epochs": 1, "iterations_per_epoch": 20, "optimizer": "sgd", "initial_lr": 0.001}.items():
@@ -56,7 +56,7 @@ def batch_of_four(own_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_that_share_a_batch_train_as_one_process(batch_of_four, tmp_path, monkeypatch, processes):
+def test_ranks_that_share_a_batch_get_the_weights_of_a_single_process(batch_of_four, tmp_path, monkeypatch, processes):
     done = torchrun(processes, nnUNet_results=tmp_path / "shared")
     assert done.returncode == 0, done.stderr
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "alone"))
@@ -72,12 +72,11 @@ def test_ranks_that_share_a_batch_train_as_one_process(batch_of_four, tmp_path, 
     log = next(shared.glob("training_log*.txt")).read_text()
     parts = " + ".join([str(4 // processes)] * processes)
     assert f"{processes} ranks, {processes} on this machine: a batch of {parts} samples" in log
-    assert "the learning rate stays what it is set to, 0.001" in log
+    assert "learning rate is not scaled: 0.001" in log
     assert len(list(shared.glob("training_log*.txt"))) == 1
 
 
-def test_a_batch_on_every_rank_and_what_is_refused(batch_of_four, tmp_path):
-    """With nnUNet_vf_batch_per_gpu the batch grows with the ranks; started again, a training goes on."""
+def test_batch_per_gpu_gives_every_rank_its_own_batch(batch_of_four, tmp_path):
     settings = {"nnUNet_vf_iterations_per_epoch": 2, "nnUNet_vf_batch_per_gpu": 3}
     done = torchrun(2, "--disable_checkpointing", **settings)
     assert done.returncode == 0, done.stderr
@@ -86,11 +85,11 @@ def test_a_batch_on_every_rank_and_what_is_refused(batch_of_four, tmp_path):
     assert report["samples"] == 2 * 6
     refused = torchrun(1, "-num_gpus", "2")
     assert refused.returncode != 0
-    assert "-num_gpus is nnUNetv2_train's; here torchrun says how many" in refused.stderr
+    assert "-num_gpus 2 has no effect with torchrun; use torchrun's --nproc-per-node" in refused.stderr
 
 
-def test_a_launch_goes_on_where_the_last_one_was_ended(batch_of_four, tmp_path, monkeypatch):
-    """Also where it began from pretrained weights, which nnU-Net refuses together with --c."""
+def test_a_terminated_launch_continues_from_its_checkpoint(batch_of_four, tmp_path, monkeypatch):
+    """The training starts from pretrained weights, which nnU-Net refuses together with --c."""
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "other"))
     pretrain()
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
@@ -101,7 +100,7 @@ def test_a_launch_goes_on_where_the_last_one_was_ended(batch_of_four, tmp_path, 
     with start_torchrun(2, *arguments, **settings) as launch:
         for line in launch.stdout:
             if "Epoch 2" in line:
-                launch.terminate()  # torchrun ends its processes and their workers, which save
+                launch.terminate()  # torchrun terminates its processes, which save a checkpoint
                 break
         output, errors = launch.communicate(timeout=TIMEOUT)
     assert launch.returncode != 0
@@ -110,24 +109,24 @@ def test_a_launch_goes_on_where_the_last_one_was_ended(batch_of_four, tmp_path, 
     assert ended["current_epoch"] >= 2
     done = torchrun(2, *arguments, **{**settings, "nnUNet_vf_seed": 1})
     assert done.returncode != 0
-    assert "seed = 1 (recorded: 0)" in done.stderr, "it went on, and so refused other settings"
+    assert "seed = 1 (recorded: 0)" in done.stderr, "it continues, and therefore refuses other settings"
 
 
-def test_ranks_share_what_begins_anew_and_what_is_trained_from_a_later_epoch_on(batch_of_four, artifacts):
-    """They compare their weights at the end; DDP knows no parameter that needs no gradient when it is made."""
+def test_ranks_stay_equal_with_new_decoder_stages_and_an_encoder_that_trains_later(batch_of_four, artifacts):
+    """Ranks compare their weights at the end. DDP ignores parameters that need no gradient when it is built."""
     schedule = {"num_epochs": 2, "iterations_per_epoch": 3, "schedule": "sawtooth", "decoder_fraction": 0.5}
     settings = {**schedule, "kernel_norms": "fresh", "fresh_decoder_stages": 1}
     variables = {f"nnUNet_vf_finetune_{name}": value for name, value in settings.items()}
     done = torchrun(2, "-tr", "VFFinetuneTrainer", "-pretrained_weights", artifacts["U-Net"], **variables)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "pretrained kernels scaled to the norm of new ones, by" in done.stdout
-    assert "decoder and heads alone for 1 epoch, then all of the network" in done.stdout
+    assert "1 epoch of decoder and heads only, then the whole network" in done.stdout
     assert "drifted apart" not in done.stdout
 
 
 @pytest.mark.parametrize("order", [("-p", "P", "-pretrained_weights", "w"), ("-pretrained_weights", "w", "-p", "P")])
-def test_flags_mean_what_they_mean_to_nnunet(tiny, order):
-    arguments = distributed._parse(
+def test_the_flags_of_nnunetv2_train_are_parsed_in_any_order(tiny, order):
+    arguments = distributed.parse_arguments(
         [*order[:2], "7", "3d_fullres", "all", "-tr", "VFPretrainTrainer", *order[2:], "--npz"]
     )
     assert (arguments.dataset_name_or_id, arguments.configuration, arguments.fold, arguments.p) == (
@@ -141,12 +140,12 @@ def test_flags_mean_what_they_mean_to_nnunet(tiny, order):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-tr", "nnUNetTrainer"], "-tr nnUNetTrainer is not made for several machines; legal: VFPretrainTrainer"),
+        (["-tr", "nnUNetTrainer"], "-tr nnUNetTrainer cannot train on several machines; legal: VFPretrainTrainer"),
         (["-tr", "NoTrainer"], "nnU-Net finds no trainer NoTrainer"),
-        (["-device", "mps"], "-device mps has no collective operations; legal: cuda, cpu"),
+        (["-device", "mps"], "-device mps cannot train on several ranks; legal: cuda, cpu"),
     ],
 )
-def test_mistakes_are_one_line(tiny, monkeypatch, capsys, arguments, message):
+def test_illegal_arguments_are_reported_in_one_line(tiny, monkeypatch, capsys, arguments, message):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setattr(sys, "argv", ["distributed.py", "7", "3d_fullres", "0", *arguments])
@@ -154,21 +153,21 @@ def test_mistakes_are_one_line(tiny, monkeypatch, capsys, arguments, message):
         distributed.main()
 
 
-def test_without_torchrun_it_says_how_to_start(monkeypatch):
+def test_a_start_without_torchrun_shows_the_torchrun_command(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(sys, "argv", ["distributed.py", "7", "3d_fullres", "0"])
     with pytest.raises(SystemExit, match="start it with torchrun: torchrun --nproc-per-node 2"):
         distributed.main()
 
 
-def test_the_script_for_slurm_ends_in_time_and_requeues_itself(tmp_path):
-    """With stand-ins for SLURM's commands: SIGUSR1 ends the training, then the job queues up again."""
-    told = tmp_path / "told"
+def test_the_slurm_script_ends_the_training_on_sigusr1_and_requeues_the_job(tmp_path):
+    """SLURM's commands are replaced by small scripts that record their arguments."""
+    calls = tmp_path / "calls"
     for name, script in {
-        "srun": f"echo $$ > {tmp_path}/step; echo $@ >> {told}; trap 'echo ended >> {told}; exit 1' USR2; "
+        "srun": f"echo $$ > {tmp_path}/step; echo $@ >> {calls}; trap 'echo ended >> {calls}; exit 1' USR2; "
         "while true; do sleep 0.1; done",
         "scancel": f'[ "$*" = "--signal=TERM 42" ] && kill -USR2 $(cat {tmp_path}/step)',  # srun itself dies of SIGTERM
-        "scontrol": f'echo scontrol $@ >> {told}; echo "host-1"',
+        "scontrol": f'echo scontrol $@ >> {calls}; echo "host-1"',
         "nnUNetv2_vf": "true",
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
@@ -187,10 +186,10 @@ def test_the_script_for_slurm_ends_in_time_and_requeues_itself(tmp_path):
     ) as job:
         for _ in range(200):
             time.sleep(0.05)
-            if told.is_file() and "distributed" in told.read_text():
+            if calls.is_file() and "distributed" in calls.read_text():
                 break
         time.sleep(0.3)  # until the script waits
         job.send_signal(signal.SIGUSR1)
         assert job.wait(20) == 0
-    assert "--rdzv-endpoint host-1:20042 -m nnunetv2_vf.distributed 100 3d_fullres all" in told.read_text()
-    assert told.read_text().splitlines()[-2:] == ["ended", "scontrol requeue 42"]
+    assert "--rdzv-endpoint host-1:20042 -m nnunetv2_vf.distributed 100 3d_fullres all" in calls.read_text()
+    assert calls.read_text().splitlines()[-2:] == ["ended", "scontrol requeue 42"]
