@@ -1,16 +1,21 @@
-"""How fast `nnUNetv2_vf import` is, beside a bare loop of SimpleITK's read and write; and what 110,000 files cost.
+"""Speed and memory of ``nnUNetv2_vf import``, beside a bare loop of SimpleITK's read and write.
 
-python benchmarks/import_volumes.py OUT.json [--volumes 2000] [--rounds 3] [--links 110000]
+    python benchmarks/import_volumes.py [--volumes 2000] [--rounds 3] [--links 110000]
 
-Small CT-like volumes (about 48x44x64 voxels of 5 mm, int16, .nii.gz) and a tenth as many larger ones (about
-120x110x160 of 2 mm) are made, then in every round imported, and read and written by the bare loop in as many processes
-and in one. The tree of links (in folders of 100) leads to 10 tiny files.
---volumes 0 or --links 0 keeps that half of an earlier OUT.json. Prints Markdown tables.
+Speed: small CT-like volumes (about 48x44x64 voxels of 5 mm, int16, .nii.gz) and a tenth as many larger ones (about
+120x110x160 voxels of 2 mm) are imported in every round, and read and written by the bare loop, with 2 processes each.
+
+Scale: a tree of links to 10 tiny files is imported with ``--link``, and again when there is nothing left to do; and
+nnU-Net's own listing of such a dataset is timed, with and without the list of cases that the import writes.
+
+``--volumes 0`` or ``--links 0`` leaves one half out. Memory is the proportional set size of all processes.
+
+Duration: 15 minutes on 2 CPU cores. Needs: Linux.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -18,32 +23,31 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
+from common import RESULTS, make_parser, markdown_table, median_and_range, proportional_memory, write_result
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-from tqdm import tqdm
 
 from nnunetv2_vf.demo.phantoms import make_phantom
+from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.importing.sources import find_sources
 
 PROCESSES = 2
-MIB = 2**20
+UNLISTED_CASES = 4000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser = make_parser(__doc__, output=True)
     parser.add_argument("--volumes", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--links", type=int, default=110_000)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = json.loads(args.out.read_text()) if args.out.exists() else {}
-        result["machine"] = f"{os.cpu_count()} CPU cores"
+    result: dict[str, Any] = {"machine": f"{os.cpu_count()} CPU cores"}
+    with one_line_errors(), tempfile.TemporaryDirectory() as folder:
         if args.volumes:
             result["speed"] = {
                 f"{count} volumes, {mm:g} mm": measure_speed(Path(folder, f"{mm:g}"), count, mm, args.rounds)
@@ -51,26 +55,24 @@ def main() -> None:
             }
         if args.links:
             result["scale"] = measure_scale(Path(folder), args.links)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(args.output or RESULTS / "import_volumes_cpu.json", result)
     print_tables(result)
 
 
 # ---------------------------------------------------------------- speed
 
 
-def measure_speed(folder: Path, volumes: int, spacing: float, rounds: int) -> dict:
-    paths = write_volumes(folder / "small", volumes, spacing)
-    seconds: dict[str, list[float]] = {"import": [], "bare loop": [], "bare loop, one process": []}
+def measure_speed(folder: Path, volumes: int, spacing: float, rounds: int) -> dict[str, Any]:
+    """Import and copy volumes in turn; return the seconds of each round."""
+    paths = write_volumes(folder / "volumes", volumes, spacing)
+    seconds: dict[str, list[float]] = {"import": [], "bare loop": []}
     peaks = []
     for number in range(rounds):
-        for name in sorted(seconds, reverse=bool(number % 2)):
-            if name == "import":
-                took, peak = timed_import(folder / f"raw{number}", folder / "small")
-                peaks.append(peak)
-            else:
-                took = bare_loop(paths, folder / "copies", 1 if "one" in name else PROCESSES)
-            seconds[name].append(took)
-    ratios = [a / b for a, b in zip(seconds["import"], seconds["bare loop"], strict=True)]
+        elapsed, peak = time_import(folder / f"raw{number}", folder / "volumes")
+        seconds["import"].append(elapsed)
+        seconds["bare loop"].append(time_bare_loop(paths, folder / "copies"))
+        peaks.append(peak)
+    ratios = [ours / bare for ours, bare in zip(seconds["import"], seconds["bare loop"], strict=True)]
     return {
         "volumes": volumes,
         "seconds": seconds,
@@ -80,106 +82,70 @@ def measure_speed(folder: Path, volumes: int, spacing: float, rounds: int) -> di
 
 
 def write_volumes(folder: Path, count: int, spacing: float) -> list[Path]:
-    """No two alike: 20 phantoms, turned and with noise of their own."""
+    """Write different volumes: 20 phantoms, rolled along their slices and with noise of their own."""
     folder.mkdir(parents=True)
     phantoms = [make_phantom(seed, spacing) for seed in range(min(count, 20))]
-    paths = []
-    for number in tqdm(range(count), desc="making volumes"):
+    paths = [folder / f"{number:06d}.nii.gz" for number in range(count)]
+    for number, path in enumerate(paths):
         phantom = phantoms[number % len(phantoms)]
         noise = np.random.default_rng(number).integers(-5, 6, phantom.image.shape, dtype=np.int16)
         image = sitk.GetImageFromArray(np.roll(phantom.image, number, axis=0) + noise)
         image.SetSpacing(phantom.spacing[::-1])
-        paths.append(folder / f"{number:06d}.nii.gz")
-        sitk.WriteImage(image, str(paths[-1]))
+        sitk.WriteImage(image, str(path))
     return paths
 
 
-def bare_loop(paths: list[Path], folder: Path, processes: int) -> float:
+def time_bare_loop(paths: list[Path], folder: Path) -> float:
     folder.mkdir(exist_ok=True)
-    with multiprocessing.get_context("spawn").Pool(processes, one_thread) as pool:
-        pool.starmap(copy, [(path, folder / path.name) for path in paths[:processes]])  # the processes are up
+    pairs = [(path, folder / path.name) for path in paths]
+    with multiprocessing.get_context("spawn").Pool(PROCESSES, use_one_thread) as pool:
+        pool.starmap(copy_image, pairs[:PROCESSES])  # waits until the processes have started
         start = time.perf_counter()
-        pool.starmap(copy, [(path, folder / path.name) for path in paths], chunksize=8)
+        pool.starmap(copy_image, pairs, chunksize=8)
         return time.perf_counter() - start
 
 
-def one_thread() -> None:
+def use_one_thread() -> None:
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
 
 
-def copy(source: Path, target: Path) -> None:
+def copy_image(source: Path, target: Path) -> None:
     sitk.WriteImage(sitk.ReadImage(str(source)), str(target))
 
 
-def timed_import(raw: Path, data: Path, *flags: str) -> tuple[float, float]:
-    """Seconds, start-up included, and the peak of the memory of all processes, in MiB."""
+def time_import(raw: Path, data: Path, *flags: str) -> tuple[float, float]:
+    """Return the seconds of an import, start-up included, and the peak memory of all its processes in MiB."""
     raw.mkdir(exist_ok=True)
-    words = [
-        sys.executable,
-        "-m",
-        "nnunetv2_vf",
-        "import",
-        "-d",
-        "1",
-        "-n",
-        "Benchmark",
-        str(data),
-        "-np",
-        str(PROCESSES),
-    ]
-    start = time.perf_counter()
-    process = subprocess.Popen([*words, *flags], env={**os.environ, "nnUNet_raw": str(raw)}, stdout=subprocess.DEVNULL)
-    watch = Watch(process.pid)
-    code = process.wait()
-    took = time.perf_counter() - start
-    if code:
-        raise SystemExit(f"import failed with {code}")
-    return took, watch.stop()
-
-
-class Watch:
-    """The largest sum of the proportional memory of a process and its children, sampled five times a second (Linux)."""
-
-    def __init__(self, pid: int):
-        self.pid, self.peak, self.ended = pid, 0, threading.Event()
-        self.thread = threading.Thread(target=self._sample)
-        self.thread.start()
-
-    def stop(self) -> float:
-        self.ended.set()
-        self.thread.join()
-        return round(self.peak / 1024)
-
-    def _sample(self) -> None:
-        while not self.ended.wait(0.2):
-            try:
-                children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-                self.peak = max(self.peak, sum(map(kib, [str(self.pid), *children])))
-            except OSError:  # one has just ended
-                continue
-
-
-def kib(pid: str) -> int:
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    command = [sys.executable, "-m", "nnunetv2_vf", "import", "-d", "1", "-n", "Benchmark", str(data)]
+    start, peak = time.perf_counter(), 0.0
+    process = subprocess.Popen(
+        [*command, "-np", str(PROCESSES), *flags], env={**os.environ, "nnUNet_raw": str(raw)}, stdout=subprocess.DEVNULL
+    )
+    while process.poll() is None:
+        with contextlib.suppress(OSError):  # a process has just ended
+            peak = max(peak, proportional_memory(process.pid))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.2)
+    if process.returncode:
+        raise UserError(f"the import failed with exit status {process.returncode}; its message is above")
+    return time.perf_counter() - start, round(peak)
 
 
 # ---------------------------------------------------------------- scale
 
 
-def measure_scale(folder: Path, links: int) -> dict:
-    tree = write_tree(folder / "tree", folder / "tiny", links)
-    raw = folder / "raw_links"
+def measure_scale(folder: Path, links: int) -> dict[str, float]:
+    """Import a tree of links twice, and time nnU-Net's listing of the dataset."""
+    tree, raw = write_links(folder / "tree", folder / "tiny", links), folder / "raw_links"
     start = time.perf_counter()
     found = find_sources([tree], raw / "nowhere")
     listing = time.perf_counter() - start
     flags = ("--min-size", "8", "--keep", "duplicates", "--link")
-    first, peak = timed_import(raw, tree, *flags)
-    again, peak_again = timed_import(raw, tree, *flags)
+    first, peak = time_import(raw, tree, *flags)
+    again, peak_again = time_import(raw, tree, *flags)
     dataset = raw / "Dataset001_Benchmark"
-    start = time.perf_counter()
-    cases = get_filenames_of_train_images_and_targets(str(dataset))
-    stock = time.perf_counter() - start
+    nnunet_listing, cases = time_nnunet_listing(dataset)
+    unlisted, _ = time_nnunet_listing(copy_without_list(dataset, folder / "unlisted"))
     return {
         "files": links,
         "sources found": len(found.sources),
@@ -188,59 +154,57 @@ def measure_scale(folder: Path, links: int) -> dict:
         "import, peak memory of all processes, MiB": peak,
         "the same command again, nothing to do, s": again,
         "again, peak memory of all processes, MiB": peak_again,
-        "nnU-Net's own listing of the dataset, s": stock,
-        "cases in it": len(cases),
-        "without its list of cases, 4,000 of them, s": stock_listing_without_list(dataset, folder / "some", 4000),
+        "nnU-Net's own listing of the dataset, s": nnunet_listing,
+        "cases in it": cases,
+        f"without its list of cases, {UNLISTED_CASES:,} of them, s": unlisted,
     }
 
 
-def write_tree(tree: Path, files: Path, links: int) -> Path:
+def write_links(tree: Path, files: Path, links: int) -> Path:
+    """Write 10 tiny volumes, and links to them in folders of 100."""
     files.mkdir()
-    targets = []
-    for number in range(10):
-        targets.append(files / f"{number}.nii.gz")
+    targets = [files / f"{number}.nii.gz" for number in range(10)]
+    for number, target in enumerate(targets):
         array = np.random.default_rng(number).integers(-1000, 500, (12, 12, 12)).astype(np.int16)
-        sitk.WriteImage(sitk.GetImageFromArray(array), str(targets[-1]))
-    for number in tqdm(range(links), desc="making links"):
+        sitk.WriteImage(sitk.GetImageFromArray(array), str(target))
+    for number in range(links):
         link = tree / f"{number // 100:04d}" / f"{number:06d}.nii.gz"
-        if number % 100 == 0:
-            link.parent.mkdir(parents=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(targets[number % 10])
     return tree
 
 
-def stock_listing_without_list(dataset: Path, smaller: Path, cases: int) -> float:
-    """What nnU-Net does if dataset.json does not list the cases: match every case with every file."""
+def time_nnunet_listing(dataset: Path) -> tuple[float, int]:
+    """Return the seconds of nnU-Net's listing of a dataset, and the number of cases."""
+    start = time.perf_counter()
+    cases = get_filenames_of_train_images_and_targets(str(dataset))
+    return time.perf_counter() - start, len(cases)
+
+
+def copy_without_list(dataset: Path, smaller: Path) -> Path:
+    """Make a dataset whose dataset.json does not list the cases: nnU-Net then matches every case with every file."""
     description = json.loads((dataset / "dataset.json").read_text())
-    kept = list(description.pop("dataset"))[:cases]
+    cases = list(description.pop("dataset"))[:UNLISTED_CASES]
     (smaller / "imagesTr").mkdir(parents=True)
     (smaller / "dataset.json").write_text(json.dumps(description))
-    for case in kept:
+    for case in cases:
         (smaller / "imagesTr" / f"{case}_0000.nii.gz").touch()
-    start = time.perf_counter()
-    get_filenames_of_train_images_and_targets(str(smaller))
-    return time.perf_counter() - start
+    return smaller
 
 
-# ---------------------------------------------------------------- what it prints
-
-
-def print_tables(result: dict) -> None:
+def print_tables(result: dict[str, Any]) -> None:
     for title, speed in result.get("speed", {}).items():
-        print(f"\n{title}; {PROCESSES} processes, {result['machine']}\n")
-        print("| | seconds (median) | volumes/s | spread |\n|---|---|---|---|")
-        for name, seconds in speed["seconds"].items():
-            median = statistics.median(seconds)
-            rate = speed["volumes"] / median
-            print(f"| {name} | {median:.1f} | {rate:.0f} | {min(seconds):.1f} to {max(seconds):.1f} |")
-        ratios = speed["ratio to the bare loop in as many processes"]
-        peak = max(speed["peak memory of all processes, MiB"])
-        print(
-            f"\nratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); peak memory {peak} MiB"
-        )
-    print("\n| a tree of links | |\n|---|---|")
-    for name, value in result.get("scale", {}).items():
-        print(f"| {name} | {value:,.1f} |" if isinstance(value, float) else f"| {name} | {value:,} |")
+        rows = [
+            {"": name, "seconds": median_and_range(seconds), "volumes/s": f"{speed['volumes'] / median:.0f}"}
+            for name, seconds in speed["seconds"].items()
+            for median in [statistics.median(seconds)]
+        ]
+        print(f"\n{title}; {PROCESSES} processes, {result['machine']}: median (range)\n\n{markdown_table(rows)}")
+        ratio = median_and_range(speed["ratio to the bare loop in as many processes"])
+        print(f"\nratio {ratio}; peak memory {max(speed['peak memory of all processes, MiB'])} MiB")
+    if "scale" in result:
+        rows = [{"a tree of links": name, "": f"{value:,.1f}"} for name, value in result["scale"].items()]
+        print(f"\n{markdown_table(rows)}")
 
 
 if __name__ == "__main__":
