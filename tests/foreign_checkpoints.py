@@ -1,4 +1,4 @@
-"""Checkpoints as MIS-FM and nnssl write them, with small networks."""
+"""Checkpoints of small networks, in the formats of MIS-FM and nnssl."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ def misfm_network(mode: int, **kwargs) -> PCTNet:
 
 
 def released_index(w: int) -> torch.Tensor:
-    """The release's table row of each pair of tokens, as its code computes it."""
+    """Return the row of the bias table for each pair of tokens, as the code of the release computes it."""
     tokens = torch.cartesian_prod(*[torch.arange(w)] * 3)
     offset = tokens[:, None] - tokens[None] + w - 1
     return offset[..., 0] * (3 * w - 1) + offset[..., 1] * (2 * w - 1) + offset[..., 2]
 
 
 def misfm_release(trained_mode: int) -> dict[str, torch.Tensor]:
-    """A made-up release: embeddings and heads of three modes, position tables, and what is never used."""
+    """Return random weights in the format of a release, including the modules that a release never uses."""
     torch.manual_seed(0)
     released = {}
     for mode in (0, 1, 2):
         for name, value in misfm_network(mode).state_dict().items():
-            for ours, theirs in RELEASED_NAMES:
-                name = re.sub(ours, theirs.replace("{m}", str(mode)), name)
+            for pattern, released_name in RELEASED_NAMES:
+                name = re.sub(pattern, released_name.replace("{m}", str(mode)), name)
             if value.is_floating_point():
                 value = torch.randn(value.shape).half()
             elif mode == trained_mode:
@@ -73,7 +73,7 @@ def misfm_release(trained_mode: int) -> dict[str, torch.Tensor]:
     return released
 
 
-NNSSL_RESENC = {  # nnssl's plan of a residual encoder U-Net of another size than ResEnc-L
+NNSSL_RESENC = {  # a residual encoder U-Net in nnssl's plans, smaller than ResEnc-L
     "n_stages": 3,
     "features_per_stage": [4, 4, 4],
     "conv_op": "torch.nn.modules.conv.Conv3d",
@@ -92,7 +92,7 @@ NNSSL_RESENC = {  # nnssl's plan of a residual encoder U-Net of another size tha
 
 
 def nnssl_checkpoint(arch_class_name="ResidualEncoderUNet", weights=None, patch=(32, 32, 32)) -> dict:
-    """As nnssl's AbstractBaseTrainer.save_checkpoint and AdaptationPlan.serialize write it."""
+    """Return a checkpoint as nnssl's AbstractBaseTrainer.save_checkpoint and AdaptationPlan.serialize write it."""
     dynamic = arch_class_name == "ResidualEncoderUNet"
     configuration = {
         "data_identifier": "nnsslPlans_onemmiso",

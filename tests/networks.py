@@ -9,7 +9,7 @@ from nnunetv2_vf.transfer.architectures import build_network
 
 
 def unet(channels=1, kernels=((3, 3, 3),) * 3, strides=((1, 1, 1), (2, 2, 2), (2, 2, 2)), features=4, residual=False):
-    """nnU-Net's U-Net, or its residual encoder one, with instance norm; one stage per kernel."""
+    """Return nnU-Net's U-Net or residual encoder U-Net with instance norm and one stage for each kernel."""
     stages = len(kernels)
     kwargs = {
         "n_stages": stages,
@@ -38,7 +38,7 @@ def pct_net(mode=0, channels=1, window=3):
 
 
 def randomise(network: nn.Module) -> nn.Module:
-    """Biases and norms differ from their constants too; ready to compare outputs."""
+    """Draw all parameters at random, also biases and norms, which are constant in new networks; switch to eval mode."""
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.2)
     return network.eval()

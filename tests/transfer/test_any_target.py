@@ -1,4 +1,4 @@
-"""Pretrain once, fine-tune anywhere: one artifact of each network, and targets of every kind."""
+"""One artifact of each network is fine-tuned on targets with other channels, spacings and sizes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoi
 
 from nnunetv2_vf.cli import main
 from nnunetv2_vf.network_parts import HEADS
-from nnunetv2_vf.transfer.adapt import fit_channels
 from nnunetv2_vf.transfer.artifact import read_artifact
 from nnunetv2_vf.transfer.target_plans import TargetPlans, load_target
+from nnunetv2_vf.transfer.tensor_rules import fit_channels
 
 CPU = torch.device("cpu")
-SHAPES = {  # by spacing (slices first, mm): smaller than any patch, and larger than most
-    (1.0, 1.0, 1.0): {"tiny": (11, 14, 12), "large": (48, 80, 72)},
-    (5.0, 1.0, 1.0): {"tiny": (5, 20, 22), "large": (20, 96, 88)},
+SHAPES = {  # by spacing (mm, slices first): a volume that is smaller than any patch, and a larger one
+    (1.0, 1.0, 1.0): {"tiny": (11, 14, 12), "large": (40, 56, 48)},
+    (5.0, 1.0, 1.0): {"tiny": (5, 20, 22), "large": (20, 64, 56)},
 }
 TARGETS = [
     (channels, spacing, shape)
@@ -34,7 +34,7 @@ TARGETS = [
 
 
 def write_target(raw: Path, dataset_id: int, channels: int, spacing, shape) -> None:
-    """Two cases of noise with a brighter block, label 1."""
+    """Write two cases of noise with a brighter block, which is label 1."""
     folder = raw / f"Dataset{dataset_id:03d}_Target"
     rng = np.random.default_rng(dataset_id)
     for kind in ("imagesTr", "labelsTr"):
@@ -56,7 +56,7 @@ def write_target(raw: Path, dataset_id: int, channels: int, spacing, shape) -> N
 
 
 def write_fingerprint(folder: Path, channels: int, spacing, shape) -> None:
-    """What nnU-Net's extraction finds, but for intensities, which MR does not use and which take it half a minute."""
+    """Write a fingerprint without intensities, which MR does not use and which take nnU-Net half a minute."""
     folder.mkdir()
     found = {
         "spacings": [spacing] * 2,
@@ -68,7 +68,7 @@ def write_fingerprint(folder: Path, channels: int, spacing, shape) -> None:
 
 
 def preprocess(raw: Path, target: TargetPlans, folder: Path) -> None:
-    """nnU-Net's preprocessing of every case, without its pool of processes."""
+    """Preprocess every case as nnU-Net does, but without a pool of processes."""
     out = folder / target.configuration.data_identifier
     out.mkdir()
     for labels in (raw / "labelsTr").iterdir():
@@ -86,7 +86,7 @@ def write(array: np.ndarray, spacing, path: Path) -> None:
 
 
 @pytest.mark.parametrize("index", range(len(TARGETS)), ids=[f"{c}ch-{s[0]:g}mm-{max(n)}" for c, s, n in TARGETS])
-def test_one_artifact_serves_every_target(index, tiny, artifacts, tmp_path, monkeypatch, capsys):
+def test_an_artifact_is_transferred_to_the_target_and_trained(index, tiny, artifacts, tmp_path, monkeypatch, capsys):
     channels, spacing, shape = TARGETS[index]
     dataset_id = 50 + index
     folder = tiny / "preprocessed" / f"Dataset{dataset_id:03d}_Target"
@@ -98,7 +98,7 @@ def test_one_artifact_serves_every_target(index, tiny, artifacts, tmp_path, monk
         main(["plan", "-d", str(dataset_id), "--like", str(artifact), "-overwrite_plans_name", plans])
         if network == "U-Net":
             preprocess(tiny / "raw" / folder.name, load_target(str(dataset_id), plans, "3d_fullres"), folder)
-        else:  # the same spacing and normalisation: the same data
+        else:  # with equal spacing and normalisation, the preprocessed data are the same
 
             def share_data(content: dict) -> None:
                 content["configurations"]["3d_fullres"]["data_identifier"] = "LikeU-Net_3d_fullres"
@@ -111,14 +111,14 @@ def test_one_artifact_serves_every_target(index, tiny, artifacts, tmp_path, monk
             main(["adapt", str(artifact), "-d", str(dataset_id), "-p", plans, "-o", str(weights)])
             share = read_artifact(weights)["vf"]["adapted"]["transferred_share"]
             assert share == 1
-            require_transferred(artifact, weights, channels)
-        step_from(weights, dataset_id, plans, monkeypatch)
+            assert_transferred(artifact, weights, channels)
+        take_first_step(weights, dataset_id, plans, monkeypatch)
         with capsys.disabled():
             print(f"\n{network}, {channels} channels, {spacing} mm, {shape} voxels: {share:.1%} transferred", end="")
 
 
-def require_transferred(artifact: Path, adapted: Path, channels: int) -> None:
-    """Everything is pretraining's, the first convolution repeated."""
+def assert_transferred(artifact: Path, adapted: Path, channels: int) -> None:
+    """Assert that all tensors are the pretrained ones, with the first convolution repeated for each channel."""
     before, after = (read_artifact(path)["network_weights"] for path in (artifact, adapted))
     inputs = {name for name in before if HEADS not in name and before[name].shape != after[name].shape}
     assert inputs
@@ -127,8 +127,8 @@ def require_transferred(artifact: Path, adapted: Path, channels: int) -> None:
         assert HEADS in name or torch.equal(after[name], expected)
 
 
-def step_from(weights: Path, dataset_id: int, plans: str, monkeypatch) -> None:
-    """What nnUNetv2_train does with -pretrained_weights, up to the first step."""
+def take_first_step(weights: Path, dataset_id: int, plans: str, monkeypatch) -> None:
+    """Run nnUNetv2_train with -pretrained_weights up to the end of the first step."""
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "-pretrained_weights", str(weights)])
     trainer = get_trainer_from_args(str(dataset_id), "3d_fullres", "all", "VFFinetuneTrainer", plans, device=CPU)

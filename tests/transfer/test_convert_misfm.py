@@ -17,7 +17,7 @@ from nnunetv2_vf.transfer.convert_misfm import convert_state_dict
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2])
-def test_everything_is_told_by_the_tensors(mode):
+def test_the_arguments_of_the_network_are_read_from_the_tensors(mode):
     released = misfm_release(mode)
     converted = convert_state_dict(released)
     assert converted.mode == mode
@@ -36,7 +36,7 @@ def test_everything_is_told_by_the_tensors(mode):
     assert torch.equal(target.encoder.stem.bias, released[f"embeddings.{mode}.proj.bias"].float())
 
 
-def test_the_position_bias_of_every_pair_of_tokens_stays():
+def test_every_pair_of_tokens_keeps_its_position_bias():
     released = misfm_release(0)
     target = misfm_network(0)
     target.load_state_dict(convert_state_dict(released).state_dict)
@@ -44,9 +44,9 @@ def test_the_position_bias_of_every_pair_of_tokens_stays():
         attention = stage.attention[1].attention
         w = attention.window_size
         table = released[f"pyramid_ct.convtrans_e{level}.trans.blocks.1.attn.relative_position_bias_table"].float()
-        assert len(released_index(w).unique()) < (2 * w - 1) ** 3  # offsets do share rows
-        ours = attention.position_bias[attention.index.reshape(w**3, w**3)]
-        assert torch.equal(ours, table[released_index(w)])
+        assert len(released_index(w).unique()) < (2 * w - 1) ** 3  # the released offsets share rows
+        converted_bias = attention.position_bias[attention.index.reshape(w**3, w**3)]
+        assert torch.equal(converted_bias, table[released_index(w)])
 
 
 TABLE = "pyramid_ct.convtrans_e2.trans.blocks.0.attn.relative_position_bias_table"
@@ -65,7 +65,7 @@ INDEX = TABLE.replace("bias_table", "index")
         ({"embeddings.1.proj.bias": torch.ones(5)}, 1, r"encoder.stem.bias \(5,\) float32 \(expected \(4,\)"),
         ({"embeddings.1.proj.bias": torch.ones(4).long()}, 1, r"encoder.stem.bias \(4,\) int64 \(expected \(4,\)"),
         ({"pyramid_ct.up4.up.0.bias": None}, 1, r"decoder.ups.0.up.0.bias missing \(expected \(32,\)"),
-        ({"embeddings.1.proj.weight": None}, 1, "lacks what PCTNet calls .*encoder.stem.weight"),
+        ({"embeddings.1.proj.weight": None}, 1, "lacks the tensor that PCTNet calls .*encoder.stem.weight"),
         ({TABLE: torch.ones(125)}, 1, f"unexpected {TABLE}"),
         ({TABLE: torch.ones(125, 0)}, 1, f"unexpected {TABLE}"),
         ({TABLE: torch.ones(124, 4)}, 1, f"unexpected {TABLE}"),
@@ -81,19 +81,19 @@ INDEX = TABLE.replace("bias_table", "index")
         ),
     ],
 )
-def test_what_is_unexpected_is_listed_and_refused(change, mode, message):
+def test_unexpected_tensors_are_listed_and_rejected(change, mode, message):
     released = {name: value for name, value in {**misfm_release(1), **change}.items() if value is not None}
     with pytest.raises(UserError, match=message):
         convert_state_dict(released, mode)
 
 
-def test_an_empty_checkpoint_is_refused():
-    with pytest.raises(UserError, match="lacks what PCTNet calls"):
+def test_an_empty_checkpoint_is_rejected():
+    with pytest.raises(UserError, match="lacks the tensor that PCTNet calls"):
         convert_state_dict({}, 1)
 
 
 def test_the_command_writes_an_artifact_that_nnunet_can_build(tmp_path, capsys):
-    # MIS-FM's training code, PyMIC's, stores its score as a numpy number
+    # MIS-FM trains with PyMIC, which stores scores as numpy numbers
     score = {"iteration": 100, "valid_pred": np.float32(0.9), "best": np.float64(0.9), "optimizer_state_dict": {}}
     torch.save({"model_state_dict": misfm_release(1), **score}, tmp_path / "release.pt")
     main(["convert", str(tmp_path / "release.pt"), "-o", str(tmp_path / "out.pth")])
@@ -102,7 +102,7 @@ def test_the_command_writes_an_artifact_that_nnunet_can_build(tmp_path, capsys):
     assert f"nnUNetv2_vf plan -d ID --like {tmp_path / 'out.pth'}" in out
     artifact = read_artifact(tmp_path / "out.pth")
     assert artifact["vf"]["converted_from"]["project"] == "MIS-FM"
-    target = misfm_network(1)  # as from a plan of its architecture
+    target = misfm_network(1)
     load_pretrained_weights(target, tmp_path / "out.pth")
     assert torch.equal(target.encoder.stem.weight, artifact["network_weights"]["encoder.stem.weight"])
     build(artifact).load_state_dict(artifact["network_weights"])
@@ -125,12 +125,12 @@ def build(artifact: dict, **kwargs) -> torch.nn.Module:
     ("content", "message"),
     [
         (None, "no file"),
-        (b"not a checkpoint", "is no file of PyTorch weights that can be trusted: it is damaged"),
+        (b"not a checkpoint", "cannot be loaded safely: it is damaged"),
         ({"state": {}}, "neither 'model_state_dict' nor 'nnssl_adaptation_plan'"),
-        ({"model_state_dict": {}, "written_by": Path("x")}, "it would run pathlib"),  # would run code to load
+        ({"model_state_dict": {}, "written_by": Path("x")}, "loading it would run pathlib"),  # would run code to load
     ],
 )
-def test_other_files_are_refused_and_nothing_is_written(tmp_path, content, message):
+def test_other_files_are_rejected_and_nothing_is_written(tmp_path, content, message):
     path = tmp_path / "release.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -146,10 +146,10 @@ def test_other_files_are_refused_and_nothing_is_written(tmp_path, content, messa
     [
         ("no/such/folder/out.pth", "the folder no/such/folder does not exist; make it: mkdir -p no/such/folder"),
         (".", ". is a folder; name a file in it"),
-        ("release.pt", "release.pt is the file that is read; give the result another name"),
+        ("release.pt", "release.pt is the input file; give the output another name"),
     ],
 )
-def test_an_output_that_cannot_be_written_is_refused(tmp_path, monkeypatch, output, message):
+def test_an_output_that_cannot_be_written_is_rejected(tmp_path, monkeypatch, output, message):
     monkeypatch.chdir(tmp_path)
     torch.save({"model_state_dict": misfm_release(1)}, "release.pt")
     before = Path("release.pt").read_bytes()
@@ -159,8 +159,8 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path, monkeypatch, outp
 
 
 @pytest.mark.parametrize("mode", [0, 1])
-def test_published_outputs_are_reproduced(mode, tmp_path, real_data):
-    """Against outputs of MIS-FM's own code (``fixtures`` beside the folder of real test data)."""
+def test_outputs_of_the_original_code_are_reproduced(mode, tmp_path, real_data):
+    """Compare with outputs of MIS-FM's own code, in ``fixtures`` beside the folder of real test data."""
     path = real_data.parent / "fixtures" / f"misfm_pctnet_mode{mode}.pt"
     if not path.is_file():
         pytest.skip(f"no {path}")

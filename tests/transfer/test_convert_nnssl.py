@@ -1,4 +1,4 @@
-"""The bridge to DKFZ's nnssl, both ways."""
+"""Checkpoints of nnssl become artifacts, and nnU-Net's nnssl commands accept artifacts."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from foreign_checkpoints import nnssl_checkpoint
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_vf.cli import main
-from nnunetv2_vf.transfer import convert_nnssl as nnssl
+from nnunetv2_vf.transfer.architectures import build_network
 from nnunetv2_vf.transfer.artifact import read_artifact
-from nnunetv2_vf.transfer.target_plans import build_network
+from nnunetv2_vf.transfer.convert_nnssl import RES_ENC_L, primus_m
 
 
-def without_memory(architecture: dict, classes: int, deep_supervision: bool | None = True) -> dict:
-    """Weights of a network in their shapes, all views of one number."""
+def zero_weights(architecture: dict, classes: int, deep_supervision: bool | None = True) -> dict:
+    """Return weights of zeros in the shapes of a network, all views of one number, which takes no memory."""
     network = build_network(architecture, 1, classes, deep_supervision=deep_supervision)
     return {name: torch.zeros(()).expand(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def test_its_residual_encoder_unet_becomes_an_artifact(tmp_path, capsys):
+def test_a_residual_encoder_unet_becomes_an_artifact(tmp_path, capsys):
     original = nnssl_checkpoint()
     torch.save(original, tmp_path / "checkpoint_final.pth")
     main(["convert", str(tmp_path / "checkpoint_final.pth"), "-o", str(tmp_path / "out.pth")])
@@ -46,8 +46,8 @@ def test_its_residual_encoder_unet_becomes_an_artifact(tmp_path, capsys):
     network.load_state_dict(artifact["network_weights"])
 
 
-def test_res_enc_l_can_be_planned_like(tmp_path, made_up, capsys):
-    weights = without_memory(nnssl._RES_ENC_L, 5)
+def test_a_target_is_planned_with_res_enc_l(tmp_path, made_up, capsys):
+    weights = zero_weights(RES_ENC_L, 5)
     torch.save(nnssl_checkpoint("ResEncL", weights, (160, 160, 160)), tmp_path / "checkpoint_final.pth")
     main(["convert", str(tmp_path / "checkpoint_final.pth"), "-o", str(tmp_path / "out.pth")])
     plans_file = made_up((1.0, 1.0, 1.0), (160, 200, 180))
@@ -57,16 +57,8 @@ def test_res_enc_l_can_be_planned_like(tmp_path, made_up, capsys):
     assert plan["normalization_schemes"] == ["ZScoreNormalization"]
 
 
-def primus(patch: list[int]) -> dict:
-    return {
-        "network_class_name": "dynamic_network_architectures.architectures.primus.Primus",
-        "arch_kwargs": {**nnssl._PRIMUS_M, "input_shape": patch},
-        "_kw_requires_import": [],
-    }
-
-
-def test_primus_m_becomes_an_artifact_that_cannot_be_planned_like(tmp_path, made_up, capsys):
-    weights = without_memory(primus([32, 32, 32]), 5, deep_supervision=None)
+def test_primus_m_becomes_an_artifact_but_no_target_is_planned_with_it(tmp_path, made_up, capsys):
+    weights = zero_weights(primus_m([32, 32, 32]), 5, deep_supervision=None)
     assert {"down_projection.proj.weight", "eva.pos_embed", "mask_token"} <= weights.keys()
     torch.save(nnssl_checkpoint("PrimusM", weights), tmp_path / "checkpoint_final.pth")
     main(["convert", str(tmp_path / "checkpoint_final.pth"), "-o", str(tmp_path / "out.pth")])
@@ -88,7 +80,7 @@ def test_primus_m_becomes_an_artifact_that_cannot_be_planned_like(tmp_path, made
         ),
     ],
 )
-def test_what_is_not_as_planned_is_refused(tmp_path, change, message):
+def test_a_checkpoint_that_differs_from_its_plan_is_rejected(tmp_path, change, message):
     content = nnssl_checkpoint()
     change(content)
     torch.save(content, tmp_path / "checkpoint_final.pth")
@@ -99,10 +91,10 @@ def test_what_is_not_as_planned_is_refused(tmp_path, change, message):
     assert not (tmp_path / "out.pth").exists()
 
 
-# ---------------------------------------------------------------- the other way: nnU-Net's nnssl commands
+# ---------------------------------------------------------------- nnU-Net's nnssl commands
 
 
-PLAN_FIELDS = {  # of nnssl's dataclasses AdaptationPlan, ArchitecturePlans, Plan and ConfigurationPlan
+PLAN_FIELDS = {  # the fields of nnssl's dataclasses AdaptationPlan, ArchitecturePlans, Plan and ConfigurationPlan
     "": {
         "architecture_plans", "pretrain_plan", "pretrain_num_input_channels", "recommended_downstream_patchsize",
         "key_to_encoder", "key_to_stem", "keys_to_in_proj", "key_to_lpe",
@@ -121,7 +113,7 @@ PLAN_FIELDS = {  # of nnssl's dataclasses AdaptationPlan, ArchitecturePlans, Pla
 
 
 @pytest.mark.parametrize("name", ["U-Net", "ResEnc-M", "PCT-Net"])
-def test_an_artifact_carries_a_plan_with_nnssls_fields_and_keys_of_its_weights(artifacts, name):
+def test_the_plan_in_an_artifact_has_nnssls_fields_and_names_existing_weights(artifacts, name):
     artifact = torch.load(artifacts[name], weights_only=True)  # as nnU-Net's commands read it
     plan, weights = artifact["nnssl_adaptation_plan"], artifact["network_weights"]
     configuration = plan["pretrain_plan"]["configurations"]["median"]
@@ -132,7 +124,7 @@ def test_an_artifact_carries_a_plan_with_nnssls_fields_and_keys_of_its_weights(a
     assert all(f"{key}.weight" in weights for key in plan["keys_to_in_proj"])
     described = plan["architecture_plans"]
     class_name = described["arch_class_name"]
-    if "." not in class_name:  # nnU-Net looks it up there
+    if "." not in class_name:  # nnU-Net searches bare names in this package
         class_name = f"dynamic_network_architectures.architectures.unet.{class_name}"
     network = get_network_from_plans(
         class_name, described["arch_kwargs"], described["arch_kwargs_requiring_import"], 1, 2, deep_supervision=False
@@ -144,8 +136,8 @@ def test_an_artifact_carries_a_plan_with_nnssls_fields_and_keys_of_its_weights(a
 
 @pytest.mark.filterwarnings("ignore:Network class .* not found:UserWarning")  # nnU-Net's, of bare names: it finds them
 @pytest.mark.parametrize("name", ["U-Net", "ResEnc-M"])
-def test_nnunets_nnssl_commands_take_an_artifact(artifacts, name, tiny, own_dataset, monkeypatch):
-    """Where nnU-Net has them: 2.8.1 does not, its development version (commit 0e49508) does."""
+def test_nnunets_nnssl_commands_accept_an_artifact(artifacts, name, tiny, own_dataset, monkeypatch):
+    """Only with nnU-Net's development version (commit 0e49508); 2.8.1 does not have these commands."""
     like_nnssl = pytest.importorskip("nnunetv2.experiment_planning.like_nnssl")
     from nnunetv2.run.run_training_from_pretrained import get_trainer_from_args
 

@@ -13,8 +13,8 @@ from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2_vf.cli import main
 
 
-def described(capsys, path: Path) -> list[str]:
-    capsys.readouterr()  # what was printed before
+def describe(capsys, path: Path) -> list[str]:
+    capsys.readouterr()  # drop what was printed before
     main(["info", str(path)])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 10
@@ -22,8 +22,8 @@ def described(capsys, path: Path) -> list[str]:
     return lines
 
 
-def test_an_artifact(artifacts, capsys):
-    lines = described(capsys, artifacts["ResEnc-M"])
+def test_an_artifact_is_described(artifacts, capsys):
+    lines = describe(capsys, artifacts["ResEnc-M"])
     text = "\n".join(lines)
     assert "pretrained with Volume Fusion (nnunetv2 2." in lines[0]
     assert "network: ResidualEncoderUNet, features [4, 8, 16" in text
@@ -31,14 +31,14 @@ def test_an_artifact(artifacts, capsys):
     assert f"data: {DATASET}, 10 cases, 3d_fullres of nnUNetResEncUNetMPlans, fold all" in text
     assert "channels: CT; CTNormalization" in text
     assert "training: 1 epochs x 1 iterations, adam at 0.001, boxes, pairing same" in text
-    assert text.count("0.") >= 5, "a Dice for each class"
+    assert text.count("0.") >= 5, "one Dice for each class"
     assert lines[-1] == f"use: nnUNetv2_vf plan -d ID --like {artifacts['ResEnc-M']}"
 
 
-def test_an_adapted_artifact(artifacts, tiny, tmp_path, capsys):
+def test_an_adapted_artifact_is_described(artifacts, tiny, tmp_path, capsys):
     out = tmp_path / "adapted.pth"
     main(["adapt", str(artifacts["U-Net"]), "-d", "7", "-o", str(out), "--encoder-only"])
-    lines = described(capsys, out)
+    lines = describe(capsys, out)
     assert re.search(r"pretrained with Volume Fusion, adapted to other plans: \d\d\.\d% of them kept", lines[0])
     assert f"adapted: for 3d_fullres of nnUNetPlans of {DATASET}, encoder only, from vf_pretrained.pth" in lines
     assert lines[-1] == (
@@ -47,69 +47,69 @@ def test_an_adapted_artifact(artifacts, tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("trainer", ["nnUNetTrainer", "VFFinetuneTrainer"])
-def test_a_checkpoint_of_nnunet(tiny, own_dataset, tmp_path, capsys, monkeypatch, trainer):
+def test_a_checkpoint_of_nnunet_is_described(tiny, own_dataset, tmp_path, capsys, monkeypatch, trainer):
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_train"])
     training = get_trainer_from_args(str(DATASET_ID), "3d_fullres", 0, trainer, device=torch.device("cpu"))
     training.on_train_start()
     training.on_epoch_start()
     training.train_step(next(training.dataloader_train))
-    training._best_ema = torch.tensor(0.5).numpy()[()]  # a number of numpy, as after an epoch
+    training._best_ema = torch.tensor(0.5).numpy()[()]  # a numpy number, as after an epoch
     path = tmp_path / "checkpoint_best.pth"
     training.save_checkpoint(str(path))
     training.on_train_end()
-    text = "\n".join(described(capsys, path))
+    text = "\n".join(describe(capsys, path))
     assert f"checkpoint of nnU-Net's training with {trainer}" in text
     assert ("under the name nnUNetTrainer" in text) == (trainer == "VFFinetuneTrainer")
     assert "labels: background, lungs, heart" in text
     assert "6 classes" in text
 
 
-def test_a_checkpoint_of_pretraining(artifacts, capsys):
-    lines = described(capsys, artifacts["U-Net"].with_name("checkpoint_final.pth"))
+def test_a_checkpoint_of_pretraining_is_described(artifacts, capsys):
+    lines = describe(capsys, artifacts["U-Net"].with_name("checkpoint_final.pth"))
     assert "VFPretrainTrainer, after 1 epochs" in lines[0]
-    assert lines[-1] == "use: vf_pretrained.pth beside it; this one is for nnUNetv2_train --c"
+    assert lines[-1] == "use: vf_pretrained.pth beside it; this file is for nnUNetv2_train --c"
 
 
-def test_a_release_of_mis_fm(tmp_path, capsys):
+def test_a_release_of_mis_fm_is_described(tmp_path, capsys):
     path = tmp_path / "release.pt"
     torch.save({"model_state_dict": misfm_release(1)}, path)
-    text = "\n".join(described(capsys, path))
+    text = "\n".join(describe(capsys, path))
     assert "PCT-Net of resolution mode 1, 2 input channels" in text
     assert f"nnUNetv2_vf convert {path}" in text
     torch.save({"model_state_dict": {"layer.weight": torch.zeros(1)}}, path)
-    assert "cannot be converted" in "\n".join(described(capsys, path))
+    assert "cannot be converted" in "\n".join(describe(capsys, path))
 
 
-def test_a_checkpoint_of_nnssl(tmp_path, capsys):
+def test_a_checkpoint_of_nnssl_is_described(tmp_path, capsys):
     path = tmp_path / "checkpoint_final.pth"
     torch.save(nnssl_checkpoint(), path)
-    text = "\n".join(described(capsys, path))
+    text = "\n".join(describe(capsys, path))
     assert "checkpoint of nnssl's VolumeFusionTrainer" in text
     assert "network: ResidualEncoderUNet" in text
     assert f"nnUNetv2_vf convert {path}" in text
 
 
-def test_another_file(tmp_path, capsys):
+def test_the_entries_of_an_unknown_file_are_listed(tmp_path, capsys):
     path = tmp_path / "other.pth"
     torch.save({"epoch": 3, "state": {}}, path)
-    assert "no file of weights that this program knows; a dict of 2 entries: epoch, state" in described(capsys, path)[0]
+    assert "unknown kind of file, a dict of 2 entries: epoch, state" in describe(capsys, path)[0]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": Path("x")}, "it would run pathlib"),
+        ({"model": Path("x")}, "loading it would run pathlib"),
         ([1, 2], "holds a list"),
-        ({"network_weights": {}, "vf": {}}, "is not what its entries say: KeyError 'architecture'"),
+        ({"network_weights": {}, "vf": {}}, "has missing or wrong entries: KeyError 'architecture'"),
         (
             {"network_weights": {}, "init_args": {"plans": {}, "dataset_json": {}}, "trainer_name": "T"},
-            "is not what its entries say",
+            "has missing or wrong entries",
         ),
-        (b"junk", "it is damaged, or never was one"),
+        (b"junk", "it is damaged or is no file of PyTorch"),
         (None, "no file"),
     ],
 )
-def test_what_cannot_be_trusted_is_not_read(tmp_path, content, message):
+def test_a_file_that_cannot_be_loaded_safely_is_rejected(tmp_path, content, message):
     path = tmp_path / "other.pth"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -119,7 +119,7 @@ def test_what_cannot_be_trusted_is_not_read(tmp_path, content, message):
         main(["info", str(path)])
 
 
-def test_nothing_is_run(tmp_path):
+def test_no_code_in_a_file_is_run(tmp_path):
     class Malicious:
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)

@@ -1,4 +1,4 @@
-"""Pretrained kernels at the norm of new ones."""
+"""Pretrained kernels are scaled to the norm of freshly initialised ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KERNEL = "encoder.stages.0.0.convs.1.conv.weight"
 
 
 def new_unet(residual: bool = False, factor: float = 1.0) -> nn.Module:
-    """In double precision, its kernels multiplied by a factor, and next to no epsilon in its norms."""
+    """Return a U-Net in double precision with its kernels multiplied by a factor and nearly no epsilon in its norms."""
     torch.manual_seed(0)
     network = unet(residual=residual).double()
     for module in network.modules():
@@ -33,18 +33,18 @@ def new_unet(residual: bool = False, factor: float = 1.0) -> nn.Module:
     return network
 
 
-def an_image() -> torch.Tensor:
+def make_image() -> torch.Tensor:
     return torch.randn(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.double)
 
 
 @pytest.mark.parametrize("residual", [False, True])
-def test_kernels_get_the_norm_of_new_ones_and_the_network_does_the_same(residual):
+def test_kernels_get_the_norm_of_new_ones_and_the_output_stays_the_same(residual):
     network, fresh = new_unet(residual, factor=3.0), new_unet(residual)
-    before, others = network(an_image()), {k: v.clone() for k, v in network.state_dict().items()}
+    before, others = network(make_image()), {k: v.clone() for k, v in network.state_dict().items()}
     factors = kernel_factors(network, fresh, BOTH)
     scale_kernels(network, factors)
     assert [*factors.values()] == pytest.approx([1 / 3] * len(factors))
-    torch.testing.assert_close(network(an_image()), before, atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(network(make_image()), before, atol=1e-8, rtol=1e-8)
     scaled = {f"{name}.weight" for name in factors}
     for name, parameter in network.named_parameters():
         expected = fresh.get_parameter(name) if name in scaled else others[name]
@@ -53,13 +53,13 @@ def test_kernels_get_the_norm_of_new_ones_and_the_network_does_the_same(residual
 
 
 @pytest.mark.parametrize("parts", [["encoder"], ["decoder"]])
-def test_only_parts_that_are_asked_for(parts):
+def test_only_the_requested_parts_are_scaled(parts):
     factors = kernel_factors(new_unet(factor=2.0), new_unet(), parts)
     assert factors
     assert {part_of(name) for name in factors} == {*parts}
 
 
-def test_kernels_without_a_direction_or_without_a_norm_at_once_are_left_alone():
+def test_zero_kernels_and_kernels_without_a_direct_instance_norm_are_not_scaled():
     network, fresh = new_unet(), new_unet()
     everything = {*kernel_factors(network, fresh, BOTH)}
     network.get_parameter(KERNEL).data.zero_()
@@ -70,18 +70,18 @@ def test_kernels_without_a_direction_or_without_a_norm_at_once_are_left_alone():
     assert kernel_factors(nonlinear_first, nonlinear_first, BOTH) == {}
 
     options = {"norm_op": nn.InstanceNorm3d, "norm_op_kwargs": {"track_running_stats": True}}
-    remembers = nn.ModuleDict({"encoder": ConvDropoutNormReLU(nn.Conv3d, 1, 2, 3, 1, **options)})
-    assert kernel_factors(remembers, remembers, BOTH) == {}
+    with_running_statistics = nn.ModuleDict({"encoder": ConvDropoutNormReLU(nn.Conv3d, 1, 2, 3, 1, **options)})
+    assert kernel_factors(with_running_statistics, with_running_statistics, BOTH) == {}
 
 
 @pytest.mark.parametrize(
     ("optimizer", "rate", "slower"), [(torch.optim.SGD, 300.0, 4.0), (torch.optim.Adam, 1e-3, 2.0)]
 )
-def test_a_step_turns_a_kernel_of_twice_the_norm_less_unless_it_is_scaled(optimizer, rate, slower):
+def test_a_step_turns_a_kernel_of_twice_the_norm_less_than_a_scaled_one(optimizer, rate, slower):
     def angle_of_a_step(network: nn.Module) -> float:
         kernel = network.get_parameter(KERNEL)
         before = kernel.detach().clone()
-        network(an_image())[0].square().mean().backward()
+        network(make_image())[0].square().mean().backward()
         optimizer([kernel], lr=rate).step()
         cosine = torch.cosine_similarity(before.flatten(), kernel.detach().flatten(), dim=0)
         return float(torch.acos(cosine))
@@ -89,14 +89,14 @@ def test_a_step_turns_a_kernel_of_twice_the_norm_less_unless_it_is_scaled(optimi
     scaled = new_unet(factor=2.0)
     scale_kernels(scaled, kernel_factors(scaled, new_unet(), BOTH))
     new = angle_of_a_step(new_unet())
-    assert new > 1e-4, "else rounding decides"
+    assert new > 1e-4, "smaller angles are rounding errors"
     assert new / angle_of_a_step(new_unet(factor=2.0)) == pytest.approx(slower, rel=0.1)
     assert angle_of_a_step(scaled) == pytest.approx(new, rel=1e-3)
 
 
 @pytest.mark.parametrize("schedule", ["full", "frozen_encoder"])
 @pytest.mark.parametrize("network", PLANS_OF_NETWORKS)
-def test_fine_tuning_begins_with_scaled_kernels(artifacts, tmp_path, monkeypatch, network, schedule):
+def test_fine_tuning_starts_with_scaled_kernels(artifacts, tmp_path, monkeypatch, network, schedule):
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setenv("nnUNet_vf_finetune_kernel_norms", "fresh")

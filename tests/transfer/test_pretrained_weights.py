@@ -79,7 +79,10 @@ def test_differences_are_logged_and_checkpoints_record_the_weights(artifact, own
     trainer.run_training()
     fold = Path(trainer.output_folder)
     (log,) = fold.glob("training_log_*.txt")
-    assert f"Pretrained weights: edited.pth, trained on {DATASET}\n  channels: T1 in pretraining, CT here" in log.read_text()
+    assert (
+        f"Pretrained weights: edited.pth, trained on {DATASET}\n  channels: T1 in pretraining, CT here"
+        in log.read_text()
+    )
     checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=False)
     assert checkpoint["trainer_name"] == "nnUNetTrainer"
     record = checkpoint["volume_fusion"]

@@ -1,4 +1,4 @@
-"""Files that name more than weights: what they name is never called, what they say never steers the terminal."""
+"""Files from elsewhere: nothing that they name is called, and their text cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnunetv2_vf.cli import main
 from nnunetv2_vf.errors import UserError, printable
+from nnunetv2_vf.transfer.architectures import can_be_planned, require_known_architecture
 from nnunetv2_vf.transfer.artifact import read_artifact
-from nnunetv2_vf.transfer.safe_loading import as_described, can_be_planned, require_known_architecture
+from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 
 
 def hostile(entry: dict, canary: Path) -> dict:
-    """The entry, with a command in the place of the nonlinearity."""
+    """Return the entry with a shell command in place of the nonlinearity."""
     entry = copy.deepcopy(entry)
     entry["arch_kwargs"] |= {"nonlin": "subprocess.Popen", "nonlin_kwargs": {"args": f"touch {canary}", "shell": True}}
     return entry
 
 
-def test_what_an_artifact_names_is_not_called(artifacts, tiny, own_dataset, tmp_path):
+def test_a_command_in_an_artifact_is_not_run(artifacts, tiny, own_dataset, tmp_path):
     canary, path = tmp_path / "ran", tmp_path / "evil.pth"
     content = torch.load(artifacts["U-Net"], weights_only=True)
     content["vf"]["architecture"] = hostile(content["vf"]["architecture"], canary)
@@ -35,7 +36,7 @@ def test_what_an_artifact_names_is_not_called(artifacts, tiny, own_dataset, tmp_
     assert not canary.exists()
 
 
-def test_what_a_checkpoint_of_nnssl_names_is_not_called(tmp_path, capsys):
+def test_a_command_in_a_checkpoint_of_nnssl_is_not_run(tmp_path, capsys):
     canary, path = tmp_path / "ran", tmp_path / "evil.pth"
     content = nnssl_checkpoint()
     plan = content["nnssl_adaptation_plan"]["architecture_plans"]
@@ -54,21 +55,21 @@ def test_what_a_checkpoint_of_nnssl_names_is_not_called(tmp_path, capsys):
     ("change", "message"),
     [
         ({"network_class_name": "os.system"}, "names the network 'os.system'; legal: "),
-        ({"_kw_requires_import": None}, "is not what its entries say"),
-        ({"arch_kwargs": "text"}, "is not what its entries say"),
+        ({"_kw_requires_import": None}, "has missing or wrong entries"),
+        ({"arch_kwargs": "text"}, "has missing or wrong entries"),
         ({"arch_kwargs": {"nonlin": "torch.nn.LeakyReLU.__dict__.update"}}, "as the nonlin"),
         ({"arch_kwargs": {"nonlin": {"a": "dict"}}}, "as the nonlin"),
         ({"arch_kwargs": {"conv_op": "torch.nn.modules.conv.Conv2d"}}, "legal: 3D networks"),
     ],
 )
-def test_only_known_networks_are_taken_from_files(artifacts, change, message):
+def test_an_unknown_network_or_layer_in_a_file_is_rejected(artifacts, change, message):
     architecture = read_artifact(artifacts["U-Net"])["vf"]["architecture"]
     require_known_architecture(architecture, "w.pth")
     with pytest.raises(UserError, match=f"w.pth .*{message}"):
         require_known_architecture({**architecture, **change}, "w.pth")
 
 
-def test_every_network_that_is_pretrained_here_is_known_and_can_be_planned(artifacts):
+def test_all_networks_of_the_test_artifacts_are_known_and_can_be_planned(artifacts):
     for path in artifacts.values():
         architecture = read_artifact(path)["vf"]["architecture"]
         require_known_architecture(architecture, path)
@@ -77,12 +78,12 @@ def test_every_network_that_is_pretrained_here_is_known_and_can_be_planned(artif
     assert not can_be_planned({"arch_kwargs": {"strides": [[1, 1], [2, 2]]}})
 
 
-def test_a_checkpoint_opens_no_path(tmp_path, capsys):
+def test_a_path_in_a_checkpoint_is_not_opened(tmp_path, capsys):
     path = tmp_path / "odd.pth"
     arguments = {"plans": "/etc/passwd", "dataset_json": {}, "configuration": "3d_fullres", "fold": 0}
     torch.save({"network_weights": {}, "init_args": arguments, "trainer_name": "T"}, path)
     main(["info", str(path)])
-    assert "no file of weights that this program knows" in capsys.readouterr().out
+    assert "unknown kind of file" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_a_checkpoint_opens_no_path(tmp_path, capsys):
         {"network_weights": {}, "vf": {"architecture": {"network_class_name": "x"}}},
     ],
 )
-def test_odd_contents_are_one_line(artifacts, tiny, own_dataset, tmp_path, monkeypatch, content):
+def test_malformed_contents_are_reported_in_one_line(artifacts, tiny, own_dataset, tmp_path, monkeypatch, content):
     path = tmp_path / "odd.pth"
     torch.save(content, path)
     for command in (["plan", "--like", str(path)], ["adapt", str(path), "-o", str(tmp_path / "out.pth")]):
@@ -107,7 +108,7 @@ def test_odd_contents_are_one_line(artifacts, tiny, own_dataset, tmp_path, monke
         get_trainer_from_args("7", "3d_fullres", 0, "VFFinetuneTrainer", device=torch.device("cpu"))
 
 
-def test_what_a_file_says_stays_on_its_line(artifacts, tmp_path, capsys):
+def test_text_of_a_file_cannot_control_the_terminal(artifacts, tmp_path, capsys):
     content = torch.load(artifacts["U-Net"], weights_only=True)
     content["vf"]["dataset"] = "Dataset\n\x1b[2Kuse: anything else"
     torch.save(content, tmp_path / "odd.pth")
@@ -117,11 +118,11 @@ def test_what_a_file_says_stays_on_its_line(artifacts, tmp_path, capsys):
     assert not any(line.startswith("use: anything") for line in out.splitlines())
 
 
-def test_printable():
+def test_printable_makes_one_short_line_without_control_characters():
     assert printable("a\tb\n\nc \x1b[0m") == "a b c ?[0m"
     assert printable("ä" * 600) == "ä" * 497 + "..."
 
 
-def test_other_errors_are_no_faults_of_a_file():
-    with pytest.raises(OSError, match="disk"), as_described("w.pth"):
+def test_errors_of_the_system_are_not_blamed_on_the_file():
+    with pytest.raises(OSError, match="disk"), malformed_file_errors("w.pth"):
         raise OSError("disk")

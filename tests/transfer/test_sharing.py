@@ -1,4 +1,4 @@
-"""Models for others: predicted with by plain nnU-Net, and a card beside the artifact."""
+"""Sharing: plain nnU-Net predicts with a fine-tuned model; a model card lies beside each artifact."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
-from conftest import DATASET, DATASET_ID
+from conftest import DATASET, DATASET_ID, PLANS_OF_NETWORKS
 from nnunetv2.model_sharing.model_export import export_pretrained_model
 from nnunetv2.model_sharing.model_import import install_model_from_zip_file
-from nnunetv2.run.run_training import run_training
+from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnunetv2_vf.transfer.artifact import read_artifact
 from nnunetv2_vf.transfer.model_card import CARD_NAME, write_model_card
@@ -28,26 +28,32 @@ predict_entry_point()
 """
 
 
+def export_fine_tuned_model(plans: str, weights: Path, zip_file: Path, monkeypatch) -> None:
+    """Fine-tune for one step and export the model as nnUNetv2_export_model_to_zip does."""
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "-pretrained_weights", str(weights)])
+    run = (str(DATASET_ID), "3d_fullres", "all", "VFFinetuneTrainer", plans)
+    trainer = get_trainer_from_args(*run, device=torch.device("cpu"))
+    trainer.on_train_start()
+    trainer.train_step(next(trainer.dataloader_train))
+    trainer.on_train_end()  # writes checkpoint_final.pth
+    export_pretrained_model(
+        DATASET_ID, str(zip_file), ("3d_fullres",), "VFFinetuneTrainer", plans, folds=("all",), strict=False
+    )
+
+
 @pytest.mark.parametrize(("network", "blocked"), [("U-Net", ["nnunetv2_vf"]), ("PCT-Net", [])])
-def test_a_fine_tuned_model_goes_round_and_predicts_with_plain_nnunet(
+def test_plain_nnunet_installs_a_fine_tuned_model_and_predicts_with_it(
     network, blocked, tiny, own_dataset, artifacts, tmp_path, monkeypatch
 ):
-    """Export, install elsewhere, predict: without our trainers' variable and, for a U-Net, without this package."""
-    plans = {"U-Net": "nnUNetPlans", "PCT-Net": "PCTNetPlans"}[network]
-    weights = str(artifacts[network])
-    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "-pretrained_weights", weights])
-    run = (str(DATASET_ID), "3d_fullres", "all", "VFFinetuneTrainer", plans, weights)
-    run_training(*run, device=torch.device("cpu"))
-    model = tmp_path / "model.zip"
-    export_pretrained_model(
-        DATASET_ID, str(model), ("3d_fullres",), "VFFinetuneTrainer", plans, folds=("all",), strict=True
-    )
-    results = tmp_path / "elsewhere"
+    """Predict without the trainers' variable and, for a U-Net, without this package."""
+    plans = PLANS_OF_NETWORKS[network]
+    zip_file, results = tmp_path / "model.zip", tmp_path / "elsewhere"
+    export_fine_tuned_model(plans, artifacts[network], zip_file, monkeypatch)
     results.mkdir()
     monkeypatch.setenv("nnUNet_results", str(results))
-    install_model_from_zip_file(str(model))
+    install_model_from_zip_file(str(zip_file))
 
-    image = sorted((tiny / "raw" / DATASET / "imagesTr").iterdir())[0]
+    image = min((tiny / "raw" / DATASET / "imagesTr").iterdir())
     images, predicted = tmp_path / "images", tmp_path / "predicted"
     images.mkdir()
     shutil.copy(image, images)
@@ -55,7 +61,7 @@ def test_a_fine_tuned_model_goes_round_and_predicts_with_plain_nnunet(
         [
             sys.executable, "-c", PREDICT.format(blocked=blocked), "-d", str(DATASET_ID), "-c", "3d_fullres",
             "-p", plans, "-tr", "VFFinetuneTrainer", "-f", "all", "-i", str(images), "-o", str(predicted),
-            "-device", "cpu", "-npp", "1", "-nps", "1", "--disable_tta",
+            "-device", "cpu", "-npp", "0", "-nps", "0", "--disable_tta",
         ],
         env={name: value for name, value in os.environ.items() if name != "nnUNet_extTrainer"},
         check=True,
@@ -64,7 +70,7 @@ def test_a_fine_tuned_model_goes_round_and_predicts_with_plain_nnunet(
     assert segmentation.GetSize() == sitk.ReadImage(image).GetSize()
 
 
-def test_a_card_lies_beside_the_artifact(artifacts):
+def test_a_model_card_describes_each_artifact(artifacts):
     for network, artifact in artifacts.items():
         card = artifact.with_name(CARD_NAME).read_text()
         vf = read_artifact(artifact)["vf"]
@@ -80,7 +86,7 @@ def test_a_card_lies_beside_the_artifact(artifacts):
         assert all((artifact.parent / picture).is_file() for picture in linked)
 
 
-def test_what_the_author_filled_in_stays(artifacts, tmp_path):
+def test_a_rewritten_card_keeps_what_the_author_filled_in(artifacts, tmp_path):
     card, vf = tmp_path / CARD_NAME, read_artifact(artifacts["U-Net"])["vf"]
     write_model_card(card, vf)
     card.write_text(card.read_text().replace("weights: TO BE FILLED IN", "weights: CC BY 4.0"))
@@ -90,3 +96,21 @@ def test_what_the_author_filled_in_stays(artifacts, tmp_path):
     assert text.count("## Licence and data") == 1
     assert "| images | 11 cases" in text
     assert [path.name for path in Path(tmp_path).iterdir()] == [CARD_NAME]
+
+
+def test_a_subclass_with_a_network_of_its_own_keeps_its_name_in_checkpoints(tiny, own_dataset, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train"])
+    run = (str(DATASET_ID), "3d_fullres", 0, "VFFinetuneTrainer")
+    trainer = get_trainer_from_args(*run, device=torch.device("cpu"))
+
+    class OwnTrainer(type(trainer)):
+        @staticmethod
+        def build_network_architecture(plans_manager, configuration_manager, channels, classes, deep_supervision=True):
+            raise NotImplementedError
+
+    trainer.initialize()
+    trainer.__class__ = OwnTrainer
+    path = Path(trainer.output_folder) / "checkpoint_best.pth"
+    trainer.save_checkpoint(str(path))
+    assert torch.load(path, weights_only=False)["trainer_name"] == "OwnTrainer"
+    assert [file.name for file in path.parent.iterdir() if file.name.endswith(".part")] == []
