@@ -2,7 +2,7 @@
 
     python benchmarks/fusion.py [--peers FOLDER] [--device cpu|cuda] [--repeats 40]
 
-On the CPU three tasks are timed on one core, in processor time, for a patch of 64x128x128 voxels from a volume in memory:
+On the CPU three tasks are timed on one core, in processor time. Patch: 64x128x128 voxels, from a volume in memory.
 
 - rescaled: two crops at random scales, resized, contrast, gamma, flips, inversion, fusion map, fusion (the paper's
   recipe);
@@ -11,7 +11,8 @@ On the CPU three tasks are timed on one core, in processor time, for a patch of 
 
 On CUDA only our part that runs there is timed: augmentation and fusion of a batch of 4 in pinned memory, per sample.
 
-Duration: 1 minute. Needs: one CPU core; with ``--device cuda`` a GPU; for PyMIC ``pip install imops h5py fastremap edt``.
+Duration: 1 minute. Needs: one CPU core; with ``--device cuda`` a GPU; for PyMIC
+``pip install imops h5py fastremap edt``.
 """
 
 from __future__ import annotations

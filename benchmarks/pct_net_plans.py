@@ -1,11 +1,12 @@
-"""What PCTNetPlanner makes of very different datasets, and whether a training step of each plan runs in the memory.
+"""Plans that ``nnUNetv2_vf plan`` makes for different datasets, and the memory of a training step with each.
 
-    python benchmarks/plans.py [--targets 3 8 24] [--device cpu|cuda] [--largest-step 3] [--jobs 1]
+    python benchmarks/pct_net_plans.py [--targets 3 8 24] [--device cpu|cuda] [--largest-step 3] [--compile]
 
-Plans made-up fingerprints with ``nnUNetv2_vf plan``, ``--jobs`` at the same time. Then builds the network of each plan
-that is estimated to take at most ``--largest-step`` GB with nnU-Net's own function, and takes training steps with
-nnU-Net's loss on random data. On CUDA it compares the peak of the allocated memory with the planner's estimate;
-``--compile`` compiles, as nnU-Net does there. Prints a Markdown table; writes ``plans_DEVICE.json``, row by row.
+Plans made-up fingerprints for several values of ``-gpu_memory_target``. Where the plan's estimate is at most
+``--largest-step`` GB, builds its network as nnU-Net does and takes training steps with nnU-Net's loss on random data. On
+CUDA the peak of the allocated memory is compared with the estimate. The result file is written after each plan.
+
+Duration: 10 minutes on 2 CPU cores. Needs: memory for ``--largest-step``; with ``--device cuda`` a GPU.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from common import RESULTS, by, make_parser, markdown_table, wait_for_device, write_result
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -41,53 +41,45 @@ STEPS = 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", type=float, nargs="+", default=[3, 8, 24], help="GB")
-    parser.add_argument("--largest-step", type=float, default=3, help="GB")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--jobs", type=int, default=1, help="plans made at the same time")
-    parser.add_argument("--docs", type=Path, default=Path(__file__).parent.parent / "docs")
+    parser = make_parser(__doc__, device=True, output=True)
+    parser.add_argument("--targets", type=float, nargs="+", default=[3, 8, 24], help="values of -gpu_memory_target, GB")
+    parser.add_argument("--largest-step", type=float, default=3, metavar="GB", help="take steps up to this estimate")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile, as nnU-Net does on CUDA")
     args = parser.parse_args()
-    args.docs.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, object]] = []
     with one_line_errors(), tempfile.TemporaryDirectory() as folder:
-        host = Workspace(Path(folder), processes=1)
+        workspace = Workspace(Path(folder), processes=1)
         for name in FINGERPRINTS:
-            write_fingerprint(host, name)
-        choices = list(itertools.product(FINGERPRINTS, args.targets))
-        with ThreadPoolExecutor(args.jobs) as jobs:
-            plans = list(jobs.map(lambda choice: make_plan(host, *choice), choices))
-        rows: list[dict[str, object]] = []
-        for (name, target), (plan, seconds) in zip(choices, plans, strict=True):
-            rows.append(row(name, target, plan, seconds, args))
-            (args.docs / f"plans_{args.device}.json").write_text(json.dumps(rows, indent=2) + "\n")
-    print("\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
-    for each in rows:
-        print("| " + " | ".join(map(str, each.values())) + " |")
+            write_fingerprint(workspace, name)
+        for name, target in itertools.product(FINGERPRINTS, args.targets):
+            plan, seconds = make_plan(workspace, name, target)
+            rows.append(make_row(name, target, plan, seconds, args))
+            write_result(args.output or RESULTS / f"pct_net_plans_{args.device}.json", rows)
+    print(f"\n{markdown_table(rows)}")
 
 
-def make_plan(host: Workspace, name: str, target: float) -> tuple[dict, float]:
-    """Plan one fingerprint; returns the configuration and how many seconds it took."""
+def make_plan(workspace: Workspace, name: str, target: float) -> tuple[dict, float]:
+    """Plan one fingerprint; return the 3d_fullres configuration and the seconds that it took."""
     start, plans_name = time.monotonic(), f"For{target:g}GB"
-    host.run(
+    workspace.run(
         "nnUNetv2_vf", "plan", "-d", dataset(name), "-gpu_memory_target", target, "-overwrite_plans_name", plans_name
     )
     seconds = time.monotonic() - start
-    plans = json.loads((host.preprocessed / dataset(name) / f"{plans_name}.json").read_text())
+    plans = json.loads((workspace.preprocessed / dataset(name) / f"{plans_name}.json").read_text())
     return plans["configurations"]["3d_fullres"], seconds
 
 
-def row(name: str, target: float, plan: dict, seconds: float, args: argparse.Namespace) -> dict[str, object]:
-    """A plan, and training steps with it."""
+def make_row(name: str, target: float, plan: dict, seconds: float, args: argparse.Namespace) -> dict[str, object]:
+    """Return the plan and the measurements of training steps with it."""
     strides = tuple(map(tuple, plan["architecture"]["arch_kwargs"]["strides"]))
     estimate = plan["estimated_training_memory_gb"]
     return {
         "fingerprint": name,
-        "spacing, mm": by(f"{mm:g}" for mm in plan["spacing"]),
-        "median shape": by(map(str, FINGERPRINTS[name][1])),
+        "spacing, mm": by(plan["spacing"]),
+        "median shape": by(FINGERPRINTS[name][1]),
         "target, GB": f"{target:g}",
         "mode": str(MODES.index(strides)),
-        "patch": by(map(str, plan["patch_size"])),
+        "patch": by(plan["patch_size"]),
         "batch": plan["batch_size"],
         "estimate, GB": estimate,
         "planned in": f"{seconds:.0f} s",
@@ -95,18 +87,14 @@ def row(name: str, target: float, plan: dict, seconds: float, args: argparse.Nam
     }
 
 
-def by(sides: Iterable[str]) -> str:
-    return " x ".join(sides)
-
-
 def dataset(name: str) -> str:
     return f"Dataset{100 + list(FINGERPRINTS).index(name)}_{name.title().replace(' ', '')}"
 
 
-def write_fingerprint(host: Workspace, name: str) -> None:
-    """A dataset without images: all that planning reads."""
+def write_fingerprint(workspace: Workspace, name: str) -> None:
+    """Write the files that planning reads: a dataset with empty images and its fingerprint."""
     spacing, shape, cases = FINGERPRINTS[name]
-    raw, preprocessed = host.raw / dataset(name), host.preprocessed / dataset(name)
+    raw, preprocessed = workspace.raw / dataset(name), workspace.preprocessed / dataset(name)
     for folder in (raw / "imagesTr", raw / "labelsTr", preprocessed):
         folder.mkdir(parents=True)
     (raw / "imagesTr" / "a_0000.nii.gz").touch()
@@ -129,7 +117,7 @@ def write_fingerprint(host: Workspace, name: str) -> None:
 
 
 def training_steps(plan: dict, device: str, compiled: bool, run: bool) -> dict[str, object]:
-    """Time, and on CUDA peak memory, of the last of a few steps as nnU-Net takes them."""
+    """Return the loss, the time and, on CUDA, the peak memory of the last of a few steps as nnU-Net takes them."""
     if not run:
         return {"loss": "", "step": ""} | ({"peak, GB": "", "estimate / peak": ""} if device == "cuda" else {})
     architecture = plan["architecture"]
@@ -153,7 +141,7 @@ def training_steps(plan: dict, device: str, compiled: bool, run: bool) -> dict[s
     steps = STEPS if device == "cuda" else 1
     for _ in range(steps):
         if device == "cuda":
-            torch.cuda.synchronize()
+            wait_for_device(device)
             torch.cuda.reset_peak_memory_stats()
         start = time.monotonic()
         optimizer.zero_grad(set_to_none=True)
@@ -173,7 +161,7 @@ def training_steps(plan: dict, device: str, compiled: bool, run: bool) -> dict[s
             torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
             scaler.step(optimizer)
             scaler.update()
-            torch.cuda.synchronize()
+            wait_for_device(device)
     result: dict[str, object] = {"loss": f"{float(value.detach()):.2f}", "step": f"{time.monotonic() - start:.3g} s"}
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30

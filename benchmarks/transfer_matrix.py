@@ -1,17 +1,17 @@
-"""Pretrain once, fine-tune anywhere: one artifact of each network on targets of every kind, at full width.
+"""One pretrained weights file of each network on targets of every kind: transferred share, loss and time of a step.
 
-    python benchmarks/anywhere.py [--memory 3] [--out FOLDER]
+    python benchmarks/transfer_matrix.py [--memory 3]
 
-Pretrains the default U-Net, ResEnc-M and PCT-Net for one step on generated phantoms. For targets with 1 and 4
-channels, of 1 mm and of 5 x 1 x 1 mm, tiny and large, it then plans with the topology of each artifact (``nnUNetv2_vf
-plan --like``), adapts it where the channels differ, and takes a step of nnU-Net's training from the transferred
-weights. It also adapts each artifact to the plans that the target would have got by itself. Prints a Markdown table;
-writes ``docs/anywhere_cpu.json``.
+Pretrains the default U-Net, ResEnc-M and PCT-Net for one step on generated phantoms. The targets have 1 or 4 channels,
+1 mm or 5 x 1 x 1 mm voxels, and tiny or large volumes. For each target and network the script plans with the pretrained
+network (``nnUNetv2_vf plan --like``), adapts the weights if the channels differ, and takes a step of nnU-Net's training
+from the transferred weights. It also adapts the weights to the plans that the target gets without pretraining.
+
+Duration: 1 hour on 2 CPU cores. Needs: 6 GB of memory.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -25,12 +25,13 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
+from common import RESULTS, by, make_parser, markdown_table, write_result
 
 from nnunetv2_vf.demo.phantoms import write_dataset
 from nnunetv2_vf.errors import one_line_errors
-from nnunetv2_vf.nnunet_commands import TRAINER_VARIABLE, trainer_path
+from nnunetv2_vf.nnunet_commands import Workspace
 
-STOCK = {  # the planner, and the plans that it makes
+OWN_PLANS = {  # network -> planner and plans name without pretraining
     "U-Net": ("ExperimentPlanner", "nnUNetPlans"),
     "ResEnc-M": ("nnUNetPlannerResEncM", "nnUNetResEncUNetMPlans"),
     "PCT-Net": (None, "PCTNetPlans"),
@@ -44,40 +45,30 @@ TARGETS = [
     )
     for shape in shapes
 ]
-PRETRAINING = 1  # its dataset's id
+PRETRAINING = 1  # id of the dataset
 CASES = 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, output=True)
     parser.add_argument("--memory", type=float, default=3, metavar="GB", help="-gpu_memory_target of every plan")
-    parser.add_argument("--out", type=Path, help="where to keep everything; default: a temporary folder")
-    parser.add_argument("--docs", type=Path, default=Path(__file__).parent.parent / "docs")
     args = parser.parse_args()
     with one_line_errors(), tempfile.TemporaryDirectory() as temporary:
-        folder = args.out or Path(temporary)
-        prepare(folder)
-        rows = list(matrix(folder, args.memory))
-    (args.docs / "anywhere_cpu.json").write_text(json.dumps(rows, indent=2) + "\n")
-    print("\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
-    for row in rows:
-        print("| " + " | ".join(map(str, row.values())) + " |")
+        folder = Path(temporary)
+        os.environ |= Workspace(folder, processes=1).environment | {  # nnU-Net reads its variables when it is imported
+            "nnUNet_vf_num_epochs": "1",
+            "nnUNet_vf_iterations_per_epoch": "1",
+            "nnUNet_vf_val_iterations_per_epoch": "1",
+        }
+        rows = list(measure_matrix(folder, args.memory))
+    write_result(args.output or RESULTS / "transfer_matrix_cpu.json", rows)
+    print(f"\n{markdown_table(rows)}")
 
 
-def prepare(folder: Path) -> None:
-    """Folders and variables of nnU-Net, which it reads when it is imported."""
-    for name in ("raw", "preprocessed", "results"):
-        (folder / name).mkdir(parents=True)
-        os.environ[f"nnUNet_{name}"] = str(folder / name)
-    schedule = {f"nnUNet_vf_{name}epoch": "1" for name in ("iterations_per_", "val_iterations_per_")}
-    os.environ.update(schedule, nnUNet_vf_num_epochs="1", nnUNet_n_proc_DA="1", nnUNet_def_n_proc="1")
-    os.environ[TRAINER_VARIABLE] = trainer_path("")
-
-
-def matrix(folder: Path, memory: float) -> Iterator[dict[str, Any]]:
+def measure_matrix(folder: Path, memory: float) -> Iterator[dict[str, Any]]:
     write_dataset(folder / "raw" / f"Dataset{PRETRAINING:03d}_Phantoms", range(CASES), spacing=2.0)
     with quiet():
-        artifacts = {network: pretrain(network, folder, memory) for network in STOCK}
+        artifacts = {network: pretrain(network, folder, memory) for network in OWN_PLANS}
     for index, target in enumerate(TARGETS):
         dataset_id = PRETRAINING + 1 + index
         write_target(folder / "raw" / f"Dataset{dataset_id:03d}_Target", dataset_id, *target)
@@ -85,13 +76,13 @@ def matrix(folder: Path, memory: float) -> Iterator[dict[str, Any]]:
             extract(dataset_id)
         for network, artifact in artifacts.items():
             with quiet():
-                row = cell(network, artifact, dataset_id, target, folder, memory)
+                row = measure_cell(network, artifact, dataset_id, target, folder, memory)
             print(row, flush=True)
             yield row
 
 
 def pretrain(network: str, folder: Path, memory: float) -> Path:
-    """The artifact of one step of pretraining."""
+    """Pretrain for one step; return the weights file."""
     import torch
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
     from nnunetv2.run.run_training import run_training
@@ -99,7 +90,7 @@ def pretrain(network: str, folder: Path, memory: float) -> Path:
     if network == "U-Net":
         extract(PRETRAINING)
     plans = plan(network, PRETRAINING, memory)
-    if network != "ResEnc-M":  # which takes the default plans' preprocessed data
+    if network != "ResEnc-M":  # ResEnc-M uses the preprocessed data of the default plans
         preprocess([PRETRAINING], plans, configurations=["3d_fullres"], num_processes=[1])
     run_training(str(PRETRAINING), "3d_fullres", "all", "VFPretrainTrainer", plans, device=torch.device("cpu"))
     fold = f"VFPretrainTrainer__{plans}__3d_fullres/fold_all"
@@ -113,12 +104,12 @@ def extract(dataset_id: int) -> None:
 
 
 def plan(network: str, dataset_id: int, memory: float) -> str:
-    """Plan a dataset as it would be by itself; returns the plans' name."""
+    """Plan a dataset as without pretraining; return the name of the plans."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
 
     from nnunetv2_vf.cli import main as command
 
-    planner, plans = STOCK[network]
+    planner, plans = OWN_PLANS[network]
     if planner is None:
         command(["plan", "-d", str(dataset_id), "-gpu_memory_target", str(memory)])
     else:
@@ -126,7 +117,9 @@ def plan(network: str, dataset_id: int, memory: float) -> str:
     return plans
 
 
-def cell(network: str, artifact: Path, dataset_id: int, target: Any, folder: Path, memory: float) -> dict[str, Any]:
+def measure_cell(
+    network: str, artifact: Path, dataset_id: int, target: Any, folder: Path, memory: float
+) -> dict[str, Any]:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
 
     from nnunetv2_vf.cli import main as command
@@ -152,9 +145,9 @@ def cell(network: str, artifact: Path, dataset_id: int, target: Any, folder: Pat
     return {
         "network": network,
         "channels": channels,
-        "spacing, mm": by(f"{mm:g}" for mm in spacing),
-        "shape": by(map(str, shape)),
-        "patch": by(map(str, configuration.patch_size)),
+        "spacing, mm": by(spacing),
+        "shape": by(shape),
+        "patch": by(configuration.patch_size),
         "batch": configuration.batch_size,
         "transferred": f"{share:.1%}",
         "loss": f"{loss:.2f}",
@@ -164,7 +157,7 @@ def cell(network: str, artifact: Path, dataset_id: int, target: Any, folder: Pat
 
 
 def step(weights: Path, dataset_id: int, plans: str) -> tuple[Any, float, float]:
-    """nnUNetv2_train with -pretrained_weights up to its first step: configuration, loss, seconds of the step."""
+    """Start nnUNetv2_train with -pretrained_weights; return the configuration, loss and seconds of its first step."""
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
@@ -183,7 +176,7 @@ def step(weights: Path, dataset_id: int, plans: str) -> tuple[Any, float, float]
 
 
 def write_target(folder: Path, seed: int, channels: int, spacing: tuple[float, ...], shape: tuple[int, ...]) -> None:
-    """Cases of noise with a brighter block, label 1."""
+    """Write cases of noise with a brighter block, label 1."""
     rng = np.random.default_rng(seed)
     for kind in ("imagesTr", "labelsTr"):
         (folder / kind).mkdir(parents=True)
@@ -209,13 +202,9 @@ def write(array: np.ndarray, spacing: tuple[float, ...], path: Path) -> None:
     sitk.WriteImage(image, path)
 
 
-def by(sides: Any) -> str:
-    return " x ".join(sides)
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """nnU-Net's and our own reports are not this script's."""
+    """Suppress the messages of nnU-Net's and our own commands."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 

@@ -1,4 +1,4 @@
-"""The linear probe of frozen features: what it takes, and what it looks at."""
+"""The linear probe of frozen features: features, sampled voxels, scores and wrong arguments."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATASET
-from linear_probe import DEPTHS, VOXELS, build, features, labelled_voxels, load, main, mean_dice, probe
+from linear_probe import DEPTHS, VOXELS, build_network, features, labelled_voxels, load, main, mean_dice, probe
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -25,8 +25,8 @@ def cases(nnunet):
     return infer_dataset_class(folder)(folder)
 
 
-def test_there_are_features_of_every_voxel_whatever_the_shape(plan):
-    network = build(plan, None)
+def test_every_voxel_has_features_for_any_image_shape(plan):
+    network = build_network(plan, None)
     image = torch.randn(1, 17, 13, 21)
     found = features(network, image)
     counts = plan.network_arch_init_kwargs["features_per_stage"]
@@ -35,17 +35,17 @@ def test_there_are_features_of_every_voxel_whatever_the_shape(plan):
     np.testing.assert_array_equal(found["decoder"][:, -counts[0] :], found["last stage"])
 
 
-def test_pretrained_weights_are_taken_and_those_of_another_network_refused(plan, artifacts):
-    network = build(plan, str(artifacts["U-Net"]))
+def test_pretrained_weights_are_loaded_and_weights_of_another_network_refused(plan, artifacts):
+    network = build_network(plan, str(artifacts["U-Net"]))
     pretrained = read_artifact(artifacts["U-Net"])["network_weights"]
     for name, tensor in network.state_dict().items():
         assert ".seg_layers." in name or torch.equal(tensor, pretrained[name])
-    with pytest.raises(UserError, match=r"is of another network than the plans: .* does not fit; see --plans"):
-        build(plan, str(artifacts["PCT-Net"]))
+    with pytest.raises(UserError, match=r"belongs to another network than the plans: .* does not fit; see --plans"):
+        build_network(plan, str(artifacts["PCT-Net"]))
 
 
-def test_up_to_so_many_voxels_of_a_class_are_learnt_from(plan, cases):
-    x, y = labelled_voxels(build(plan, None), cases, cases.identifiers[0], np.random.default_rng(0))
+def test_at_most_voxels_samples_of_each_class_are_drawn(plan, cases):
+    x, y = labelled_voxels(build_network(plan, None), cases, cases.identifiers[0], np.random.default_rng(0))
     _, labels = load(cases, cases.identifiers[0])
     assert {len(of_depth) for of_depth in x.values()} == {len(y)}
     assert dict(zip(*np.unique(y, return_counts=True), strict=True)) == {
@@ -53,7 +53,7 @@ def test_up_to_so_many_voxels_of_a_class_are_learnt_from(plan, cases):
     }
 
 
-def test_the_score_is_the_mean_dice_of_the_classes(cases):
+def test_the_score_is_the_mean_dice_of_the_classes_without_background(cases):
     _, labels = load(cases, cases.identifiers[0])
     assert mean_dice(labels, labels) == 1
     assert mean_dice(labels, np.zeros_like(labels)) == 0
@@ -61,9 +61,9 @@ def test_the_score_is_the_mean_dice_of_the_classes(cases):
     assert mean_dice(labels, np.where(labels == 1, 0, labels)) == pytest.approx(1 - 1 / classes)
 
 
-def test_trained_on_the_case_itself_it_finds_some_of_it(plan, cases):
+def test_a_probe_trained_on_a_case_segments_part_of_it(plan, cases):
     split = {"train": cases.identifiers[:1], "val": cases.identifiers[:1]}
-    found = probe(build(plan, None), cases, split, 1)
+    found = probe(build_network(plan, None), cases, split, 1)
     assert [*found] == [*DEPTHS]
     assert 0.1 < found["encoder"] <= 1
 
@@ -76,7 +76,7 @@ def test_trained_on_the_case_itself_it_finds_some_of_it(plan, cases):
         (["a=b"], "prepare it: python benchmarks/label_efficiency.py"),
     ],
 )
-def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, arguments, message):
+def test_wrong_arguments_are_reported_in_one_line(tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr("sys.argv", ["linear_probe.py", str(tmp_path), *arguments])
     with pytest.raises(SystemExit, match=message):
         main()
