@@ -29,15 +29,16 @@ predict_entry_point()
 
 
 def export_fine_tuned_model(plans: str, weights: Path, zip_file: Path, monkeypatch) -> None:
-    """Fine-tune for one step and export the model as nnUNetv2_export_model_to_zip does."""
+    """Fine-tune without nnU-Net's final validation, and export the model as nnUNetv2_export_model_to_zip does."""
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "-pretrained_weights", str(weights)])
     run = (str(DATASET_ID), "3d_fullres", "all", "VFFinetuneTrainer", plans)
     trainer = get_trainer_from_args(*run, device=torch.device("cpu"))
-    trainer.on_train_start()
-    trainer.train_step(next(trainer.dataloader_train))
-    trainer.on_train_end()  # writes checkpoint_final.pth
+    trainer.run_training()
+    summary = Path(trainer.output_folder) / "validation" / "summary.json"  # the export copies it
+    summary.parent.mkdir(exist_ok=True)
+    summary.write_text("{}")
     export_pretrained_model(
-        DATASET_ID, str(zip_file), ("3d_fullres",), "VFFinetuneTrainer", plans, folds=("all",), strict=False
+        DATASET_ID, str(zip_file), ("3d_fullres",), "VFFinetuneTrainer", plans, folds=("all",), strict=True
     )
 
 
