@@ -3,8 +3,8 @@
     python benchmarks/pct_net_plans.py [--targets 3 8 24] [--device cpu|cuda] [--largest-step 3] [--compile]
 
 Plans made-up fingerprints for several values of ``-gpu_memory_target``. Where the plan's estimate is at most
-``--largest-step`` GB, builds its network as nnU-Net does and takes training steps with nnU-Net's loss on random data. On
-CUDA the peak of the allocated memory is compared with the estimate. The result file is written after each plan.
+``--largest-step`` GB, builds its network as nnU-Net does and takes training steps with nnU-Net's loss on random data.
+On CUDA the peak of the allocated memory is compared with the estimate. The result file is written after each plan.
 
 Duration: 10 minutes on 2 CPU cores. Needs: memory for ``--largest-step``; with ``--device cuda`` a GPU.
 """

@@ -7,8 +7,8 @@ counts the operations of the forward and backward pass; its profiler gives the t
 of the kernels that the operator launched.
 
 The bound of convolutions and matrix products is their number of operations at the rate of products. The bound of every
-other kind is the bytes of its operators' inputs and outputs at the rate of copying. That is an estimate: a tensor in the
-cache costs less, a tensor that a kernel reads twice costs more, and fused operators would not write their
+other kind is the bytes of its operators' inputs and outputs at the rate of copying. That is an estimate: a tensor in
+the cache costs less, a tensor that a kernel reads twice costs more, and fused operators would not write their
 intermediate tensors.
 
 Duration: 2 minutes on 2 CPU cores. Needs: 8 GB of memory; with ``--device cuda`` a GPU.

@@ -106,7 +106,8 @@ def train_together(workspace: Workspace, trainings: list[int], device: str) -> f
         ]
         pin = (lambda cores=set(own): os.sched_setaffinity(0, cores)) if device == "cpu" else None
         running.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, preexec_fn=pin))
-    if any([process.wait() for process in running]):
+    statuses = [process.wait() for process in running]
+    if any(statuses):
         raise UserError("a training failed; its messages are above")
     return sum(map(read_speed, folders))
 

@@ -13,7 +13,6 @@ Duration: 1 hour on 2 CPU cores. Needs: 6 GB of memory.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import sys
@@ -205,7 +204,7 @@ def write(array: np.ndarray, spacing: tuple[float, ...], path: Path) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Suppress the messages of nnU-Net's and our own commands."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with Path(os.devnull).open("w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
         yield
 
 
