@@ -1,4 +1,4 @@
-"""Trainings in the test's own process: made as nnUNetv2_train makes them, interrupted, and compared."""
+"""Helpers for trainings in the process of the test: make, interrupt and compare them."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ CPU = torch.device("cpu")
 LOGGED = ("train_losses", "val_losses", "mean_fg_dice", "ema_fg_dice", "lrs", "skipped_steps", "quarantined_cases")
 
 
-def make_trainer(name: str = "VFPretrainTrainer", plans: str = "nnUNetPlans", go_on: bool = False, fold: int | str = 0):
-    """As nnUNetv2_train makes it."""
-    trainer = get_trainer_from_args(str(DATASET_ID), "3d_fullres", fold, name, plans, go_on, CPU)
-    maybe_load_checkpoint(trainer, go_on, validation_only=False)
+def make_trainer(
+    name: str = "VFPretrainTrainer", plans: str = "nnUNetPlans", continue_training: bool = False, fold: int | str = 0
+):
+    """Make a trainer as nnUNetv2_train does."""
+    trainer = get_trainer_from_args(str(DATASET_ID), "3d_fullres", fold, name, plans, continue_training, CPU)
+    maybe_load_checkpoint(trainer, continue_training, validation_only=False)
     return trainer
 
 
-def before_step(trainer, number: int, do) -> None:
-    """Have something done before a step of training or validation, counted from 0 in this process."""
+def before_step(trainer, number: int, action) -> None:
+    """Run an action before a training or validation step; steps count from 0 in this process."""
     original, steps = trainer.between_steps, iter(range(10**6))
 
     def between_steps() -> None:
         if next(steps) == number:
-            do()
+            action()
         original()
 
     trainer.between_steps = between_steps
 
 
-def leaves_early(trainer) -> bool:
+def stops_early(trainer) -> bool:
     try:
         trainer.run_training()
-    except SystemExit as left:
-        return left.code == EXIT_RESUBMIT
+    except SystemExit as exit_:
+        return exit_.code == EXIT_RESUBMIT
     return False
 
 

@@ -1,4 +1,4 @@
-"""PCT-Net in nnU-Net's own training and prediction, from a plan that ``nnUNetv2_vf plan`` made."""
+"""PCT-Net in nnU-Net's training and prediction, with plans of ``nnUNetv2_vf plan``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRAINING = (str(DATASET_ID), "3d_fullres", 0)
 
 
 @pytest.mark.parametrize("trainer_name", ["nnUNetTrainer", "nnUNetTrainerNoDeepSupervision"])
-def test_stock_trainers_train_it(tiny, pct_plans, trainer_name):
+def test_stock_trainers_train_pct_net(tiny, pct_plans, trainer_name):
     trainer = get_trainer_from_args(*TRAINING, trainer_name, pct_plans, device=CPU)
     trainer.on_train_start()
     before = [p.detach().clone() for p in trainer.network.decoder.seg_layers[-1].parameters()]
@@ -50,7 +50,7 @@ def test_pretrain_then_finetune_then_predict(tiny, pct_plans, tmp_path):
     assert (predicted / (case.name.removesuffix("_0000.nii.gz") + ".nii.gz")).is_file()
 
 
-def test_the_recipe_of_pct_net(tiny, pct_plans, monkeypatch):
+def test_pct_net_is_fine_tuned_with_its_own_recipe(tiny, pct_plans, monkeypatch):
     monkeypatch.setenv("nnUNet_vf_finetune_num_epochs", "100")
     trainer = get_trainer_from_args(*TRAINING, "VFFinetuneTrainer", pct_plans, device=CPU)
     trainer.initialize()
@@ -69,11 +69,11 @@ def test_the_recipe_of_pct_net(tiny, pct_plans, monkeypatch):
     assert any((a != b).any() for a, b in zip(before, trainer.network.parameters(), strict=True))
 
 
-def test_every_part_of_the_recipe_is_a_setting(tiny, pct_plans, monkeypatch):
+def test_every_value_of_the_recipe_can_be_set(tiny, pct_plans, monkeypatch):
     monkeypatch.setenv("nnUNet_vf_finetune_optimizer", "sgd")
     monkeypatch.setenv("nnUNet_vf_finetune_warmup_fraction", "0")
     trainer = get_trainer_from_args(*TRAINING, "VFFinetuneTrainer", pct_plans, device=CPU)
     trainer.initialize()
     assert type(trainer.optimizer) is torch.optim.SGD
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2), "nnU-Net's own for SGD"
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2), "nnU-Net's learning rate for SGD"
     assert trainer.settings.gradient_clip == 1.0

@@ -33,7 +33,7 @@ def new_trainer(fold: int | str = 0, continue_training: bool = False):
 
 @pytest.fixture(scope="module")
 def finished(nnunet, tmp_path_factory) -> Path:
-    """The fold folder of one finished pretraining that several tests only look at."""
+    """Return the fold folder of one finished pretraining; tests only read it."""
     results = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("nnUNet_results", str(results))
@@ -44,7 +44,7 @@ def finished(nnunet, tmp_path_factory) -> Path:
     return fold_folder(results)
 
 
-def test_a_run_leaves_artifact_checkpoints_report_and_pictures(finished):
+def test_a_training_writes_artifact_checkpoints_report_and_pictures(finished):
     names = {path.name for path in finished.iterdir()}
     expected = {"checkpoint_best.pth", "checkpoint_final.pth", FILE_NAME, "preview.png", "progress.png"}
     assert expected | {"pretext_report.json", "pretext_report.png"} <= names
@@ -62,7 +62,7 @@ def test_the_report_counts_every_voxel_of_the_fixed_samples(finished):
     assert report["mean_dice"] == pytest.approx(dice.mean())
 
 
-def test_the_log_names_the_settings_and_has_a_dice_for_every_fusion_class(finished):
+def test_the_log_has_the_settings_and_the_dice_of_every_fusion_class(finished):
     log = next(finished.glob("training_log*.txt")).read_text()
     assert "num_epochs: 3" in log
     assert "fusion_map: boxes" in log
@@ -71,7 +71,7 @@ def test_the_log_names_the_settings_and_has_a_dice_for_every_fusion_class(finish
     assert [len(epoch) for epoch in dice] == [5, 5, 5]
 
 
-def test_the_artifact_rebuilds_the_network_and_tells_where_it_comes_from(finished):
+def test_the_artifact_rebuilds_the_network_and_records_its_origin(finished):
     artifact = read_artifact(finished / FILE_NAME)
     vf = artifact["vf"]
     architecture = vf["architecture"]
@@ -122,7 +122,7 @@ def test_val_repeats_the_report_of_the_finished_training(tiny, folder, monkeypat
 # ---------------------------------------------------------------- the pretext task inside nnU-Net's training
 
 
-def test_the_heads_are_the_fusion_classes_whatever_the_labels(own_dataset, monkeypatch):
+def test_the_network_predicts_fusion_classes_for_any_labels(own_dataset, monkeypatch):
     def regions_and_ignore(dataset_json):
         dataset_json["labels"] = {"background": 0, "organs": [1, 2, 3], "heart": [2, 3], "ignore": 4}
         dataset_json["regions_class_order"] = [1, 2]
@@ -190,16 +190,16 @@ def test_class_0_counts_in_the_loss(tiny):
     assert trainer.loss.loss.dc.do_bg
 
 
-def test_targets_at_every_resolution_are_the_fusion_map(tiny):
+def test_there_is_a_fusion_map_for_every_output_of_the_network(tiny):
     trainer = new_trainer()
     trainer.initialize()
     train, _ = trainer.get_dataloaders()
     batch = next(train)
-    fused = trainer._fuse(batch)
-    outputs = trainer.network(fused["data"])
-    assert fused["data"].shape == (2, 1, 16, 16, 24)
-    assert [t.shape[2:] for t in fused["target"]] == [o.shape[2:] for o in outputs]
-    assert torch.equal(fused["target"][0][:, 0], batch["tensors"]["fusion_map"])
+    fused, targets = trainer._fuse(batch)
+    outputs = trainer.network(fused)
+    assert fused.shape == (2, 1, 16, 16, 24)
+    assert [t.shape[2:] for t in targets] == [o.shape[2:] for o in outputs]
+    assert torch.equal(targets[0][:, 0], batch["tensors"]["fusion_map"])
 
 
 def test_validation_samples_are_the_same_in_every_epoch_and_run(tiny, monkeypatch):
@@ -247,13 +247,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, monkeypatch, 
         trainer.run_training()
         return fold_folder(tmp_path / results)
 
-    whole, resumed = (torch.load(run(*args) / "checkpoint_final.pth", weights_only=False)
-                      for args in (("whole", None), ("resumed", 2)))  # fmt: skip
-    for name, tensor in whole["network_weights"].items():
+    uninterrupted, resumed = (torch.load(run(*args) / "checkpoint_final.pth", weights_only=False)
+                      for args in (("uninterrupted", None), ("resumed", 2)))  # fmt: skip
+    for name, tensor in uninterrupted["network_weights"].items():
         assert torch.equal(tensor, resumed["network_weights"][name]), name
     for key in ("train_losses", "val_losses", "dice_per_class_or_region", "ema_fg_dice", "lrs"):
-        np.testing.assert_array_equal(whole["logging"][key], resumed["logging"][key], err_msg=key)
-    assert whole["_best_ema"] == resumed["_best_ema"]
+        np.testing.assert_array_equal(uninterrupted["logging"][key], resumed["logging"][key], err_msg=key)
+    assert uninterrupted["_best_ema"] == resumed["_best_ema"]
 
 
 def stopping(trainer, epoch: int):
@@ -278,7 +278,7 @@ def test_fold_all_and_disabled_checkpointing(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"fusion_map": "blocks", "pairing": "different"}, {"optimizer": "sgd"}])
-def test_the_other_map_pairing_and_optimizer(tiny, folder, monkeypatch, settings):
+def test_other_fusion_maps_pairings_and_optimizers_train(tiny, folder, monkeypatch, settings):
     monkeypatch.setenv("nnUNet_vf_val_iterations_per_epoch", "10")  # enough for every class to occur
     for name, value in settings.items():
         monkeypatch.setenv(f"nnUNet_vf_{name}", value)
@@ -288,7 +288,7 @@ def test_the_other_map_pairing_and_optimizer(tiny, folder, monkeypatch, settings
 
 
 @pytest.mark.parametrize("planner", ["nnUNetPlannerResEncM", "nnUNetPlannerResEncL", "nnUNetPlannerResEncXL"])
-def test_residual_encoder_plans(own_dataset, planner, monkeypatch):
+def test_residual_encoder_plans_train(own_dataset, planner, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # the planner sets as many threads
     plans_name = plan_experiments([DATASET_ID], planner)
     plans_file = own_dataset / f"{plans_name}.json"
@@ -299,15 +299,15 @@ def test_residual_encoder_plans(own_dataset, planner, monkeypatch):
     run_training(str(DATASET_ID), "3d_fullres", 0, "VFPretrainTrainer", plans_name, device=CPU)
 
 
-def test_settings_in_the_plans(own_dataset):
+def test_settings_are_read_from_the_plans(own_dataset):
     edit_json(own_dataset / "nnUNetPlans.json", lambda plans: plans.update(volume_fusion={"seed": 11}))
     assert new_trainer().settings.seed == 11
 
 
-# ---------------------------------------------------------------- volumes that cannot be used
+# ---------------------------------------------------------------- unusable volumes
 
 
-def spoil(dataset: Path, case: str, value: float) -> None:
+def fill_with(dataset: Path, case: str, value: float) -> None:
     replace_image(dataset, case, lambda data: np.full_like(data, value))
 
 
@@ -323,13 +323,13 @@ def replace_image(dataset: Path, case: str, change) -> None:
 def test_nan_and_constant_volumes_are_skipped_and_reported_once(own_dataset, folder, monkeypatch):
     monkeypatch.setenv("nnUNet_vf_iterations_per_epoch", "12")
     monkeypatch.setenv("nnUNet_vf_quarantine_limit", "0.2")
-    spoil(own_dataset, "torso_0000", np.nan)
-    spoil(own_dataset, "torso_0001", 0.0)
+    fill_with(own_dataset, "torso_0000", np.nan)
+    fill_with(own_dataset, "torso_0001", 0.0)
     pretrain("all")
     folder = folder.parent / "fold_all"
     log = next(folder.glob("training_log*.txt")).read_text()
     for case in ("torso_0000", "torso_0001"):
-        assert log.count(f"case {case} holds nothing: all of its voxels are alike, NaN or infinite; quarantined") == 1
+        assert log.count(f"case {case} has no image content: all voxels are equal, NaN or infinite; quarantined") == 1
     losses = torch.load(folder / "checkpoint_final.pth", weights_only=False)["logging"]["train_losses"]
     assert np.isfinite(losses).all()
 
@@ -337,11 +337,11 @@ def test_nan_and_constant_volumes_are_skipped_and_reported_once(own_dataset, fol
 def test_a_dataset_without_any_usable_volume_stops_with_one_line(own_dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_vf_quarantine_limit", "1")
     for case in range(NUM_CASES):
-        spoil(own_dataset, f"torso_{case:04d}", 1.0)
+        fill_with(own_dataset, f"torso_{case:04d}", 1.0)
     with pytest.raises(SystemExit, match="no usable sub-volume"):
         pretrain("all")
-    left = {path.suffix for path in (tmp_path / "results").rglob("fold_all/*")}
-    assert left <= {".txt", ".json"}, "a log, but no weights"
+    suffixes = {path.suffix for path in (tmp_path / "results").rglob("fold_all/*")}
+    assert suffixes <= {".txt", ".json"}, "only logs are written, no weights"
 
 
 # ---------------------------------------------------------------- --c
@@ -360,10 +360,10 @@ def test_continuing_with_other_settings_is_refused_with_names_and_values(tiny, f
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.pth")} == before
 
 
-def test_continuing_from_what_is_no_checkpoint_is_refused(tiny, folder):
+def test_continuing_from_a_file_that_is_not_a_checkpoint_is_refused(tiny, folder):
     pretrain()
     torch.save({"weights": 1}, folder / "checkpoint_final.pth")
-    with pytest.raises(SystemExit, match="is damaged or no nnU-Net checkpoint"):
+    with pytest.raises(SystemExit, match="is damaged or not an nnU-Net checkpoint"):
         pretrain(continue_training=True)
 
 

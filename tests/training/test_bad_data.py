@@ -1,4 +1,4 @@
-"""Trainings that meet numbers that are not finite, cases that cannot be read, and workers that die."""
+"""Trainings with non-finite steps, cases that cannot be read, and data workers that die."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nnunetv2_vf.transfer.artifact import FILE_NAME, read_artifact
 # ---------------------------------------------------------------- numbers that are not finite
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_counted(three_epochs, folder):
+def test_a_step_with_a_non_finite_loss_is_skipped_and_counted(three_epochs, folder):
     trainer = make_trainer()
     loss, calls = trainer._build_loss, iter(range(100))
     trainer.initialize()
@@ -33,19 +33,19 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(three_epochs, folder)
     assert all(t.isfinite().all() for t in read_artifact(folder / FILE_NAME)["network_weights"].values())
 
 
-def test_twenty_in_a_row_end_the_training_and_leave_their_samples(tiny, folder, monkeypatch):
+def test_twenty_skipped_steps_in_a_row_stop_the_training_and_save_their_samples(tiny, folder, monkeypatch):
     monkeypatch.setenv("nnUNet_vf_iterations_per_epoch", "30")
     trainer = make_trainer()
     trainer.initialize()
     loss, calls = trainer.loss, iter(range(100))
     trainer.loss = lambda *args: loss(*args) * (float("nan") if next(calls) >= 3 else 1.0)
-    with pytest.raises(SystemExit, match=r"20 steps in a row .* from step 3 on; .*not_finite_0\.pth holds"):
+    with pytest.raises(SystemExit, match=r"20 steps in a row .* from step 3 on; .*not_finite_0\.pth has"):
         trainer.run_training()
-    left = torch.load(folder / "not_finite_0.pth", weights_only=False)
-    assert left["steps"] == list(range(3, 23))
-    assert left["sample_indices"][0] == [6, 7]
-    assert left["first_batch"]["tensors"]["foreground"].shape == (2, 1, 16, 16, 24)
-    assert len(left["cases"]) == 20
+    saved = torch.load(folder / "not_finite_0.pth", weights_only=False)
+    assert saved["steps"] == list(range(3, 23))
+    assert saved["sample_indices"][0] == [6, 7]
+    assert saved["first_batch"]["tensors"]["foreground"].shape == (2, 1, 16, 16, 24)
+    assert len(saved["cases"]) == 20
 
 
 # ---------------------------------------------------------------- bad data
@@ -53,7 +53,7 @@ def test_twenty_in_a_row_end_the_training_and_leave_their_samples(tiny, folder, 
 
 @pytest.fixture
 def forty_cases(own_dataset, monkeypatch) -> Path:
-    """The folder of 40 preprocessed cases, four of each of the dataset's ten."""
+    """A folder of 40 preprocessed cases: four copies of each of the ten cases of the dataset."""
     folder = own_dataset / "nnUNetPlans_3d_fullres"
     for file in list(folder.iterdir()):
         for copy in "bcd":
@@ -62,8 +62,8 @@ def forty_cases(own_dataset, monkeypatch) -> Path:
     return folder
 
 
-def test_one_case_in_twenty_may_be_damaged(forty_cases, folder, monkeypatch):
-    """One truncated, one deleted while the training runs: each is told of once, and other cases take their place."""
+def test_a_training_goes_on_with_one_damaged_case_in_twenty(forty_cases, folder, monkeypatch):
+    """One case is truncated, one is deleted while the training runs; the log reports each of them once."""
     trainer = make_trainer(fold="all")
     truncated, deleted = forty_cases / "torso_0003.b2nd", forty_cases / "torsob_0005.b2nd"
     truncated.write_bytes(truncated.read_bytes()[:500])
@@ -75,7 +75,7 @@ def test_one_case_in_twenty_may_be_damaged(forty_cases, folder, monkeypatch):
     assert trainer.logger.get_value("quarantined_cases", step=None)[-1] == 2
 
 
-def test_more_stop_the_training_with_the_list(forty_cases, folder):
+def test_more_damaged_cases_than_the_limit_stop_the_training_and_are_listed(forty_cases, folder):
     cases = [f"torso_{number:04d}" for number in range(1, 4)]
     for case in cases:
         (forty_cases / f"{case}.b2nd").write_bytes(b"")
@@ -87,24 +87,24 @@ def test_more_stop_the_training_with_the_list(forty_cases, folder):
 
 
 @pytest.mark.parametrize("suffix", [".b2nd", ".pkl"])
-def test_the_first_case_may_be_the_damaged_one(forty_cases, folder, suffix):
+def test_a_training_starts_although_its_first_case_is_damaged(forty_cases, folder, suffix):
     (forty_cases / f"torso_0000{suffix}").write_bytes(b"")
     make_trainer(fold="all").run_training()
     assert (folder.parent / "fold_all" / "checkpoint_final.pth").is_file()
 
 
-def test_a_worker_that_fails_is_reported_with_its_own_traceback(tiny, monkeypatch):
+def test_an_error_in_a_data_worker_is_raised_with_the_traceback_of_the_worker(tiny, monkeypatch):
     def fail(*_: object) -> None:
         raise ZeroDivisionError("in the worker")
 
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
-    monkeypatch.setattr("nnunetv2_vf.pretext.sampling.draw_fusion_map", fail)
+    monkeypatch.setattr("nnunetv2_vf.pretext.dataset.draw_fusion_map", fail)
     with pytest.raises(ZeroDivisionError, match=r"(?s)in DataLoader worker process 0.*in __getitem__.*in the worker"):
         make_trainer().run_training()
 
 
-def test_a_worker_that_is_killed_is_reported(tiny, monkeypatch):
+def test_a_killed_data_worker_is_reported(tiny, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
-    monkeypatch.setattr("nnunetv2_vf.pretext.sampling.draw_fusion_map", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("nnunetv2_vf.pretext.dataset.draw_fusion_map", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid\(s\) \d+\) exited unexpectedly"):
         make_trainer().run_training()

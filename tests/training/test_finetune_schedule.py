@@ -1,4 +1,4 @@
-"""Schedules of fine-tuning: learning rates, what is trained, and going on in the middle."""
+"""Fine-tuning schedules: learning rates, trained parts, and resuming in the middle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args, run_training
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import nn
-from trainings import assert_same_training, before_step, leaves_early, make_trainer, send
+from trainings import assert_same_training, before_step, make_trainer, send, stops_early
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.network_parts import HEADS, part_of
@@ -34,8 +34,8 @@ SCHEDULES = ("full", "sawtooth", "encoder_only", "frozen_encoder")
 PARTS = ("heads", "decoder", "encoder")
 
 
-class Tiny(nn.Module):
-    """Named like nnU-Net's networks: two stages down, one up, a head."""
+class TinyNetwork(nn.Module):
+    """A network with the names of nnU-Net's networks: two encoder stages, one decoder stage, one head."""
 
     def __init__(self):
         super().__init__()
@@ -53,16 +53,16 @@ def rates(part: str, **settings) -> list[float]:
 # ---------------------------------------------------------------- learning rates
 
 
-def test_full_without_warmup_is_nnunets_schedule():
+def test_full_without_warmup_equals_nnunets_schedule():
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
-    theirs = PolyLRScheduler(optimizer, 1.0, 20)
+    nnunet_schedule = PolyLRScheduler(optimizer, 1.0, 20)
     for epoch in range(20):
-        theirs.step(epoch)
-        assert rates("encoder", num_epochs=20)[epoch] == pytest.approx(theirs.get_last_lr()[0])
+        nnunet_schedule.step(epoch)
+        assert rates("encoder", num_epochs=20)[epoch] == pytest.approx(nnunet_schedule.get_last_lr()[0])
 
 
 @pytest.mark.parametrize("decay", ["poly", "cosine"])
-def test_full_rises_to_its_highest_and_then_decays(decay):
+def test_full_warms_up_and_then_decays(decay):
     for part in PARTS:
         values = rates(part, num_epochs=20, warmup_fraction=0.2, decay=decay)
         assert values[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -70,11 +70,11 @@ def test_full_rises_to_its_highest_and_then_decays(decay):
         assert 0 < values[-1] < 0.1
 
 
-def test_cosine_is_half_way_down_in_the_middle():
+def test_cosine_decay_reaches_half_in_the_middle():
     assert rates("heads", num_epochs=10, decay="cosine")[5] == pytest.approx(0.5)
 
 
-def test_sawtooth_ramps_decoder_and_heads_first():
+def test_sawtooth_trains_decoder_and_heads_first():
     settings = {"num_epochs": 20, "schedule": "sawtooth", "decoder_fraction": 0.2, "warmup_fraction": 0.1}
     ramp, rise = [0.25, 0.5, 0.75, 1.0], [1 / 3, 2 / 3, 1.0]
     for part in ("heads", "decoder"):
@@ -91,9 +91,9 @@ def test_a_frozen_encoder_has_no_learning_rate():
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 10])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_schedules_of_any_length_train(epochs, schedule):
-    for alone, warmup in ((0.0, 0.0), (0.1, 0.1), (0.45, 0.45), (0.9, 0.0), (0.0, 0.9)):
-        settings = {"schedule": schedule, "decoder_fraction": alone, "warmup_fraction": warmup}
+def test_no_schedule_has_a_learning_rate_of_zero_for_the_heads(epochs, schedule):
+    for decoder_only, warmup in ((0.0, 0.0), (0.1, 0.1), (0.45, 0.45), (0.9, 0.0), (0.0, 0.9)):
+        settings = {"schedule": schedule, "decoder_fraction": decoder_only, "warmup_fraction": warmup}
         assert all(0 < value <= 1 for value in rates("heads", num_epochs=epochs, **settings))
         if schedule != "frozen_encoder":
             assert 0 < rates("encoder", num_epochs=epochs, **settings)[-1] <= 1
@@ -102,8 +102,8 @@ def test_schedules_of_any_length_train(epochs, schedule):
 # ---------------------------------------------------------------- groups of parameters
 
 
-def test_every_parameter_is_in_one_group_and_the_heads_come_first():
-    network = Tiny()
+def test_every_parameter_is_in_exactly_one_group():
+    network = TinyNetwork()
     groups = parameter_groups(network, FinetuneSettings())
     assert [group["part"] for group in groups] == ["heads", "decoder", "encoder"]
     assert [group["share"] for group in groups] == [1, 1, 1]
@@ -111,15 +111,15 @@ def test_every_parameter_is_in_one_group_and_the_heads_come_first():
     assert sorted(grouped) == sorted(id(p) for p in network.parameters())
 
 
-def test_layer_wise_decay_halves_from_stage_to_stage():
-    groups = parameter_groups(Tiny(), FinetuneSettings(layer_decay=0.5))
+def test_layer_decay_lowers_the_rate_from_stage_to_stage():
+    groups = parameter_groups(TinyNetwork(), FinetuneSettings(layer_decay=0.5))
     assert [(group["part"], group["share"]) for group in groups] == [
         ("heads", 1), ("decoder", 0.5), ("encoder", 0.25), ("encoder", 0.125)
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("network", PLANS_OF_NETWORKS)
-def test_layer_wise_decay_goes_from_stage_to_stage_of_real_networks(artifacts, tiny, monkeypatch, network):
+def test_layer_decay_lowers_the_rate_from_stage_to_stage_of_each_network(artifacts, tiny, monkeypatch, network):
     trainer = trainer_of(PLANS_OF_NETWORKS[network], artifacts[network], monkeypatch)
     stages = len(trainer.configuration_manager.network_arch_init_kwargs["features_per_stage"])
     groups = parameter_groups(trainer.bare_network(), FinetuneSettings(layer_decay=0.5))
@@ -129,8 +129,8 @@ def test_layer_wise_decay_goes_from_stage_to_stage_of_real_networks(artifacts, t
     assert shares["encoder"] == {0.5**distance for distance in range(stages, 2 * stages)}
 
 
-def test_the_rate_is_a_function_of_the_epoch_alone_and_what_has_none_takes_no_gradient():
-    network = Tiny()
+def test_the_rate_depends_on_the_epoch_only_and_parts_without_rate_are_frozen():
+    network = TinyNetwork()
     settings = FinetuneSettings(num_epochs=10, schedule="sawtooth", decoder_fraction=0.3, layer_decay=0.5)
     optimizer = torch.optim.SGD(parameter_groups(network, settings), lr=1.0)
     schedule = FinetuneLRScheduler(optimizer, settings)
@@ -147,25 +147,28 @@ def test_the_rate_is_a_function_of_the_epoch_alone_and_what_has_none_takes_no_gr
         assert all(p.requires_grad for p in network.decoder["seg_layers"].parameters())
 
 
-def test_what_a_network_keeps_fixed_itself_stays_so():
-    network = Tiny()
+def test_parameters_that_the_network_freezes_itself_stay_frozen():
+    network = TinyNetwork()
     network.encoder["stages"][0].requires_grad_(False)
     groups = parameter_groups(network, FinetuneSettings())
     assert sum(len(group["params"]) for group in groups) == 6
 
 
-def test_parts_of_the_epochs_are_rounded_up_but_for_the_last_digit_of_a_float():
+def test_fractions_of_epochs_are_rounded_up_without_float_errors():
     settings = {"schedule": "sawtooth", "num_epochs": 100}
     assert decoder_only_epochs(FinetuneSettings(decoder_fraction=0.07, **settings)) == 7
     assert decoder_only_epochs(FinetuneSettings(decoder_fraction=0.071, **settings)) == 8
 
 
-def test_a_network_without_encoder_is_trained_as_a_whole_or_refused():
+def test_a_network_without_an_encoder_takes_only_the_schedule_full():
     network = nn.Sequential(nn.Linear(1, 1))
     (group,) = parameter_groups(network, FinetuneSettings())
     assert group["part"] == "decoder"
     for settings in ({"schedule": "sawtooth"}, {"fresh_decoder_stages": 1}, {"layer_decay": 0.9}):
-        with pytest.raises(UserError, match="needs a network with an encoder, which Sequential does not name so"):
+        with pytest.raises(
+            UserError,
+            match="need a network with an attribute 'encoder', which Sequential has not; legal for it: full, 0 and 1",
+        ):
             parameter_groups(network, FinetuneSettings(**settings))
 
 
@@ -174,7 +177,7 @@ def test_a_network_without_encoder_is_trained_as_a_whole_or_refused():
 
 @pytest.fixture
 def schedule_of(tiny, monkeypatch):
-    """Sets the settings of a schedule of 4 epochs, with a first phase of 2 where there is one."""
+    """Return a function that sets a schedule of 4 epochs; a decoder-only phase has 2 of them."""
 
     def choose(schedule: str, **settings) -> None:
         values = {"schedule": schedule, "num_epochs": 4, "decoder_fraction": 0.5, "warmup_fraction": 0.25, **settings}
@@ -184,8 +187,8 @@ def schedule_of(tiny, monkeypatch):
     return choose
 
 
-def trainer_of(plans: str, weights: Path | None = None, monkeypatch=None, go_on: bool = False):
-    """What nnUNetv2_train makes of its arguments."""
+def trainer_of(plans: str, weights: Path | None = None, monkeypatch=None):
+    """Make a fine-tuning trainer as nnUNetv2_train does, with pretrained weights where they are given."""
     if weights is not None:
         monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", str(weights)])
     trainer = get_trainer_from_args(str(DATASET_ID), "3d_fullres", 0, "VFFinetuneTrainer", plans, device=CPU)
@@ -202,13 +205,18 @@ def weights_by_part(network: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:
     return any((before[name] != after[name]).any() for name in before)
 
 
-_RISE_AND_DECAY = [0.5, 1.0, (2 / 3) ** 0.9, (1 / 3) ** 0.9]  # one epoch of warm-up, then nnU-Net's decay over three
+_RISE_AND_DECAY = [
+    0.5,
+    1.0,
+    (2 / 3) ** 0.9,
+    (1 / 3) ** 0.9,
+]  # one epoch of warm-up, then nnU-Net's decay over three epochs
 _TEETH = [0.5, 1.0, 0.5, 1.0]
-RATES = {  # of the four epochs of schedule_of, by part, as shares of the highest
+RATES = {  # relative learning rates of the four epochs of schedule_of, by part
     "full": dict.fromkeys(PARTS, _RISE_AND_DECAY),
     "encoder_only": dict.fromkeys(PARTS, _RISE_AND_DECAY),
     "frozen_encoder": {**dict.fromkeys(PARTS, _RISE_AND_DECAY), "encoder": [0.0] * 4},
@@ -218,7 +226,9 @@ RATES = {  # of the four epochs of schedule_of, by part, as shares of the highes
 
 @pytest.mark.parametrize("network", PLANS_OF_NETWORKS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_which_parameters_move_in_each_epoch_and_how_fast(artifacts, schedule_of, monkeypatch, schedule, network):
+def test_each_schedule_trains_its_parts_with_its_rates_in_each_epoch(
+    artifacts, schedule_of, monkeypatch, schedule, network
+):
     schedule_of(schedule)
     trainer = trainer_of(PLANS_OF_NETWORKS[network], artifacts[network], monkeypatch)
     trainer.on_train_start()
@@ -235,13 +245,13 @@ def test_which_parameters_move_in_each_epoch_and_how_fast(artifacts, schedule_of
         expected = {"heads": True, "decoder": True, "encoder": True}
         if schedule == "frozen_encoder" or (schedule == "sawtooth" and epoch < 2):
             expected["encoder"] = False
-        assert {part: moved(before[part], after[part]) for part in PARTS} == expected, epoch
+        assert {part: changed(before[part], after[part]) for part in PARTS} == expected, epoch
     trainer.on_train_end()
 
 
 @pytest.mark.parametrize("norms", ["fresh", "pretrained"])
 @pytest.mark.parametrize("network", ["U-Net", "PCT-Net"])
-def test_encoder_only_takes_nothing_else_and_the_rest_is_that_of_the_baseline(
+def test_encoder_only_loads_the_encoder_and_keeps_all_else_as_from_scratch(
     artifacts, schedule_of, monkeypatch, network, norms
 ):
     plans, pretrained = PLANS_OF_NETWORKS[network], read_artifact(artifacts[network])["network_weights"]
@@ -254,7 +264,7 @@ def test_encoder_only_takes_nothing_else_and_the_rest_is_that_of_the_baseline(
         trainer.on_train_start()
         starts[schedule] = trainer.network.state_dict()
         log = Path(trainer.log_file).read_text()
-        assert f"Schedule {schedule}: all of the network is trained" in log
+        assert f"Schedule {schedule}: the whole network" in log
         trainer.on_train_end()
     for name, fresh in scratch.network.state_dict().items():
         full, encoder_only = starts["full"][name], starts["encoder_only"][name]
@@ -269,7 +279,7 @@ def test_encoder_only_takes_nothing_else_and_the_rest_is_that_of_the_baseline(
 
 @pytest.mark.parametrize("norms", ["fresh", "pretrained"])
 @pytest.mark.parametrize("network", ["U-Net", "PCT-Net"])
-def test_the_last_stages_of_the_decoder_can_begin_anew(artifacts, schedule_of, monkeypatch, network, norms):
+def test_the_last_decoder_stages_can_start_from_new_weights(artifacts, schedule_of, monkeypatch, network, norms):
     plans, pretrained = PLANS_OF_NETWORKS[network], read_artifact(artifacts[network])["network_weights"]
     scratch = trainer_of(plans)
     scratch.initialize()
@@ -277,19 +287,21 @@ def test_the_last_stages_of_the_decoder_can_begin_anew(artifacts, schedule_of, m
     trainer = trainer_of(plans, artifacts[network], monkeypatch)
     trainer.on_train_start()
     trainer.on_train_end()
-    assert "of a pretrained decoder the last 1 begin anew (fresh_decoder_stages)" in Path(trainer.log_file).read_text()
+    assert (
+        "the last 1 decoder stages start from new weights (fresh_decoder_stages)" in Path(trainer.log_file).read_text()
+    )
     last = len(scratch.network.decoder.stages) - 1
     for name, fresh in scratch.network.state_dict().items():
-        begun = trainer.network.state_dict()[name]
+        loaded = trainer.network.state_dict()[name]
         if ".seg_layers." in name or re.match(rf"decoder\.(stages|transpconvs|ups)\.{last}\.", name):
-            torch.testing.assert_close(begun, fresh, rtol=0, atol=0, msg=name)
+            torch.testing.assert_close(loaded, fresh, rtol=0, atol=0, msg=name)
         elif norms == "fresh":
-            torch.testing.assert_close(direction(begun), direction(pretrained[name]), msg=name)
+            torch.testing.assert_close(direction(loaded), direction(pretrained[name]), msg=name)
         else:
-            torch.testing.assert_close(begun, pretrained[name], rtol=0, atol=0, msg=name)
+            torch.testing.assert_close(loaded, pretrained[name], rtol=0, atol=0, msg=name)
 
 
-def test_a_decoder_all_of_whose_stages_begin_anew_is_that_of_encoder_only(nnunet):
+def test_a_decoder_with_only_new_stages_equals_encoder_only(nnunet):
     network = trainer_of("nnUNetPlans")
     network.initialize()
     names = list(network.network.state_dict())
@@ -302,9 +314,9 @@ def test_a_decoder_all_of_whose_stages_begin_anew_is_that_of_encoder_only(nnunet
     assert reinitialized_parameters(names, FinetuneSettings()) == set()
 
 
-def test_more_stages_than_there_are_cannot_begin_anew(artifacts, schedule_of, monkeypatch):
+def test_more_fresh_stages_than_the_decoder_has_are_refused(artifacts, schedule_of, monkeypatch):
     schedule_of("full", fresh_decoder_stages=5)
-    with pytest.raises(SystemExit, match=r"fresh_decoder_stages=5, and the decoder has 2 stages; legal: 0 to 2"):
+    with pytest.raises(SystemExit, match=r"fresh_decoder_stages=5, but the decoder has 2 stages; legal: 0 to 2"):
         trainer_of("nnUNetPlans", artifacts["U-Net"], monkeypatch).on_train_start()
 
 
@@ -312,7 +324,7 @@ def direction(weights: torch.Tensor) -> torch.Tensor:
     return nn.functional.normalize(weights.flatten().double(), dim=0)
 
 
-def test_all_starts_see_the_same_samples_in_the_same_order(artifacts, schedule_of, monkeypatch):
+def test_all_starting_weights_see_the_same_samples_in_the_same_order(artifacts, schedule_of, monkeypatch):
     """With nnUNet_n_proc_DA=0, as in benchmarks/label_efficiency.py."""
     seen = []
     for schedule, weights in (("full", None), ("encoder_only", artifacts["PCT-Net"]), ("full", artifacts["PCT-Net"])):
@@ -330,22 +342,22 @@ def test_all_starts_see_the_same_samples_in_the_same_order(artifacts, schedule_o
 
 
 @pytest.mark.parametrize("schedule", ["encoder_only", "frozen_encoder"])
-def test_a_schedule_of_pretrained_encoders_needs_one(schedule_of, tmp_path, schedule):
+def test_schedules_for_pretrained_encoders_need_pretrained_weights(schedule_of, tmp_path, schedule):
     schedule_of(schedule)
-    with pytest.raises(SystemExit, match=rf"schedule '{schedule}' is for pretrained weights.* -pretrained_weights"):
+    with pytest.raises(SystemExit, match=rf"schedule '{schedule}' needs pretrained weights; add -pretrained_weights"):
         trainer_of("nnUNetPlans").on_train_start()
-    trainer = make_trainer("VFFinetuneTrainer", go_on=True)  # from nothing: there is no checkpoint
-    with pytest.raises(SystemExit, match=rf"schedule '{schedule}' is for pretrained weights"):
+    trainer = make_trainer("VFFinetuneTrainer", continue_training=True)  # there is no checkpoint to continue from
+    with pytest.raises(SystemExit, match=rf"schedule '{schedule}' needs pretrained weights"):
         trainer.on_train_start()
 
 
 @pytest.mark.parametrize(
     "schedule", ["full", "sawtooth", *(pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES[2:])]
 )
-def test_going_on_in_any_phase_is_as_if_there_had_been_no_interruption(
+def test_a_training_interrupted_in_any_phase_ends_like_an_uninterrupted_one(
     artifacts, schedule_of, tmp_path, monkeypatch, schedule
 ):
-    """An epoch has two steps of training and two of validation."""
+    """An epoch has two training steps and two validation steps."""
     schedule_of(schedule)
 
     def interrupted_before(step: int | None) -> dict:
@@ -356,52 +368,52 @@ def test_going_on_in_any_phase_is_as_if_there_had_been_no_interruption(
             trainer.run_training()
         else:
             before_step(trainer, step, send(signal.SIGTERM))
-            assert leaves_early(trainer)
-            torch.manual_seed(step)  # another process has other random numbers
+            assert stops_early(trainer)
+            torch.manual_seed(step)  # a new process has other random numbers
             np.random.seed(step)  # noqa: NPY002
             monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "--c"])
-            make_trainer("VFFinetuneTrainer", go_on=True).run_training()
+            make_trainer("VFFinetuneTrainer", continue_training=True).run_training()
         return torch.load(next(results.rglob("checkpoint_final.pth")), weights_only=False)
 
-    whole = interrupted_before(None)
+    uninterrupted = interrupted_before(None)
     for step in (1, 4, 7, 9, 14):  # in training, between epochs, in validation
         continued = interrupted_before(step)
-        assert continued["volume_fusion"]["pretrained"] == whole["volume_fusion"]["pretrained"] is not None
-        assert_same_training(whole, continued)
+        assert continued["volume_fusion"]["pretrained"] == uninterrupted["volume_fusion"]["pretrained"] is not None
+        assert_same_training(uninterrupted, continued)
 
 
 @pytest.mark.parametrize(("network", "schedule"), [("U-Net", "encoder_only"), ("PCT-Net", "full")])
-def test_killed_before_a_checkpoint_was_due_it_goes_on_from_the_pretrained_weights(
+def test_a_training_killed_before_its_first_checkpoint_restarts_from_the_pretrained_weights(
     artifacts, schedule_of, tmp_path, monkeypatch, network, schedule
 ):
-    """``--c`` cannot be given weights: without a checkpoint it would begin without them, and nobody would notice."""
+    """``--c`` takes no weights: without this, it would start from random weights and nobody would notice."""
     schedule_of(schedule)
     plans = PLANS_OF_NETWORKS[network]
 
-    def result(begin) -> dict:
-        results = tmp_path / begin.__name__
+    def result(train) -> dict:
+        results = tmp_path / train.__name__
         monkeypatch.setenv("nnUNet_results", str(results))
-        begin(trainer_of(plans, artifacts[network], monkeypatch))
+        train(trainer_of(plans, artifacts[network], monkeypatch))
         return torch.load(next(results.rglob("checkpoint_final.pth")), weights_only=False)
 
-    def whole(trainer) -> None:
+    def uninterrupted(trainer) -> None:
         trainer.run_training()
 
     def killed(trainer) -> None:
-        before_step(trainer, 1, lambda: (_ for _ in ()).throw(ConnectionError))  # whatever ends it without a word
+        before_step(trainer, 1, lambda: (_ for _ in ()).throw(ConnectionError))  # stands for any sudden end
         with pytest.raises(ConnectionError):
             trainer.run_training()
         monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "--c"])
-        make_trainer("VFFinetuneTrainer", plans, go_on=True).run_training()
+        make_trainer("VFFinetuneTrainer", plans, continue_training=True).run_training()
 
-    assert_same_training(result(whole), result(killed))
+    assert_same_training(result(uninterrupted), result(killed))
 
 
 def train(**kwargs) -> None:
     run_training(str(DATASET_ID), "3d_fullres", 0, "VFFinetuneTrainer", device=CPU, **kwargs)
 
 
-def test_a_training_is_not_continued_with_another_schedule(schedule_of, tmp_path, monkeypatch):
+def test_continuing_with_another_schedule_is_refused(schedule_of, tmp_path, monkeypatch):
     schedule_of("sawtooth")
     train()
     monkeypatch.setenv("nnUNet_vf_finetune_schedule", "full")
@@ -411,11 +423,13 @@ def test_a_training_is_not_continued_with_another_schedule(schedule_of, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "message"),
     [("kernel_norms", "fresh", "'fresh' .recorded: 'pretrained'"), ("fresh_decoder_stages", "1", "1 .recorded: 0")],
 )
-def test_a_checkpoint_from_before_it_was_a_setting_goes_on(schedule_of, tmp_path, monkeypatch, name, value, told):
-    schedule_of("full", kernel_norms="pretrained")  # as all trainings were before
+def test_a_checkpoint_without_a_later_added_setting_continues_with_its_default(
+    schedule_of, tmp_path, monkeypatch, name, value, message
+):
+    schedule_of("full", kernel_norms="pretrained")  # the behaviour before this was a setting
     train()
     (file,) = tmp_path.rglob("checkpoint_final.pth")
     checkpoint = torch.load(file, weights_only=False)
@@ -424,11 +438,11 @@ def test_a_checkpoint_from_before_it_was_a_setting_goes_on(schedule_of, tmp_path
     train(continue_training=True)
     monkeypatch.setenv(f"nnUNet_vf_finetune_{name}", value)
     torch.save(checkpoint, file)
-    with pytest.raises(SystemExit, match=f"{name} = {told}"):
+    with pytest.raises(SystemExit, match=f"{name} = {message}"):
         train(continue_training=True)
 
 
-def test_without_mirroring_nothing_is_mirrored_and_predictors_know(schedule_of, tmp_path):
+def test_mirroring_off_is_recorded_for_prediction(schedule_of, tmp_path):
     schedule_of("full", mirroring="off")
     train()
     folder = tmp_path / "results" / DATASET / "VFFinetuneTrainer__nnUNetPlans__3d_fullres"

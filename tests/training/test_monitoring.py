@@ -1,4 +1,4 @@
-"""What a training watches of itself, alone and in a training."""
+"""Monitoring: non-finite steps, quarantined cases, time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from nnunetv2_vf.training.monitoring import DataWaitTimer, NotFiniteError, Quara
 TAKEN, SKIPPED = torch.tensor(True), torch.tensor(False)
 
 
-def watch() -> StepMonitor:
+def new_monitor() -> StepMonitor:
     return StepMonitor(nn.BatchNorm1d(3))
 
 
-def add_all(watched: StepMonitor, flags: dict[int, torch.Tensor]) -> None:
+def add_all(monitor: StepMonitor, flags: dict[int, torch.Tensor]) -> None:
     for step, taken in flags.items():
-        watched.add(step, taken)
+        monitor.add(step, taken)
 
 
-def test_steps_that_were_left_out_are_counted():
-    steps = watch()
+def test_skipped_steps_are_counted():
+    steps = new_monitor()
     for step in range(50):
         steps.add(step, SKIPPED if step in (3, 30, 31) else TAKEN)
     steps.check()
@@ -35,23 +35,23 @@ def test_steps_that_were_left_out_are_counted():
 
 
 @pytest.mark.parametrize("first", [0, 7, 19])
-def test_the_twentieth_in_a_row_ends_it(first):
-    steps = watch()
+def test_the_twentieth_skipped_step_in_a_row_is_an_error(first):
+    steps = new_monitor()
     with pytest.raises(NotFiniteError) as error:
         add_all(steps, {step: SKIPPED if step >= first else TAKEN for step in range(100)})
     assert error.value.steps == list(range(first, first + 20))
 
 
-def test_nineteen_in_a_row_do_not():
-    steps = watch()
+def test_nineteen_skipped_steps_in_a_row_are_no_error():
+    steps = new_monitor()
     for step in range(200):
         steps.add(step, TAKEN if step % 20 == 0 else SKIPPED)
     steps.check()
     assert steps.skipped == 190
 
 
-def test_a_run_of_them_may_lie_across_an_interruption():
-    before, after = watch(), watch()
+def test_skipped_steps_in_a_row_are_counted_across_an_interruption():
+    before, after = new_monitor(), new_monitor()
     for step in range(15):
         before.add(step, SKIPPED)
     before.check()
@@ -61,7 +61,7 @@ def test_a_run_of_them_may_lie_across_an_interruption():
     assert error.value.steps == list(range(20))
 
 
-def test_running_statistics_are_put_back_where_they_are_not_finite():
+def test_non_finite_running_statistics_are_restored():
     norm = nn.BatchNorm1d(3)
     steps = StepMonitor(norm)
     norm(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
@@ -74,13 +74,13 @@ def test_running_statistics_are_put_back_where_they_are_not_finite():
     assert norm.running_mean.isfinite().all()
     assert norm.running_var.isfinite().all()
     assert norm.running_mean[2] == good[2]
-    assert norm.running_mean[0] == pytest.approx(0.9 * good[0].item())  # what was finite counts
+    assert norm.running_mean[0] == pytest.approx(0.9 * good[0].item())  # finite channels keep their update
 
 
-def test_a_case_is_told_of_once_and_too_many_end_it(tmp_path):
+def test_a_quarantined_case_is_reported_once_and_too_many_are_an_error(tmp_path):
     quarantine = Quarantine(limit=0.05, file=tmp_path / "quarantine.json")
     assert quarantine.add({"a": "cannot be read"}) == [
-        "WARNING: case a cannot be read; quarantined, others are drawn instead"
+        "WARNING: case a cannot be read; quarantined, other cases are used"
     ]
     assert quarantine.add({"a": "cannot be read"}) == []
     quarantine.require_below_limit(20)
@@ -91,13 +91,13 @@ def test_a_case_is_told_of_once_and_too_many_end_it(tmp_path):
     assert json.loads((tmp_path / "quarantine.json").read_text()) == {"a": "cannot be read", "b": "is empty"}
 
 
-def test_waiting_is_measured():
-    def slowly():
+def test_the_time_spent_waiting_for_data_is_measured():
+    def slow_batches():
         for i in range(3):
             time.sleep(0.02)
             yield i
 
-    batches = DataWaitTimer(slowly())
+    batches = DataWaitTimer(slow_batches())
     seen = []
     for batch in batches:
         seen.append(batch)
@@ -106,14 +106,14 @@ def test_waiting_is_measured():
     assert batches.seconds >= 0.06
 
 
-def test_a_device_that_is_at_work_does_not_wait():
-    batches = DataWaitTimer((time.sleep(0.02) for _ in range(3)), idle=lambda: False)
+def test_a_busy_device_does_not_count_as_waiting():
+    batches = DataWaitTimer((time.sleep(0.02) for _ in range(3)), is_device_idle=lambda: False)
     assert len(list(batches)) == 3
     assert batches.seconds == 0
 
 
 class Backend:
-    """A logger as nnU-Net's MetaLogger feeds them, W&B's for one."""
+    """A logger with the interface of nnU-Net's loggers, for example that of W&B."""
 
     def __init__(self) -> None:
         self.logged: dict[str, list] = {}
@@ -128,13 +128,13 @@ class Backend:
         pass
 
 
-def test_what_is_watched_goes_to_the_log_the_picture_and_nnunets_loggers(three_epochs, folder):
+def test_monitored_values_reach_the_log_the_progress_plot_and_nnunets_loggers(three_epochs, folder):
     trainer = make_trainer()
     backend = Backend()
     trainer.logger.loggers.append(backend)
     trainer.run_training()
     log = next(folder.glob("training_log*.txt")).read_text()
-    assert log.count("samples/s, ") == log.count("cases in quarantine") == 3
+    assert log.count("samples/s, ") == log.count("cases quarantined") == 3
     assert (folder / "progress.png").stat().st_size > 10_000
     for name in ("samples_per_second", "data_wait_share", "gpu_memory_gb", "skipped_steps", "quarantined_cases"):
         assert [step for step, _ in backend.logged[name]] == [0, 1, 2]
@@ -142,7 +142,7 @@ def test_what_is_watched_goes_to_the_log_the_picture_and_nnunets_loggers(three_e
     assert all(0 < value < 1 for _, value in backend.logged["data_wait_share"])
 
 
-def test_a_collapsed_pretext_is_told(tiny, folder):
+def test_a_collapsed_pretext_task_is_reported(tiny, folder):
     trainer = make_trainer()
     trainer.initialize()
     with torch.no_grad():
@@ -153,4 +153,4 @@ def test_a_collapsed_pretext_is_told(tiny, folder):
         group["params"] = group["params"][:1]  # the heads stay
     trainer.run_training()
     log = next(folder.glob("training_log*.txt")).read_text()
-    assert "WARNING: the pretext has collapsed: 100.0% of the voxels are answered with class 2" in log
+    assert "WARNING: the pretext task has collapsed: 100.0% of the voxels are predicted as class 2" in log

@@ -1,3 +1,5 @@
+"""Optimisers and gradient clipping."""
+
 from __future__ import annotations
 
 import copy
@@ -20,22 +22,22 @@ KINDS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.opti
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_optimizers_take_their_settings(name):
+def test_optimizers_use_their_settings(name):
     optimizer = make_optimizer(nn.Linear(2, 2).parameters(), FinetuneSettings(optimizer=name, weight_decay=0.1))
     assert type(optimizer) is KINDS[name]
     assert optimizer.defaults["weight_decay"] == 0.1
 
 
-def test_sgd_is_nnunets():
+def test_sgd_equals_nnunets_optimizer():
     trainer = SimpleNamespace(network=nn.Linear(2, 2), initial_lr=1e-2, weight_decay=3e-5, num_epochs=1000)
-    theirs, _ = nnUNetTrainer.configure_optimizers(trainer)
-    ours = make_optimizer(trainer.network.parameters(), FinetuneSettings())
-    assert type(ours) is type(theirs)
-    assert ours.defaults == theirs.defaults
+    stock, _ = nnUNetTrainer.configure_optimizers(trainer)
+    optimizer = make_optimizer(trainer.network.parameters(), FinetuneSettings())
+    assert type(optimizer) is type(stock)
+    assert optimizer.defaults == stock.defaults
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_fused_optimizer_takes_the_same_steps_and_the_other_ones_state(name):
+def test_fused_and_plain_optimizers_take_the_same_steps_and_exchange_states(name):
     settings = VFSettings(optimizer=name)
     networks = [nn.Linear(3, 3) for _ in range(2)]
     networks[1].load_state_dict(networks[0].state_dict())
@@ -45,7 +47,7 @@ def test_a_fused_optimizer_takes_the_same_steps_and_the_other_ones_state(name):
             optimizer.zero_grad()
             network(torch.ones(2, 3)).square().sum().backward()
             optimizer.step()
-        if step == 1:  # each goes on with what the other has left
+        if step == 1:  # each continues with the state of the other
             states = plain.state_dict(), fused.state_dict()
             plain.load_state_dict(copy.deepcopy(states[1]))
             fused.load_state_dict(copy.deepcopy(states[0]))
@@ -56,7 +58,7 @@ def test_a_fused_optimizer_takes_the_same_steps_and_the_other_ones_state(name):
 @pytest.mark.parametrize(("max_norm", "expected"), [(0.5, 0.5), (12.0, 30.0)])
 def test_gradients_are_clipped_before_the_step(max_norm, expected):
     optimizer = new_optimizer()
-    clip_gradients(optimizer, max_norm)  # 12 and more: left to nnU-Net
+    clip_gradients(optimizer, max_norm)  # a norm of 12 or more is left to nnU-Net
     parameter = optimizer.param_groups[0]["params"][0]
     parameter.grad = torch.tensor([30.0, 0.0, 0.0])
     optimizer.step()

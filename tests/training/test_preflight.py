@@ -1,4 +1,4 @@
-"""Bad input to ``nnUNetv2_train ... -tr VFPretrainTrainer``: one line, exit status 1, and nothing left."""
+"""Bad input to ``nnUNetv2_train ... -tr VFPretrainTrainer``: one line, exit status 1, no files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2_vf.training.preflight import patch_warning
 
 
-def refused(folder: Path, *parts: str, **kwargs) -> None:
+def assert_refused(folder: Path, *parts: str, **kwargs) -> None:
     with pytest.raises(SystemExit) as exit_info:
         pretrain(**kwargs)
     message = exit_info.value.code
@@ -20,26 +20,26 @@ def refused(folder: Path, *parts: str, **kwargs) -> None:
     assert "\n" not in message
     for part in parts:
         assert part in message
-    assert not folder.exists(), "something half-written was left"
+    assert not folder.exists(), "files were left"
 
 
 def test_2d_is_refused(tiny, folder):
-    refused(folder, "'2d'", "3d_fullres", configuration="2d")
+    assert_refused(folder, "'2d'", "3d_fullres", configuration="2d")
 
 
 def test_an_unknown_configuration_is_refused(tiny, folder):
-    refused(folder, "'3d_fulres'", "3d_fullres", configuration="3d_fulres")
+    assert_refused(folder, "'3d_fulres'", "3d_fullres", configuration="3d_fulres")
 
 
 def test_a_wrong_setting_is_refused(tiny, folder, monkeypatch):
     monkeypatch.setenv("nnUNet_vf_pairing", "triple")
-    refused(folder, "nnUNet_vf_pairing", "'triple'", "same or different")
+    assert_refused(folder, "nnUNet_vf_pairing", "'triple'", "same or different")
 
 
-@pytest.mark.parametrize("how", ["unset", "empty"])
-def test_missing_variables_are_named(tiny, folder, monkeypatch, how):
-    monkeypatch.delenv("nnUNet_results") if how == "unset" else monkeypatch.setenv("nnUNet_results", "")
-    refused(folder, "nnUNet_results is not set", "export nnUNet_results=")
+@pytest.mark.parametrize("state", ["unset", "empty"])
+def test_missing_variables_are_named(tiny, folder, monkeypatch, state):
+    monkeypatch.delenv("nnUNet_results") if state == "unset" else monkeypatch.setenv("nnUNet_results", "")
+    assert_refused(folder, "nnUNet_results is not set", "export nnUNet_results=")
 
 
 def test_a_tiny_patch_is_refused(own_dataset, folder):
@@ -47,7 +47,7 @@ def test_a_tiny_patch_is_refused(own_dataset, folder):
         plans["configurations"]["3d_fullres"]["patch_size"] = [7, 16, 24]
 
     edit_json(own_dataset / "nnUNetPlans.json", shrink)
-    refused(folder, "(7, 16, 24)", "at least 8 voxels")
+    assert_refused(folder, "(7, 16, 24)", "at least 8 voxels")
 
 
 def test_a_cascade_is_refused(own_dataset, folder):
@@ -55,7 +55,7 @@ def test_a_cascade_is_refused(own_dataset, folder):
         plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
 
     edit_json(own_dataset / "nnUNetPlans.json", add_cascade)
-    refused(folder, "'3d_cascade_fullres'", "3d_fullres", configuration="3d_cascade_fullres")
+    assert_refused(folder, "'3d_cascade_fullres'", "3d_fullres", configuration="3d_cascade_fullres")
 
 
 def test_too_few_cases_are_refused(own_dataset, folder):
@@ -63,46 +63,50 @@ def test_too_few_cases_are_refused(own_dataset, folder):
         if int(path.name.split("_")[1][:4]) >= 3:
             path.unlink()
     (own_dataset / "splits_final.json").unlink(missing_ok=True)
-    refused(folder, "3 preprocessed cases", "fold 'all'")
+    assert_refused(folder, "3 preprocessed cases", "fold 'all'")
 
 
-def test_pairing_different_needs_two_cases_on_either_side(own_dataset, folder, monkeypatch):
+def test_pairing_different_needs_two_training_and_two_validation_cases(own_dataset, folder, monkeypatch):
     cases = [f"torso_{i:04d}" for i in range(3)]
     (own_dataset / "splits_final.json").write_text(json.dumps([{"train": cases[:2], "val": cases[2:]}]))
     monkeypatch.setenv("nnUNet_vf_pairing", "different")
-    refused(folder, "2 training and 1 validation", "'different'")
+    assert_refused(folder, "2 training and 1 validation", "'different'")
 
 
-def test_a_split_with_cases_that_are_not_there_is_refused(own_dataset, folder):
+def test_a_split_with_missing_cases_is_refused(own_dataset, folder):
     (own_dataset / "splits_final.json").write_text(json.dumps([{"train": ["torso_0001"], "val": ["gone"]}]))
-    refused(folder, "1 cases", "gone", "not preprocessed")
+    assert_refused(folder, "1 cases", "gone", "not preprocessed")
 
 
-def test_unpreprocessed_data_are_refused(own_dataset, folder):
+def test_a_dataset_that_is_not_preprocessed_is_refused(own_dataset, folder):
     for path in (own_dataset / "nnUNetPlans_3d_fullres").iterdir():
         path.unlink()
-    refused(folder, "no preprocessed cases", "nnUNetv2_preprocess")
+    assert_refused(folder, "no preprocessed cases", "nnUNetv2_preprocess")
 
 
-def test_strange_files_among_the_preprocessed_are_named(own_dataset, folder):
+def test_foreign_files_among_the_preprocessed_cases_are_refused(own_dataset, folder):
     (own_dataset / "nnUNetPlans_3d_fullres" / "notes.txt").touch()
-    refused(folder, "no preprocessed cases", "nnUNetv2_preprocess -d 7 -plans_name nnUNetPlans -c 3d_fullres")
+    assert_refused(
+        folder,
+        "files that are not preprocessed cases",
+        "nnUNetv2_preprocess -d 7 -plans_name nnUNetPlans -c 3d_fullres",
+    )
 
 
-@pytest.mark.parametrize(("median", "warned"), [([35.0, 50, 35], True), ([35, 50, 64], False), (None, False)])
-def test_a_patch_that_holds_whole_images_is_warned_of(own_dataset, median, warned):
+@pytest.mark.parametrize(("median", "is_reported"), [([35.0, 50, 35], True), ([35, 50, 64], False), (None, False)])
+def test_a_patch_as_large_as_the_median_image_is_reported(own_dataset, median, is_reported):
     plan = json.loads((own_dataset / "nnUNetPlans.json").read_text())["configurations"]["3d_fullres"]
     del plan["median_image_size_in_voxels"]
     plan |= {"patch_size": [40, 56, 40], **({"median_image_size_in_voxels": median} if median else {})}
     warning = patch_warning(ConfigurationManager(plan))
-    assert ("(40x56x40) holds the median image (35x50x35) whole" in warning) if warned else warning is None
+    assert ("(40x56x40) is as large as the median image (35x50x35)" in warning) if is_reported else warning is None
 
 
-def test_the_log_of_a_pretraining_warns_of_such_a_patch(own_dataset, folder):
+def test_the_training_log_warns_of_a_patch_as_large_as_the_median_image(own_dataset, folder):
     def shrink(plans):
         plans["configurations"]["3d_fullres"]["median_image_size_in_voxels"] = [16, 16, 24]
 
     edit_json(own_dataset / "nnUNetPlans.json", shrink)
     pretrain()
     (log,) = folder.rglob("training_log*")
-    assert "WARNING: the patch (16x16x24) holds the median image" in log.read_text()
+    assert "WARNING: the patch (16x16x24) is as large as the median image" in log.read_text()

@@ -1,4 +1,4 @@
-"""Trainings that are interrupted, or run out of disk."""
+"""Trainings that are interrupted, resumed, or run out of disk space."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATASET, DATASET_ID, THREE_EPOCHS, fold_folder
-from trainings import assert_same_training, before_step, leaves_early, make_trainer, send
+from trainings import assert_same_training, before_step, make_trainer, send, stops_early
 
 from nnunetv2_vf.training.distributed_trainer import weights_digest
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
@@ -23,8 +23,8 @@ from nnunetv2_vf.training.signals import EXIT_RESUBMIT, StopSignals
 
 @pytest.fixture(scope="module")
 def uninterrupted(nnunet, pct_plans, tmp_path_factory) -> dict[str, dict]:
-    """The final checkpoint of a whole training in three epochs, by plans."""
-    results = tmp_path_factory.mktemp("whole")
+    """Return the final checkpoint of an uninterrupted training of three epochs, by plans."""
+    results = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**THREE_EPOCHS, "nnUNet_results": str(results), "nnUNet_n_proc_DA": "0"}.items():
             patch.setenv(name, value)
@@ -42,42 +42,48 @@ def checkpoint(results: Path, plans: str = "nnUNetPlans") -> dict:
 
 
 @pytest.fixture
-def ctrl_c_is_heard():
-    """Also where the tests run in the background of a shell, which has it ignored, and with it what they start."""
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+def ctrl_c_enabled():
+    """Handle SIGINT also where the tests run in the background of a shell, which ignores it."""
+    previous_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, former)
+    signal.signal(signal.SIGINT, previous_handler)
 
 
 @pytest.mark.parametrize(
     ("number", "step"),
     [
-        pytest.param(signal.SIGTERM, 0, id="before the first", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 0, id="before the first step", marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, 2, id="within an epoch"),
         pytest.param(signal.SIGTERM, 5, id="in validation"),
         pytest.param(signal.SIGTERM, 9, id="in the second epoch", marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_saves_and_leaves_and_nothing_is_lost(three_epochs, uninterrupted, pct_plans, tmp_path, number, step):
-    """PCT-Net has dropout: also the random numbers go on where they were."""
+def test_a_training_stopped_by_a_signal_resumes_without_loss(
+    three_epochs, uninterrupted, pct_plans, tmp_path, number, step
+):
+    """PCT-Net has dropout: the random numbers must continue too."""
     trainer = make_trainer(plans=pct_plans)
     before_step(trainer, step, send(number))
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         trainer.run_training()
-    assert left.value.code == EXIT_RESUBMIT == 75
-    torch.manual_seed(123)  # another process has other random numbers
+    assert exit_info.value.code == EXIT_RESUBMIT == 75
+    torch.manual_seed(123)  # a new process has other random numbers
     np.random.seed(5)  # noqa: NPY002
-    make_trainer(plans=pct_plans, go_on=True).run_training()
+    make_trainer(plans=pct_plans, continue_training=True).run_training()
     assert_same_training(uninterrupted[pct_plans], checkpoint(tmp_path / "results", pct_plans))
 
 
-def test_many_signals_and_periodic_checkpoints_change_nothing(three_epochs, uninterrupted, tmp_path, monkeypatch):
+def test_many_signals_and_frequent_checkpoints_do_not_change_the_result(
+    three_epochs, uninterrupted, tmp_path, monkeypatch
+):
     monkeypatch.setenv("nnUNet_vf_save_every_minutes", "0")  # before every step
     exits = 0
     while not (fold_folder(tmp_path / "results") / "checkpoint_final.pth").is_file():
-        trainer = make_trainer(go_on=exits > 0)
-        before_step(trainer, 2, send(signal.SIGTERM))  # a validation begins anew: fewer, and it would never end
-        exits += leaves_early(trainer)
+        trainer = make_trainer(continue_training=exits > 0)
+        before_step(
+            trainer, 2, send(signal.SIGTERM)
+        )  # with 1 it would never end: a resumed validation starts at its first step
+        exits += stops_early(trainer)
     assert exits >= 6
     assert_same_training(uninterrupted["nnUNetPlans"], checkpoint(tmp_path / "results"))
 
@@ -93,10 +99,10 @@ def test_many_signals_and_periodic_checkpoints_change_nothing(three_epochs, unin
         pytest.param("VFPretrainTrainer", signal.SIGINT, marks=pytest.mark.slow),
     ],
 )
-def test_the_command_leaves_with_a_status_of_its_own(
-    three_epochs, tmp_path, monkeypatch, ctrl_c_is_heard, trainer, number
+def test_the_command_exits_with_the_status_for_resubmission(
+    three_epochs, tmp_path, monkeypatch, ctrl_c_enabled, trainer, number
 ):
-    """Its workers get the signal too, as from torchrun, ``timeout`` or SLURM."""
+    """The data workers receive the signal too, as they do from torchrun, ``timeout`` and SLURM."""
     for prefix in ("nnUNet_vf_", "nnUNet_vf_finetune_"):
         monkeypatch.setenv(f"{prefix}num_epochs", "500")
     monkeypatch.setenv("nnUNet_n_proc_DA", "2")
@@ -120,88 +126,88 @@ def test_the_command_leaves_with_a_status_of_its_own(
     assert list((tmp_path / "results").rglob("checkpoint_latest.pth"))
 
 
-def test_fine_tuning_heeds_signals_too(three_epochs, tmp_path):
+def test_fine_tuning_stops_at_a_signal_too(three_epochs, tmp_path):
     trainer = make_trainer("VFFinetuneTrainer")
     before_step(trainer, 5, send(signal.SIGTERM))  # the second step of the second epoch
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         trainer.run_training()
-    assert left.value.code == EXIT_RESUBMIT
-    again = make_trainer("VFFinetuneTrainer", go_on=True)
-    assert again.current_epoch == 1
-    again.run_training()
-    assert len(again.logger.get_value("train_losses", step=None)) == 2
-    assert not Path(again.output_folder, "checkpoint_previous.pth").exists()
+    assert exit_info.value.code == EXIT_RESUBMIT
+    resumed = make_trainer("VFFinetuneTrainer", continue_training=True)
+    assert resumed.current_epoch == 1
+    resumed.run_training()
+    assert len(resumed.logger.get_value("train_losses", step=None)) == 2
+    assert not Path(resumed.output_folder, "checkpoint_previous.pth").exists()
 
 
-def test_a_second_ctrl_c_ends_it_at_once_but_for_one_that_came_twice(ctrl_c_is_heard, monkeypatch, capfd):
+def test_a_second_ctrl_c_ends_at_once_unless_it_follows_immediately(ctrl_c_enabled, monkeypatch, capfd):
     now = 100.0
     monkeypatch.setattr("nnunetv2_vf.training.signals.time.monotonic", lambda: now)
-    with StopSignals() as interruption:
+    with StopSignals() as signals:
         signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # from the launcher
-        assert (interruption.received, interruption.by_ctrl_c) == ("SIGINT", True)
+        signal.raise_signal(signal.SIGINT)  # the launcher forwards the same Ctrl-C
+        assert (signals.received, signals.by_ctrl_c) == ("SIGINT", True)
         now += 2
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert capfd.readouterr().err.count("press it again to exit at once") == 1
     with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)  # what it was before
+        signal.raise_signal(signal.SIGINT)  # the previous handler is back
 
 
-def test_ctrl_c_is_heard_without_a_terminal_and_no_later_signal_takes_its_place(ctrl_c_is_heard, monkeypatch):
-    def gone(*_: object) -> None:
+def test_ctrl_c_works_without_a_terminal_and_later_signals_do_not_replace_it(ctrl_c_enabled, monkeypatch):
+    def broken_pipe(*_: object) -> None:
         raise BrokenPipeError
 
-    monkeypatch.setattr("nnunetv2_vf.training.signals.os.write", gone)
-    with StopSignals() as interruption:
+    monkeypatch.setattr("nnunetv2_vf.training.signals.os.write", broken_pipe)
+    with StopSignals() as signals:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
-        assert interruption.by_ctrl_c
+        assert signals.by_ctrl_c
 
 
-def test_a_signal_after_the_last_step_leaves_before_the_final_validation(three_epochs, tmp_path):
+def test_a_signal_after_the_last_step_skips_the_final_validation(three_epochs, tmp_path):
     trainer = make_trainer("VFFinetuneTrainer")
-    end = trainer.on_train_end
+    original = trainer.on_train_end
 
     def on_train_end() -> None:
-        end()
+        original()
         send(signal.SIGTERM)()
 
     trainer.on_train_end = on_train_end
-    assert leaves_early(trainer)
+    assert stops_early(trainer)
     assert list((tmp_path / "results").rglob("checkpoint_final.pth"))
 
 
-def test_ctrl_c_that_is_ignored_stays_so(ctrl_c_is_heard):
-    """A shell has it ignored in what it starts with &."""
+def test_ctrl_c_stays_ignored_in_a_background_process(ctrl_c_enabled):
+    """A shell ignores SIGINT in processes that it starts with &."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with StopSignals() as interruption:
+    with StopSignals() as signals:
         signal.raise_signal(signal.SIGINT)
-        assert interruption.received is None
+        assert signals.received is None
 
 
-def test_processes_that_were_forked_can_still_be_ended():
-    with StopSignals() as interruption:
-        there, here = os.pipe()
+def test_forked_processes_can_still_be_terminated():
+    with StopSignals() as signals:
+        read_end, write_end = os.pipe()
         process = os.fork()
         if process == 0:
-            os.write(here, b"!")  # a signal that comes while Python is forking is lost
+            os.write(write_end, b"!")  # Python loses a signal that arrives while it forks
             for _ in range(200):  # signal.pause would miss a signal that comes just before it
                 time.sleep(0.05)
             os._exit(1)
-        os.read(there, 1)
+        os.read(read_end, 1)
         os.kill(process, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGTERM
-        assert interruption.received is None
+        assert signals.received is None
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert interruption.received == "SIGUSR1"
+        assert signals.received == "SIGUSR1"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 # ---------------------------------------------------------------- checkpoints
 
 
-def test_a_fingerprint_is_of_every_bit_of_parameters_of_any_shape():
+def test_the_digest_of_the_weights_depends_on_every_parameter():
     network = torch.nn.Module()
     network.scale, network.kernel = torch.nn.Parameter(torch.tensor(1.0)), torch.nn.Parameter(torch.ones(2, 3).half())
     before = weights_digest(network)
@@ -213,20 +219,20 @@ def test_a_fingerprint_is_of_every_bit_of_parameters_of_any_shape():
         before = weights_digest(network)
 
 
-def test_weights_that_drifted_apart_are_told(three_epochs, folder, monkeypatch, capsys):
+def test_different_weights_on_the_ranks_are_reported(three_epochs, folder, monkeypatch, capsys):
     trainer = make_trainer()
     trainer.initialize()
-    for theirs in (None, "another"):
+    for other_digest in (None, "another"):
 
-        def gather(mine, theirs=theirs):
-            return [mine, theirs if theirs and isinstance(mine, str) else mine]
+        def gather(value, other_digest=other_digest):
+            return [value, other_digest if other_digest and isinstance(value, str) else value]
 
         monkeypatch.setattr(trainer, "ranks", SimpleNamespace(size=2, rank=1, gather=gather))
         ResumableTrainer.on_train_end(trainer)
-        assert ("WARNING: the weights of the ranks have drifted apart" in capsys.readouterr().out) == bool(theirs)
+        assert ("WARNING: the weights differ between ranks" in capsys.readouterr().out) == bool(other_digest)
 
 
-def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(
     three_epochs, uninterrupted, folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("nnUNet_vf_save_every_minutes", "0")
@@ -237,16 +243,16 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(
     latest = folder / "checkpoint_latest.pth"
     latest.write_bytes(latest.read_bytes()[:-1000])
     capsys.readouterr()
-    trainer = make_trainer(go_on=True)
-    said = capsys.readouterr().out
-    assert f"WARNING: {latest} is damaged, now checkpoint_latest.pth.damaged" in said
-    assert "Continuing from checkpoint_previous.pth instead of checkpoint_latest.pth" in said
+    trainer = make_trainer(continue_training=True)
+    output = capsys.readouterr().out
+    assert f"WARNING: {latest} is damaged, renamed to checkpoint_latest.pth.damaged" in output
+    assert "Continuing from checkpoint_previous.pth instead of checkpoint_latest.pth" in output
     trainer.run_training()
     assert_same_training(uninterrupted["nnUNetPlans"], checkpoint(tmp_path / "results"))
 
 
 def full_disk(folder: Path, monkeypatch) -> None:
-    """No file in the folder can be written any more, but for the log, as on a disk that has a few bytes left."""
+    """Let no file of the folder be written but the log, as on a disk with a few bytes left."""
     original = Path.open
 
     def refuse(path: Path, mode: str = "r", *args, **kwargs):
@@ -257,7 +263,7 @@ def full_disk(folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(Path, "open", refuse)
 
 
-def test_training_goes_on_while_the_disk_is_full(three_epochs, folder, monkeypatch):
+def test_a_training_goes_on_while_the_disk_is_full(three_epochs, folder, monkeypatch):
     monkeypatch.setenv("nnUNet_vf_save_every_minutes", "0")
     trainer = make_trainer()
     with monkeypatch.context() as patch:
@@ -277,31 +283,31 @@ def test_a_final_checkpoint_that_cannot_be_written_is_an_error(three_epochs, fol
         with pytest.raises(SystemExit, match=r"checkpoint_final\.pth was not written.*--c"):
             trainer.run_training()
     assert not (folder / "checkpoint_final.pth").exists()
-    make_trainer(go_on=True).run_training()
+    make_trainer(continue_training=True).run_training()
     assert (folder / "checkpoint_final.pth").is_file()
 
 
-def test_without_checkpoints_none_are_tried(three_epochs, folder, monkeypatch, capsys):
+def test_disable_checkpointing_writes_no_checkpoint_at_a_signal_either(three_epochs, folder, monkeypatch, capsys):
     monkeypatch.setenv("nnUNet_vf_save_every_minutes", "0")
     trainer = make_trainer()
     trainer.disable_checkpointing = True
     before_step(trainer, 9, send(signal.SIGTERM))
     with pytest.raises(SystemExit):
         trainer.run_training()
-    said = capsys.readouterr().out
-    assert said.count("No checkpoint written") == 2  # the best one of the first epoch, and on leaving
-    assert "exit status 75; nothing is saved (--disable_checkpointing)" in said
+    output = capsys.readouterr().out
+    assert output.count("No checkpoint written") == 2  # the best one of the first epoch, and the one at the signal
+    assert "status 75; nothing is saved (--disable_checkpointing)" in output
     assert not list(folder.glob("*.pth"))
 
 
-def test_val_best_after_c_is_of_the_best_one(three_epochs, folder, monkeypatch):
+def test_val_best_after_c_loads_the_best_checkpoint(three_epochs, folder, monkeypatch):
     trainer = make_trainer()
     trainer.run_training()
-    again = make_trainer(go_on=True)
+    resumed = make_trainer(continue_training=True)
     best = torch.load(folder / "checkpoint_best.pth", weights_only=False)
     best["network_weights"]["decoder.seg_layers.1.bias"] += 1
     torch.save(best, folder / "checkpoint_best.pth")
-    again.load_checkpoint(str(folder / "checkpoint_best.pth"))
+    resumed.load_checkpoint(str(folder / "checkpoint_best.pth"))
     assert torch.equal(
-        again.network.state_dict()["decoder.seg_layers.1.bias"], best["network_weights"]["decoder.seg_layers.1.bias"]
+        resumed.network.state_dict()["decoder.seg_layers.1.bias"], best["network_weights"]["decoder.seg_layers.1.bias"]
     )

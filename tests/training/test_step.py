@@ -1,3 +1,5 @@
+"""One training step: precision, gradient clipping, and skipping of non-finite steps."""
+
 from __future__ import annotations
 
 import math
@@ -34,20 +36,20 @@ def data(device: torch.device = CPU) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("setting", ["auto", "fp32"])
-def test_on_a_cpu_it_is_single_precision(setting):
+def test_a_cpu_trains_in_single_precision(setting):
     assert Precision.choose(setting, CPU).name == "fp32"
 
 
 @pytest.mark.parametrize("setting", ["bf16", "fp16", "tf32"])
-def test_what_a_device_has_not_got_is_refused_with_what_it_has(setting):
-    with pytest.raises(UserError, match=rf"precision '{setting}' .* on cpu; legal there: auto, fp32"):
+def test_an_unavailable_precision_is_refused_with_the_legal_ones(setting):
+    with pytest.raises(UserError, match=rf"precision '{setting}' is not available on cpu; legal: auto, fp32"):
         Precision.choose(setting, CPU)
 
 
 @pytest.mark.parametrize(
     ("bf16_supported", "legal"), [(True, ["bf16", "fp16", "tf32", "fp32"]), (False, ["fp16", "fp32"])]
 )
-def test_auto_is_the_best_that_a_gpu_has(monkeypatch, bf16_supported, legal):
+def test_auto_chooses_the_best_precision_of_the_gpu(monkeypatch, bf16_supported, legal):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16_supported)
     cuda = torch.device("cuda", 0)
     assert Precision.choose("auto", cuda).name == legal[0]
@@ -63,7 +65,7 @@ def test_auto_is_the_best_that_a_gpu_has(monkeypatch, bf16_supported, legal):
         ("fp32", False, UnitScaler),
     ],
 )
-def test_what_a_precision_means(monkeypatch, name, tf32, kind):
+def test_a_precision_sets_tf32_scaler_and_autocast(monkeypatch, name, tf32, kind):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
     before = torch.get_float32_matmul_precision()
     precision = Precision(name, "cpu")
@@ -84,30 +86,33 @@ def test_what_a_precision_means(monkeypatch, name, tf32, kind):
 
 @pytest.mark.parametrize("optimizer_name", ["adam", "sgd"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_it_is_nnunets_step(optimizer_name, fused):
-    """Backward pass, gradient clipped to a norm of 12, step: restated."""
+def test_a_step_equals_nnunets_step(optimizer_name, fused):
+    """The expected step is written out here: backward, clip to a norm of 12, step."""
     settings = VFSettings(optimizer=optimizer_name)
-    ours, theirs = small_network(), small_network()
-    optimizers = make_optimizer(ours.parameters(), settings, fused), make_optimizer(theirs.parameters(), settings)
+    network, expected_network = small_network(), small_network()
+    optimizers = (
+        make_optimizer(network.parameters(), settings, fused),
+        make_optimizer(expected_network.parameters(), settings),
+    )
     scaler = UnitScaler("cpu")
     for factor in (1.0, 1e4, 3.0):  # the second is clipped
-        loss = factor * ours(data()).square().mean()
-        taken = take_step(loss, ours, optimizers[0], scaler)
-        expected = factor * theirs(data()).square().mean()
+        loss = factor * network(data()).square().mean()
+        taken = take_step(loss, network, optimizers[0], scaler)
+        expected = factor * expected_network(data()).square().mean()
         optimizers[1].zero_grad()
         expected.backward()
-        nn.utils.clip_grad_norm_(theirs.parameters(), 12)
+        nn.utils.clip_grad_norm_(expected_network.parameters(), 12)
         optimizers[1].step()
         assert taken
         torch.testing.assert_close(loss.detach(), expected.detach())
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    torch.testing.assert_close(network.state_dict(), expected_network.state_dict())
 
 
 @pytest.mark.parametrize("optimizer_name", ["adam", "adamw", "sgd"])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_step_that_is_not_finite_is_left_out(optimizer_name, fused, bad):
-    """The first one too: what torch's fused SGD makes of that depends on what lay in memory."""
+def test_a_step_with_a_non_finite_gradient_is_skipped(optimizer_name, fused, bad):
+    """Also the very first one, where torch's fused SGD would use uninitialised memory."""
     network, reference = small_network(), small_network()
     optimizers = [
         make_optimizer(n.parameters(), VFSettings(optimizer=optimizer_name), fused) for n in (network, reference)
@@ -124,7 +129,7 @@ def test_a_step_that_is_not_finite_is_left_out(optimizer_name, fused, bad):
 
 
 @pytest.mark.parametrize(("before", "after"), [("bf16", "fp16"), ("fp16", "bf16"), ("fp16", "fp16")])
-def test_a_training_goes_on_in_another_precision(before, after):
+def test_a_training_can_continue_in_another_precision(before, after):
     old, new = (Precision(name, "cpu").scaler() for name in (before, after))
     network = small_network()
     take_step(network(data()).mean(), network, make_optimizer(network.parameters(), VFSettings()), old)
@@ -134,11 +139,11 @@ def test_a_training_goes_on_in_another_precision(before, after):
 
 
 @contextmanager
-def waiting_is_an_error() -> Iterator[None]:
-    """Raises where the CPU waits for the GPU."""
+def synchronizing_is_an_error() -> Iterator[None]:
+    """Raise an error where the CPU waits for the GPU."""
     try:
         with warnings.catch_warnings():
-            # torch warns, once and after it has switched, that it is a prototype: an error here would leave it on
+            # torch warns after it has switched the mode on; an error here would leave it on
             warnings.simplefilter("ignore")
             torch.cuda.set_sync_debug_mode("error")
         yield
@@ -148,8 +153,8 @@ def waiting_is_an_error() -> Iterator[None]:
 
 @needs_gpu
 @pytest.mark.parametrize("plans", ["nnUNetPlans", "PCTNetPlans"])
-def test_the_trainers_steps_never_wait_for_a_gpu(tiny, pct_plans, monkeypatch, plans):
-    """Fusion, network, deep supervision, nnU-Net's loss, optimiser, confusion: all of it."""
+def test_the_steps_of_the_trainer_never_wait_for_the_gpu(tiny, pct_plans, monkeypatch, plans):
+    """This covers fusion, network, deep supervision, nnU-Net's loss, optimiser and confusion matrix."""
     monkeypatch.setenv("nnUNet_compile", "f")
     trainer = get_trainer_from_args(str(DATASET_ID), "3d_fullres", 0, "VFPretrainTrainer", plans)
     trainer.on_train_start()
@@ -160,7 +165,7 @@ def test_the_trainers_steps_never_wait_for_a_gpu(tiny, pct_plans, monkeypatch, p
     trainer.train_step(batches[0])
     with torch.no_grad():
         trainer.validation_step(batches[0])
-    with waiting_is_an_error():
+    with synchronizing_is_an_error():
         trainer.train_step(batches[1])
         with torch.no_grad():
             trainer.validation_step(batches[1])
@@ -168,7 +173,7 @@ def test_the_trainers_steps_never_wait_for_a_gpu(tiny, pct_plans, monkeypatch, p
 
 @needs_gpu
 @pytest.mark.parametrize("name", ["bf16", "fp16", "tf32", "fp32"])
-def test_it_never_waits_for_a_gpu(name):
+def test_a_step_never_waits_for_the_gpu(name):
     cuda = torch.device("cuda")
     network, precision = small_network().to(cuda), Precision.choose(name, cuda)
     optimizer, scaler, x = (
@@ -181,6 +186,6 @@ def test_it_never_waits_for_a_gpu(name):
         with precision.autocast():
             return network(x).square().mean()
 
-    take_step(forward(), network, optimizer, scaler)  # makes the optimiser's state
-    with waiting_is_an_error():
+    take_step(forward(), network, optimizer, scaler)  # the optimiser creates its state
+    with synchronizing_is_an_error():
         take_step(forward(), network, optimizer, scaler)
