@@ -1,4 +1,4 @@
-"""PCT-Net: a U-shaped network of parallel convolution and window attention.
+"""PCT-Net: a U-shaped network that combines convolution and window attention in parallel.
 
 Source: Wang et al., "MIS-FM", arXiv 2306.16925, section "PCT-Net" and its figure; original in MIS-FM's
 ``net/pct_net.py``. Plans store the dotted path ``nnunetv2_vf.pct_net.PCTNet``.
@@ -21,13 +21,13 @@ from torch.utils.checkpoint import checkpoint
 from nnunetv2_vf.window_attention import SwinBlock
 
 LEVELS = 5
-EMBEDDING_LEVELS = 2  # levels 0 and 1 are convolutional; the pyramid of PCT blocks begins at level 2
+EMBEDDING_LEVELS = 2  # levels 0 and 1 have convolution blocks, levels 2, 3 and 4 PCT blocks
 PUBLISHED_FEATURES = (24, 48, 128, 256, 512)
 _Triple = tuple[int, int, int]  # along D, H, W
-_Norm = Callable[[int], nn.Module]  # makes a norm for a number of features
+_Norm = Callable[[int], nn.Module]  # number of features -> normalisation layer
 _ISOTROPIC: _Triple = (2, 2, 2)
 _IN_PLANE: _Triple = (1, 2, 2)
-# The paper's three resolution modes: how the two levels of the embedding halve the axis of the slices (axis 0).
+# Strides of the paper's three resolution modes. They differ in the first two strides along the slice axis (axis 0).
 MODES: tuple[tuple[_Triple, ...], ...] = tuple(
     ((1, 1, 1), first, second, _ISOTROPIC, _ISOTROPIC)
     for first, second in ((_ISOTROPIC, _ISOTROPIC), (_IN_PLANE, _ISOTROPIC), (_IN_PLANE, _IN_PLANE))
@@ -35,7 +35,7 @@ MODES: tuple[tuple[_Triple, ...], ...] = tuple(
 
 
 class PCTNet(AbstractDynamicNetworkArchitectures):
-    """The network of the paper's PCT-Net figure, with the names and conventions of nnU-Net's networks.
+    """The network of the paper's PCT-Net figure, with the parameter names and attributes of nnU-Net's networks.
 
     For features C0..C4 and an input of D x H x W voxels in resolution mode 0 (isotropic)::
 
@@ -47,28 +47,29 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
         level 4  C4  D/16 H/16 W/16  PCT block   ----^               levels 2, 3, 4
 
     A PCT block is the sum of a convolution block and of window attention on the same input. In mode 1 the first
-    stride leaves axis 0, and the kernels of level 0 are 1x3x3; in mode 2 so do the second stride and level 1.
+    stride does not halve axis 0, and the kernels of level 0 are 1x3x3. In mode 2 the same holds for the second stride
+    and level 1 as well.
 
     Args:
-        input_channels: of the image.
-        features_per_stage: C0..C4; the paper's are (24, 48, 128, 256, 512).
-        strides: for each level, from the level before; the first is 1. One of :data:`MODES`.
+        input_channels: number of image channels.
+        features_per_stage: C0..C4; the paper uses (24, 48, 128, 256, 512).
+        strides: of each level, relative to the level above; the first is 1. One of :data:`MODES`.
         num_classes: output channels.
-        deep_supervision: whether the output is a list at 1/1, 1/2, 1/4 and 1/8 of the input, or only the first.
-            ``decoder.deep_supervision`` switches it later.
-        dropout_per_stage: of the blocks of each level.
-        depths: window attention blocks in a PCT block at levels 2, 3, 4; every second one has shifted windows.
-        num_heads: at levels 2, 3, 4.
-        window_sizes: side of the windows in voxels of the levels 2, 3, 4; smaller where a map is smaller.
+        deep_supervision: return a list of outputs at 1/1, 1/2, 1/4 and 1/8 of the input size instead of only the first.
+            ``decoder.deep_supervision`` changes it later.
+        dropout_per_stage: dropout probability in the blocks of each level.
+        depths: number of window attention blocks in the PCT blocks of levels 2, 3, 4; every second has shifted windows.
+        num_heads: attention heads at levels 2, 3, 4.
+        window_sizes: side of the windows at levels 2, 3, 4, in voxels of the level; smaller if the map is smaller.
         drop_path: stochastic depth of the window attention.
         norm_op: ``nn.BatchNorm3d`` (published) or ``nn.InstanceNorm3d``.
-        norm_op_kwargs: for ``norm_op``.
+        norm_op_kwargs: arguments of ``norm_op``.
         activation_checkpointing: recompute every block in the backward pass instead of keeping its activations.
-        channels_last: keep kernels, and so the maps, channels-last in memory (same shapes, same results). On 2 CPU
-            cores that saves 17 % of the forward and backward pass (benchmarks/pct_net.py).
+        channels_last: store kernels, and therefore feature maps, channels-last in memory. Shapes and results do not
+            change. On 2 CPU cores it saves 17 % of the forward and backward pass (benchmarks/pct_net.py).
 
     Raises:
-        ValueError: an argument is not legal; with the legal ones.
+        ValueError: an argument is not legal; the message lists the legal values.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
         self.encoder.checkpointing = self.decoder.checkpointing = activation_checkpointing
         if channels_last:
             _store_channels_last(self)
-        # where nnU-Net's own fine-tuning of foreign weights looks
+        # read by nnU-Net's fine-tuning of nnssl weights
         self.key_to_encoder = "encoder"
         self.key_to_stem = "encoder.stem"
         self.keys_to_in_proj = ("encoder.stem",)
@@ -148,7 +149,7 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
         return self.decoder(self.encoder(x))
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
-        """Elements of the outputs of all convolutions for one sample of ``input_size`` voxels (D, H, W)."""
+        """Return the number of elements in all convolution outputs for one sample of ``input_size`` (D, H, W)."""
         elements = 0
 
         def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -165,7 +166,7 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
 
 
 class Encoder(nn.Module):
-    """The paper's multi-scale embedding (levels 0, 1) and the way down of its pyramid (levels 2, 3, 4)."""
+    """The paper's multi-scale embedding (levels 0, 1) and the downward half of its pyramid (levels 2, 3, 4)."""
 
     def __init__(self, stem: nn.Module, downs: list[nn.Module], stages: list[nn.Module]):
         super().__init__()
@@ -182,9 +183,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The way up of the paper's pyramid (levels 3, 2) and its prediction head (levels 1, 0).
+    """The upward half of the paper's pyramid (levels 3, 2) and its prediction head (levels 1, 0).
 
-    ``seg_layers`` holds the output layers of the levels 3, 2, 1, 0. nnU-Net transfers all weights but these.
+    ``seg_layers`` holds the output layers of levels 3, 2, 1, 0. nnU-Net transfers all pretrained weights except these.
     """
 
     def __init__(
@@ -195,14 +196,14 @@ class Decoder(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.seg_layers = nn.ModuleList(seg_layers)
         self.checkpointing = False
-        # Built without deep supervision, the auxiliary layers stay (nnU-Net's predictor loads strictly) but are not
-        # trained: DistributedDataParallel fails on parameters that wait for a gradient and get none.
+        # Without deep supervision the auxiliary output layers exist, because nnU-Net's predictor loads strictly. They
+        # need no gradient: DistributedDataParallel fails on parameters that expect a gradient and get none.
         self.seg_layers[:-1].requires_grad_(deep_supervision)
         self._deep_supervision = deep_supervision
 
     @property
     def deep_supervision(self) -> bool:
-        """Whether the output is a list; nnU-Net's trainer switches it off for validation and on again."""
+        """True if the output is a list. nnU-Net's trainer switches it off for validation and on again."""
         return self._deep_supervision
 
     @deep_supervision.setter
@@ -222,7 +223,7 @@ class Decoder(nn.Module):
 
 
 class PCTBlock(nn.Module):
-    """Parallel convolution and transformer: the sum of both branches on the same input, (B, C, D, H, W)."""
+    """Parallel convolution and transformer: the sum of both branches for the same input, (B, C, D, H, W)."""
 
     def __init__(
         self,
@@ -247,7 +248,7 @@ class PCTBlock(nn.Module):
 
 
 class Down(nn.Module):
-    """Max-pooling, then norm, PReLU and convolution to the features of the next level."""
+    """Max-pooling, then norm, PReLU and a convolution to the features of the next level."""
 
     def __init__(
         self,
@@ -266,7 +267,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Transposed convolution of the level below, concatenated behind the skip, then norm, PReLU and convolution."""
+    """Transposed convolution of the deeper level, concatenated after the skip; then norm, PReLU and convolution."""
 
     def __init__(
         self,
@@ -289,18 +290,18 @@ class Up(nn.Module):
 
 
 def norm_act_conv(in_features: int, out_features: int, kernel: _Triple, norm: _Norm) -> nn.Sequential:
-    """Norm, PReLU, convolution: the paper's order."""
+    """Return norm, PReLU and convolution, in the paper's order."""
     return nn.Sequential(norm(in_features), nn.PReLU(), nn.Conv3d(in_features, out_features, kernel, padding="same"))
 
 
 def conv_block(features: int, kernel: _Triple, dropout: float, norm: _Norm) -> nn.Sequential:
-    """Twice norm, PReLU, convolution, with dropout before the second convolution; no residual."""
+    """Return twice norm, PReLU and convolution, with dropout before the second convolution and no residual."""
     norm2, act2, conv2 = norm_act_conv(features, features, kernel, norm)
     return nn.Sequential(*norm_act_conv(features, features, kernel, norm), norm2, act2, nn.Dropout(dropout), conv2)
 
 
 def _store_channels_last(network: nn.Module) -> None:
-    """Store the kernels channels-last, after which the maps follow; Module.to does not do that on fake tensors."""
+    """Store kernels channels-last; feature maps then get that layout too. Module.to cannot do it on fake tensors."""
     for conv in network.modules():
         if isinstance(conv, nn.Conv3d | nn.ConvTranspose3d):
             stored = conv.weight.detach().contiguous(memory_format=torch.channels_last_3d)
@@ -308,13 +309,13 @@ def _store_channels_last(network: nn.Module) -> None:
 
 
 def total_stride(strides: Sequence[_Triple]) -> _Triple:
-    """Voxels of the input per voxel of the deepest level, along each axis."""
+    """Return the number of input voxels per voxel of the deepest level, along each axis."""
     depth, height, width = (math.prod(axis) for axis in zip(*strides, strict=True))
     return depth, height, width
 
 
 def _kernel(next_stride: Sequence[int]) -> _Triple:
-    """A level whose slices are not halved on the way down has the kernel 1x3x3."""
+    """Return the kernel of a level: 1x3x3 if the next level does not halve the slice axis, else 3x3x3."""
     return (3, 3, 3) if next_stride[0] == 2 else (1, 3, 3)
 
 
@@ -354,15 +355,16 @@ def _check_heads(features_per_stage: Sequence[int], num_heads: Sequence[int]) ->
 
 
 def _run(checkpointing: bool, module: nn.Module, *inputs: Tensor) -> Tensor:
+    """Run a module; with checkpointing in training, recompute its activations in the backward pass."""
     if not checkpointing or not module.training or not torch.is_grad_enabled():
         return module(*inputs)
-    if torch.compiler.is_compiling():  # takes no contexts, and counts statistics once
+    if torch.compiler.is_compiling():  # the compiler accepts no contexts, and updates batch statistics once
         return checkpoint(module, *inputs, use_reentrant=False)
     return checkpoint(module, *inputs, use_reentrant=False, context_fn=lambda: _recomputation(module))
 
 
 def _recomputation(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Contexts of the forward pass and of its repetition, which must not count towards batch statistics again."""
+    """Return the contexts of the forward pass and of its repetition, which must not update batch statistics again."""
     return nullcontext(), _frozen_statistics(module)
 
 
@@ -371,8 +373,8 @@ def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm3d | nn.SyncBatchNorm)]
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum = 0.0  # the running statistics stay
-        norm.num_batches_tracked = None  # and so does their count
+        norm.momentum = 0.0  # keeps the running statistics
+        norm.num_batches_tracked = None  # keeps their count
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
-"""Window attention in 3D: multi-head self-attention within windows that every second block shifts by half a window.
+"""Window attention in 3D: multi-head self-attention within windows; every second block shifts them by half a window.
 
-Tokens are maps of shape (B, D, H, W, C); windows are taken along D, H and W. Source: Liu et al., "Swin Transformer",
+Inputs are maps of tokens, (B, D, H, W, C), cut into windows along D, H and W. Source: Liu et al., "Swin Transformer",
 arXiv 2103.14030, section 3.2, in the 3D form of MIS-FM (arXiv 2306.16925), ``net/transformer.py``.
 """
 
@@ -14,7 +14,7 @@ from dynamic_network_architectures.building_blocks.regularization import DropPat
 from torch import Tensor, nn
 
 _MLP_RATIO = 4
-_OTHER_REGION = -100.0  # added to the logits of pairs that only the cyclic shift made neighbours
+_OTHER_REGION = -100.0  # added to the logits of two tokens that are in one window only because of the cyclic shift
 _Size = tuple[int, int, int]
 
 
@@ -22,11 +22,11 @@ class SwinBlock(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)), each branch with stochastic depth.
 
     Args:
-        dim: C.
-        num_heads: divides ``dim``.
+        dim: number of features C.
+        num_heads: number of attention heads; must divide ``dim``.
         window_size: side of a window in tokens.
-        shifted: whether the windows are shifted by half a window.
-        dropout: of the attention weights, of the attention's result and within the MLP.
+        shifted: shift the windows by half a window.
+        dropout: probability for the attention weights, the attention's result and the MLP.
         drop_path: probability that a sample skips a branch in training.
     """
 
@@ -54,19 +54,20 @@ class SwinBlock(nn.Module):
 class WindowAttention(nn.Module):
     """softmax(q k^T / sqrt(d) + B) v within every window, for maps of any size.
 
-    B, the relative position bias, has one learnt value for each head and each offset between two tokens of a window.
-    A map is zero-padded at the end of each axis to whole windows (padding tokens take part, as published). Along an
-    axis no longer than a window there is one window of the map's length; it uses the inner part of the same bias
-    table, so that one set of parameters serves all map sizes. (MIS-FM is built for one map size, with windows as long
-    as its shortest axis along all three, and a table of their size.) As published, such a map is not shifted.
+    The relative position bias B has one learnt value per head and offset between two tokens of a window. Maps are
+    zero-padded at the end of each axis to whole windows; as published, padding tokens take part in the attention.
+
+    If an axis is no longer than a window, one window covers it and uses the inner part of the bias table. One set of
+    parameters therefore serves all map sizes. (MIS-FM builds the network for one map size; its windows are as long as
+    the shortest axis along all three, and its table has that size.) As published, such a map is not shifted.
 
     Args:
-        dim: C.
-        num_heads: divides ``dim``.
+        dim: number of features C.
+        num_heads: number of attention heads; must divide ``dim``.
         window_size: side of a window in tokens.
-        shifted: whether the windows are shifted by half a window. Implemented as a cyclic shift; tokens that are
-            no neighbours in the map are kept apart by a mask.
-        dropout: of the attention weights and of the result.
+        shifted: shift the windows by half a window. The shift is cyclic; a mask separates tokens that are not
+            neighbours in the map.
+        dropout: probability for the attention weights and the result.
     """
 
     def __init__(self, dim: int, num_heads: int, window_size: int, shifted: bool, dropout: float = 0.0):
@@ -101,18 +102,19 @@ class WindowAttention(nn.Module):
         return self.projection_dropout(self.projection(x))
 
     def _windows(self, size: torch.Size) -> tuple[_Size, _Size]:
-        """Window and shift for a map of this size, in tokens along D, H, W."""
+        """Return window and shift for a map of this size, in tokens along D, H, W."""
         depth, height, width = (min(self.window_size, side) for side in size)
         shift = self.window_size // 2 if self.shifted and min(size) > self.window_size else 0
         return (depth, height, width), (shift, shift, shift)
 
     def _attend(self, tokens: Tensor, padded: _Size, window: _Size, shift: _Size) -> Tensor:
-        """Attention within the windows of a padded map, (B, windows, N, C)."""
+        """Return the attention within the windows of a padded map: (B, windows, N, C) -> the same."""
         qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1))
         qkv = qkv.permute(3, 0, 1, 4, 2, 5)  # 3, B, windows, heads, N, C / heads
         bias = self._bias(padded, window, shift, qkv)
-        # The fused kernels take 4 axes. A bias common to all windows lets windows join the batch, which copies
-        # nothing; a bias of each window's own makes them join the heads, so that it need not be repeated B times.
+        # The fused kernels take 4 axes, so the windows are joined with another axis. If all windows share the bias,
+        # they join the batch, which copies nothing. Else they join the heads, so that the bias of each window need not
+        # be repeated for every sample.
         joined = 0 if bias.shape[0] == 1 else 1
         query, key, value = qkv.flatten(joined + 1, joined + 2)
         out = F.scaled_dot_product_attention(
@@ -126,13 +128,13 @@ class WindowAttention(nn.Module):
         return out.transpose(2, 3).flatten(3)  # B, windows, N, C
 
     def _bias(self, padded: _Size, window: _Size, shift: _Size, like: Tensor) -> Tensor:
-        """The bias, (windows or 1, heads, N, N), in the precision and on the device of ``like``."""
+        """Return the bias, (windows or 1, heads, N, N), in the precision and on the device of ``like``."""
         d, h, w = window
         index = self.index[:d, :h, :w, :d, :h, :w].reshape(d * h * w, -1)
         bias = self.position_bias[index].permute(2, 0, 1)[None].to(like.dtype)  # 1, heads, N, N
         if not any(shift):
             return bias
-        # Made anew each time: one number per token, next to windows x heads x N x N for the bias they select.
+        # Not cached: it is one number per token, while the bias has windows x heads x N x N numbers.
         region = shifted_regions(padded, window, shift, like.device)  # windows, N
         together = region[:, None, :, None] == region[:, None, None, :]
         return torch.where(together, bias, bias + _OTHER_REGION)  # windows, heads, N, N
@@ -147,7 +149,7 @@ def partition(x: Tensor, window: _Size) -> Tensor:
 
 
 def merge(windows: Tensor, size: _Size, window: _Size) -> Tensor:
-    """The inverse of :func:`partition`, for a map of ``size`` (D, H, W)."""
+    """Join the windows of :func:`partition` to a map of ``size`` (D, H, W)."""
     batch, channels = windows.shape[0], windows.shape[-1]
     counts = [side // w for side, w in zip(size, window, strict=True)]
     x = windows.reshape(batch, *counts, *window, channels)
@@ -161,14 +163,15 @@ def _pad(x: Tensor, size: _Size) -> Tensor:
 
 
 def window_side(rows: int) -> int:
-    """The side of a window whose bias table has that many rows, (2 * side - 1)^3."""
+    """Return the side of a window whose bias table has ``rows`` = (2 * side - 1)^3 rows."""
     return (round(rows ** (1 / 3)) + 1) // 2
 
 
 def relative_position_index(window_size: int) -> Tensor:
-    """Row of the bias table for each pair of tokens of a window: (z, y, x, z', y', x'), each of ``window_size``.
+    """Return the row of the bias table for each pair of tokens of a window: (z, y, x, z', y', x').
 
-    The table has a row for each of the (2 * window_size - 1)^3 offsets, z slowest and x fastest.
+    All six axes have ``window_size`` entries. The table has one row per offset, (2 * window_size - 1)^3 in all; z
+    varies slowest, x fastest.
     """
     token = torch.arange(window_size)
     offset = token[:, None] - token + window_size - 1  # from 0
@@ -178,10 +181,10 @@ def relative_position_index(window_size: int) -> Tensor:
 
 
 def shifted_regions(size: _Size, window: _Size, shift: _Size, device: torch.device) -> Tensor:
-    """Number the regions of a cyclically shifted map: (windows, N), one number for tokens that belong together.
+    """Return the region of each token of a cyclically shifted map, (windows, N): neighbours share a region.
 
-    Along a shifted axis the last window holds two regions: what was at the map's end, and what the shift brought
-    there from its beginning.
+    Along a shifted axis the last window holds two regions: tokens from the end of the map, and tokens that the shift
+    moved there from its beginning.
     """
     z, y, x = (torch.arange(side, device=device) >= side - s for side, s in zip(size, shift, strict=True))
     region = 4 * z[:, None, None] + 2 * y[:, None] + x

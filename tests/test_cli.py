@@ -24,22 +24,22 @@ def printed(capsys, *arguments: str) -> str:
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
 @pytest.mark.parametrize("present", ["", "/my trainers", "/a:/it's"])
-def test_env_sets_the_variable_and_keeps_what_it_held(monkeypatch, present):
+def test_env_puts_the_trainers_in_front_of_the_current_value(monkeypatch, present):
     monkeypatch.setenv("nnUNet_extTrainer", present)
     line = subprocess.run([sys.executable, "-m", "nnunetv2_vf", "env"], capture_output=True, text=True, check=True)
     script = f'{line.stdout.strip()}\nprintf %s "$nnUNet_extTrainer"'
     value = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
-    ours, *others = value.split(os.pathsep)
-    assert (Path(ours) / "vf_pretrain_trainer.py").is_file()
+    trainers, *others = value.split(os.pathsep)
+    assert (Path(trainers) / "vf_pretrain_trainer.py").is_file()
     assert others == [path for path in present.split(os.pathsep) if path]
 
 
-def test_env_twice_is_env_once():
+def test_env_adds_the_folder_only_once():
     once = trainer_path("/mine")
     assert trainer_path(once) == once
 
 
-def test_env_in_other_shells(capsys, monkeypatch):
+def test_env_quotes_for_fish_and_powershell(capsys, monkeypatch):
     monkeypatch.setenv("nnUNet_extTrainer", "/it's")
     assert printed(capsys, "env", "--shell", "fish").startswith("set -gx nnUNet_extTrainer '")
     assert printed(capsys, "env", "--shell", "fish").endswith(r"/it\'s'")
@@ -47,7 +47,7 @@ def test_env_in_other_shells(capsys, monkeypatch):
     assert printed(capsys, "env", "--shell", "powershell").endswith("/it''s'")
 
 
-# ---------------------------------------------------------------- help, and what it costs
+# ---------------------------------------------------------------- help, errors in the arguments, imports
 
 
 def test_help_lists_every_subcommand(capsys):
@@ -71,7 +71,7 @@ def test_importing_and_parsing_load_neither_torch_nor_nnunet(statement):
 # ---------------------------------------------------------------- preview
 
 
-def test_preview_draws_the_asked_number_of_examples(tiny, tmp_path, capsys):
+def test_preview_draws_the_requested_number_of_samples(tiny, tmp_path, capsys):
     for count in (1, 2):
         path = tmp_path / f"{count}.png"
         assert printed(capsys, "preview", "-d", str(DATASET_ID), "-n", str(count), "-o", str(path)) == f"wrote {path}"
@@ -80,7 +80,7 @@ def test_preview_draws_the_asked_number_of_examples(tiny, tmp_path, capsys):
     assert heights[1] > 1.5 * heights[0]
 
 
-def test_planes_are_named_as_in_the_original_image():
+def test_planes_are_named_by_the_axes_of_the_original_image():
     """nnU-Net's transposed axes: preprocessed axis 0 is original axis 1."""
 
     from nnunetv2_vf.pretext.pictures import plane_names
@@ -119,14 +119,17 @@ def test_preview_names_a_missing_variable(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "x", "21"])
-def test_wrong_numbers_are_refused_by_the_parser(number, capsys):
+def test_an_illegal_number_is_refused_in_one_line_with_exit_status_2(number, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(["preview", "-d", "7", "-n", number])
     assert exit_info.value.code == 2
-    assert "-n" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert message.startswith("nnUNetv2_vf preview: error: argument -n: ")
+    assert number in message
+    assert message.count("\n") == 1
 
 
-def test_planning_says_why_it_needs_a_process(nnunet, monkeypatch):
+def test_planning_refuses_zero_augmentation_processes(nnunet, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     with pytest.raises(SystemExit, match="nnUNet_n_proc_DA=0 is for training; nnU-Net's planning divides by it"):
         main(["plan", "-d", "7"])

@@ -11,7 +11,7 @@ from nnunetv2_vf.cli import main
 
 
 def examined(capsys, *arguments: str) -> tuple[int, list[str]]:
-    """Exit code and lines; each line has a state."""
+    """Return exit code and output lines; check that each line starts with a state."""
     capsys.readouterr()
     try:
         main(["doctor", *arguments])
@@ -31,7 +31,7 @@ def healthy(tiny, own_dataset, tmp_path):
     return own_dataset
 
 
-def test_all_is_well(healthy, artifacts, capsys):
+def test_a_healthy_installation_has_only_ok_lines(healthy, artifacts, capsys):
     code, lines = examined(capsys, "-d", "7", "-w", str(artifacts["U-Net"]))
     text = "\n".join(lines)
     assert code == 0
@@ -43,7 +43,7 @@ def test_all_is_well(healthy, artifacts, capsys):
     assert f"ok   {artifacts['U-Net']} fits 3d_fullres of nnUNetPlans" in text
 
 
-def test_differences_are_notes(healthy, artifacts, capsys):
+def test_differences_to_pretraining_are_notes(healthy, artifacts, capsys):
     edit_json(healthy / "dataset.json", lambda description: description.update(channel_names={"0": "T1"}))
     code, lines = examined(capsys, "-d", "7", "-w", str(artifacts["U-Net"]))
     assert code == 0
@@ -51,7 +51,7 @@ def test_differences_are_notes(healthy, artifacts, capsys):
 
 
 @pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"])
-def test_missing_variables_and_folders(healthy, capsys, monkeypatch, variable):
+def test_missing_variables_and_folders_are_failures(healthy, capsys, monkeypatch, variable):
     monkeypatch.setenv(variable, "/no/such/folder")
     code, lines = examined(capsys)
     assert code == 1
@@ -62,14 +62,14 @@ def test_missing_variables_and_folders(healthy, capsys, monkeypatch, variable):
     assert f"FAIL {variable} is not set; set it: export {variable}=/path/to/{variable}" in lines
 
 
-def test_trainers_that_nnunet_does_not_find(healthy, capsys, monkeypatch):
+def test_trainers_that_nnunet_does_not_find_are_failures(healthy, capsys, monkeypatch):
     monkeypatch.delenv("nnUNet_extTrainer")
     code, lines = examined(capsys)
     assert code == 1
     assert any('nnUNet_extTrainer is not set); in every shell: eval "$(nnUNetv2_vf env)"' in line for line in lines)
 
 
-def test_a_setting_that_is_not_legal(healthy, capsys, monkeypatch):
+def test_an_illegal_setting_is_a_failure(healthy, capsys, monkeypatch):
     monkeypatch.setenv("nnUNet_vf_num_epochs", "many")
     code, lines = examined(capsys)
     assert code == 1
@@ -85,13 +85,13 @@ def test_a_setting_that_is_not_legal(healthy, capsys, monkeypatch):
         (["-w", "/nowhere.pth"], "no file /nowhere.pth"),
     ],
 )
-def test_what_is_not_there(healthy, capsys, arguments, message):
+def test_missing_datasets_plans_and_files_are_failures(healthy, capsys, arguments, message):
     code, lines = examined(capsys, *arguments)
     assert code == 1
     assert any(message.split(".*")[0] in line and line.startswith("FAIL") for line in lines)
 
 
-def test_weights_that_do_not_fit(healthy, artifacts, capsys):
+def test_weights_that_do_not_fit_are_a_failure(healthy, artifacts, capsys):
     code, lines = examined(capsys, "-d", "7", "-w", str(artifacts["PCT-Net"]))
     assert code == 1
     (line,) = [line for line in lines if line.startswith("FAIL")]
@@ -99,7 +99,7 @@ def test_weights_that_do_not_fit(healthy, artifacts, capsys):
     assert "nnUNetv2_vf plan -d 7 --like" in line
 
 
-def test_cases_of_former_plans(healthy, artifacts, capsys):
+def test_cases_preprocessed_with_other_plans_are_a_failure(healthy, artifacts, capsys):
     def replan(plans):
         plans["configurations"]["3d_fullres"]["spacing"] = [4.0, 4.0, 4.0]
 
@@ -109,13 +109,13 @@ def test_cases_of_former_plans(healthy, artifacts, capsys):
     assert any(line.startswith("FAIL") and "preprocess again: nnUNetv2_preprocess -d 7" in line for line in lines)
 
 
-def test_weights_alone(healthy, artifacts, capsys):
+def test_weights_without_a_dataset_are_only_read(healthy, artifacts, capsys):
     code, lines = examined(capsys, "-w", str(artifacts["PCT-Net"]))
     assert code == 0
     assert lines[-1] == "note no dataset to compare the weights with; name one: -d ID -p PLANS"
 
 
-def test_cases_that_are_not_preprocessed(healthy, capsys):
+def test_missing_preprocessed_cases_are_a_note(healthy, capsys):
     edit_json(healthy / "dataset.json", lambda description: description.update(numTraining=12))
     _, lines = examined(capsys, "-d", "7")
     assert (
@@ -124,7 +124,7 @@ def test_cases_that_are_not_preprocessed(healthy, capsys):
     )
 
 
-def test_weights_of_a_two_dimensional_network(healthy, tmp_path, capsys, monkeypatch):
+def test_weights_of_a_two_dimensional_network_are_refused(healthy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["nnUNetv2_train"])
     preprocess([7], "nnUNetPlans", configurations=["2d"], num_processes=[1])
     trainer = get_trainer_from_args("7", "2d", 0, "nnUNetTrainer", device=torch.device("cpu"))
@@ -141,14 +141,14 @@ def test_weights_of_a_two_dimensional_network(healthy, tmp_path, capsys, monkeyp
     assert "1 input channels, 6 classes" in capsys.readouterr().out
 
 
-def test_a_dataset_that_does_not_count_its_cases(healthy, capsys):
+def test_a_dataset_without_numtraining_is_accepted(healthy, capsys):
     edit_json(healthy / "dataset.json", lambda description: description.pop("numTraining") and None)
     code, lines = examined(capsys, "-d", "7")
     assert code == 0
     assert "ok   10 of 10 cases preprocessed" in lines
 
 
-def test_versions_that_do_not_work(healthy, capsys, monkeypatch):
+def test_an_unsupported_version_is_a_failure(healthy, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "version", lambda package: {"nnunetv2": "2.5", "torch": "2.9.1"}[package])
     code, lines = examined(capsys)
     assert code == 1

@@ -1,4 +1,4 @@
-"""What pip installs, as a wheel and editable: nnU-Net's own lookup must find the trainers."""
+"""Install as a wheel and editable: nnU-Net's own lookup must find the trainers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ print(nnunetv2_vf.__file__, *(find(name).__name__ for name in sys.argv[1:]), sep
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy of the sources, for builds to write into."""
+    """A copy of the sources, because builds write into the source folder."""
     copy = tmp_path_factory.mktemp("source") / "nnunetv2-vf"
     shutil.copytree(
         REPOSITORY, copy, ignore=shutil.ignore_patterns(".git", ".venv", "*.egg-info", "build", ".*_cache", "tests")
@@ -69,7 +69,7 @@ def test_stock_nnunet_finds_both_trainers(kind, wheel, source, environment):
     assert Path(package).resolve().is_relative_to(home.resolve())
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+def test_the_wheel_holds_only_the_package(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "nnunetv2_vf/trainers/vf_pretrain_trainer.py" in names
     assert "nnunetv2_vf/planners/__init__.py" in names
@@ -81,8 +81,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     }
 
 
-def test_file_names_of_trainers_collide_with_nothing():
-    """nnU-Net imports them as top-level modules."""
+def test_trainer_modules_have_names_of_their_own():
+    """nnU-Net imports them as top-level modules, so their names must not hide other modules."""
     for path in (REPOSITORY / "trainers").glob("vf_*.py"):
         assert path.stem not in sys.stdlib_module_names
         assert path.stem.startswith("vf_")

@@ -29,7 +29,7 @@ def backward(network: nn.Module, x: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2])
-def test_nnunet_builds_it_from_a_plan(mode):
+def test_nnunet_builds_the_network_from_a_plan(mode):
     kwargs = {
         "features_per_stage": list(FEATURES),
         "strides": [list(stride) for stride in MODES[mode]],
@@ -55,7 +55,7 @@ def test_the_published_network_has_44_million_parameters():
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(16, 16, 16), (32, 16, 64), (48, 64, 112)])
-def test_one_set_of_parameters_serves_all_sizes(size):
+def test_the_network_accepts_inputs_of_different_sizes(size):
     network = new_network().eval()
     assert network(volume(size))[0].shape[2:] == size
 
@@ -67,7 +67,7 @@ def test_evaluation_of_a_sample_does_not_depend_on_the_batch():
     torch.testing.assert_close(network(x)[0][:1], network(x[:1])[0])
 
 
-def test_other_sizes_are_refused_with_both_sizes():
+def test_an_input_size_that_strides_do_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"\(8, 40, 32\) voxels; each side must be a multiple of \(4, 16, 16\)"):
         new_network(mode=2)(volume((8, 40, 32)))
 
@@ -86,7 +86,7 @@ def test_other_sizes_are_refused_with_both_sizes():
         ({"drop_path": 1.0}, "dropout probabilities .*legal: from 0 to below 1"),
     ],
 )
-def test_illegal_arguments_are_named(arguments, message):
+def test_illegal_arguments_are_refused_with_the_legal_values(arguments, message):
     legal = {"input_channels": 1, "features_per_stage": FEATURES, "strides": MODES[0], "num_classes": 2}
     with pytest.raises(ValueError, match=message):
         PCTNet(**{**legal, **arguments})
@@ -102,12 +102,12 @@ def test_with_deep_supervision_every_parameter_gets_a_gradient():
     assert [name for name, p in network.named_parameters() if p.grad is None] == []
 
 
-def test_without_deep_supervision_the_auxiliary_layers_stay_but_wait_for_no_gradient():
+def test_without_deep_supervision_the_auxiliary_layers_exist_but_need_no_gradient():
     network = new_network(deep_supervision=False)
     assert set(network.state_dict()) == set(new_network().state_dict())
     backward(network, volume())
-    waiting = [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
-    assert waiting == []
+    without_gradient = [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
+    assert without_gradient == []
     network.decoder.deep_supervision = True
     backward(network, volume())
     assert all(p.grad is not None for p in network.parameters())
@@ -118,21 +118,25 @@ def test_distributed_training_takes_several_steps(deep_supervision, tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         network = DistributedDataParallel(new_network(deep_supervision=deep_supervision))
-        for _ in range(3):  # an unused parameter fails the second
+        for _ in range(3):  # with an unused parameter the second step fails
             backward(network, volume())
     finally:
         dist.destroy_process_group()
 
 
-def test_only_the_output_layers_are_not_transferred(tmp_path, capsys):
+def test_nnunet_transfers_all_weights_except_the_output_layers(tmp_path, capsys):
     source, target = new_network(classes=5), new_network(classes=2)
     with torch.no_grad():
         for parameter in source.parameters():
             parameter.add_(1)
     torch.save({"network_weights": source.state_dict()}, tmp_path / "weights.pth")
     load_pretrained_weights(target, tmp_path / "weights.pth")
-    ours, theirs = target.state_dict(), source.state_dict()
-    fresh = {name for name in ours if ours[name].shape != theirs[name].shape or (ours[name] != theirs[name]).any()}
+    loaded, pretrained = target.state_dict(), source.state_dict()
+    fresh = {
+        name
+        for name in loaded
+        if loaded[name].shape != pretrained[name].shape or (loaded[name] != pretrained[name]).any()
+    }
     assert fresh
     assert all(".seg_layers." in name for name in fresh)
 
@@ -147,15 +151,15 @@ def test_only_the_output_layers_are_not_transferred(tmp_path, capsys):
         pytest.param(0, "inductor", 0.2, False, marks=pytest.mark.slow),
     ],
 )
-def test_it_compiles_into_one_graph(mode, backend, dropout, checkpointing):
-    chances = {"dropout_per_stage": (dropout,) * 5, "drop_path": dropout}
-    network = new_network(mode, activation_checkpointing=checkpointing, **chances)
+def test_the_network_compiles_into_one_graph(mode, backend, dropout, checkpointing):
+    options = {"dropout_per_stage": (dropout,) * 5, "drop_path": dropout, "depths": (2, 1, 1)}
+    network = new_network(mode, activation_checkpointing=checkpointing, **options)
     compiled = torch.compile(network, fullgraph=True, backend=backend)
     x = volume(SIZES[mode])
     backward(compiled, x)
     assert all(p.grad is not None for p in network.parameters())
     if dropout == 0:
-        reference = new_network(mode, **chances)
+        reference = new_network(mode, **options)
         backward(reference, x)
         torch.testing.assert_close(network.state_dict(), reference.state_dict())  # batch statistics counted once
         expected = [p.grad for p in reference.parameters()]
@@ -175,7 +179,7 @@ def test_half_precision_stays_finite(dtype):
 
 
 @pytest.mark.parametrize("norm_op", [nn.BatchNorm3d, nn.InstanceNorm3d])
-def test_checkpointing_changes_memory_only(norm_op):
+def test_activation_checkpointing_saves_memory_and_changes_no_result(norm_op):
     def step(activation_checkpointing):
         network = new_network(norm_op=norm_op, activation_checkpointing=activation_checkpointing)
         kept = 0
@@ -209,12 +213,12 @@ def test_channels_last_changes_neither_outputs_nor_gradients(mode):
 
     last, first = (step(channels_last, torch.float64) for channels_last in (True, False))
     torch.testing.assert_close(last, first, rtol=1e-5, atol=1e-12)
-    # Other kernels compute in single precision, where rounding sends a gradient through another voxel of a pool.
+    # In single precision the kernels round differently, and a max-pool may send a gradient to another voxel.
     last, first = (step(channels_last, torch.float32)[0] for channels_last in (True, False))
     torch.testing.assert_close(last, first, rtol=1e-3, atol=1e-4)
 
 
-def test_the_feature_maps_are_counted():
+def test_compute_conv_feature_map_size_counts_elements_and_keeps_the_mode():
     network = new_network(deep_supervision=False)
     assert network.training
     network.compute_conv_feature_map_size((16, 16, 16))  # a single voxel at the deepest level

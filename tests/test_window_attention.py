@@ -11,8 +11,8 @@ from nnunetv2_vf.window_attention import SwinBlock, WindowAttention, merge, part
 HEADS, DIM = 2, 6
 
 
-def restated(attention: WindowAttention, x: torch.Tensor) -> torch.Tensor:
-    """Window attention by the book, for one map (D, H, W, C): every window, head and pair of tokens in a loop."""
+def attend_in_loops(attention: WindowAttention, x: torch.Tensor) -> torch.Tensor:
+    """Compute window attention of one map (D, H, W, C) with loops over windows, heads and pairs of tokens."""
     w = attention.window_size
     size = x.shape[:3]
     window = [min(w, side) for side in size]
@@ -28,7 +28,7 @@ def restated(attention: WindowAttention, x: torch.Tensor) -> torch.Tensor:
         inside = all(t < side for t, side in zip(token, size, strict=True))
         return x[token] if inside else torch.zeros(DIM)
 
-    def wrapped_axes(token):  # along these the cyclic shift brought the token from the map's beginning to its end
+    def wrapped_axes(token):  # axes along which the cyclic shift moved the token from the beginning to the end
         return [t < shift for t in token]
 
     result = torch.zeros_like(x)
@@ -73,16 +73,16 @@ def new_attention(window_size: int, shifted: bool) -> WindowAttention:
     ],
 )
 @torch.no_grad()
-def test_it_agrees_with_a_plain_restatement(window_size, size, shifted):
+def test_window_attention_agrees_with_plain_loops(window_size, size, shifted):
     torch.manual_seed(sum(size))
     attention = new_attention(window_size, shifted)
     x = torch.randn(2, *size, DIM)
-    expected = torch.stack([restated(attention, sample) for sample in x])
+    expected = torch.stack([attend_in_loops(attention, sample) for sample in x])
     torch.testing.assert_close(attention(x), expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_a_shift_does_not_connect_the_two_ends_of_a_map():
+def test_shifted_windows_do_not_connect_opposite_ends_of_a_map():
     attention = new_attention(4, shifted=True)
     x = torch.randn(1, 8, 8, 8, DIM)
     changed = x.clone()
@@ -99,7 +99,7 @@ def test_merge_undoes_partition():
     assert torch.equal(merge(windows, (4, 6, 10), (2, 3, 5)), x)
 
 
-def test_every_offset_has_its_own_row():
+def test_every_offset_has_its_own_row_in_the_bias_table():
     index = relative_position_index(3)
     rows = {}
     for token in itertools.product(range(3), repeat=6):
@@ -108,7 +108,7 @@ def test_every_offset_has_its_own_row():
     assert sorted(rows.values()) == list(range(5**3))
 
 
-def test_the_derived_index_is_not_stored():
+def test_the_position_index_is_not_in_the_state_dict():
     assert set(new_attention(3, True).state_dict()) == {
         "qkv.weight",
         "qkv.bias",
@@ -118,7 +118,7 @@ def test_the_derived_index_is_not_stored():
     }
 
 
-def test_dropout_and_stochastic_depth_act_in_training_only():
+def test_dropout_and_stochastic_depth_are_off_in_evaluation():
     torch.manual_seed(0)
     block = SwinBlock(DIM, HEADS, 2, shifted=True, dropout=0.5, drop_path=0.5)
     x = torch.randn(4, 4, 4, 4, DIM)

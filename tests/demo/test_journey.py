@@ -1,4 +1,4 @@
-"""The whole road, with the commands a user types."""
+"""The whole method, with the commands that a user types."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCHEDULE = {"num_epochs": 1, "iterations_per_epoch": 2, "val_iterations_per_epoc
 
 
 def test_pretrain_finetune_predict_with_stock_commands(tmp_path):
-    """On an ordinary labelled dataset: no -p, no plans of ours; the artifact goes straight into -pretrained_weights."""
+    """On a labelled dataset with nnU-Net's default plans; the artifact is passed to -pretrained_weights unchanged."""
     workspace = Workspace(tmp_path, processes=1)
     write_dataset(workspace.raw / DATASET, range(5), spacing=12)
     workspace.run("nnUNetv2_plan_and_preprocess", "-d", 8, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
@@ -45,8 +45,8 @@ def test_pretrain_finetune_predict_with_stock_commands(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_artifact_serves_two_targets_and_is_shared(tmp_path):
-    """Import, pretrain, plan like it, adapt, fine-tune, predict, export, install elsewhere, predict: every command."""
+def test_one_artifact_serves_two_targets_whose_models_are_exported(tmp_path):
+    """Import, pretrain, plan --like, adapt, fine-tune, export, install elsewhere, predict."""
     workspace = Workspace(tmp_path, processes=1)
     write_images(tmp_path / "unlabelled", range(4), spacing=10)
     write_dataset(workspace.raw / DATASET, range(50, 53), spacing=14)
@@ -94,7 +94,7 @@ def test_one_artifact_serves_two_targets_and_is_shared(tmp_path):
 
 
 def two_channels(original: Path, copy: Path) -> None:
-    """The dataset with every image twice."""
+    """Copy a dataset with every image as two channels."""
     shutil.copytree(original, copy)
     for path in list((copy / "imagesTr").iterdir()):
         shutil.copy(path, path.with_name(path.name.replace("_0000.nii.gz", "_0001.nii.gz")))
@@ -129,7 +129,7 @@ def test_the_users_variables_do_not_reach_the_commands(tmp_path, monkeypatch):
     assert "nnUNet_vf_num_epochs" not in environment
 
 
-def test_the_demo_wants_an_empty_folder(tmp_path):
+def test_the_demo_refuses_a_folder_that_is_not_empty(tmp_path):
     (tmp_path / "something").touch()
     done = subprocess.run(
         [sys.executable, "-m", "nnunetv2_vf", "demo", "--out", str(tmp_path)],
@@ -154,7 +154,7 @@ def test_the_demo_ends_within_six_minutes_with_one_table(tmp_path):
 
 
 def narrow_network(plans_file: Path, features: list[int]) -> None:
-    """Fewer features than planned, for a CPU."""
+    """Reduce the number of features, for a CPU."""
     plans = json.loads(plans_file.read_text())
     plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] = features
     plans_file.write_text(json.dumps(plans))

@@ -8,7 +8,7 @@ import SimpleITK as sitk  # noqa: N813
 from nnunetv2_vf.demo.phantoms import LABELS, make_phantom, write_dataset
 
 
-def test_a_seed_is_a_patient():
+def test_a_seed_always_gives_the_same_phantom():
     one, again, other = make_phantom(1), make_phantom(1), make_phantom(2)
     assert np.array_equal(one.image, again.image)
     assert np.array_equal(one.labels, again.labels)
@@ -26,7 +26,7 @@ def test_organs_have_their_intensities_and_sizes():
     assert volume["lungs"] > volume["liver"] > volume["heart"] > volume["kidneys"] > 20
 
 
-def test_a_written_dataset_is_nnunets(tmp_path):
+def test_a_written_dataset_has_the_format_of_nnunet(tmp_path):
     write_dataset(tmp_path, [4, 5])
     description = json.loads((tmp_path / "dataset.json").read_text())
     assert description["numTraining"] == 2

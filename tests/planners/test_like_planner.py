@@ -49,7 +49,7 @@ CT = {"mean": 99.0, "std": 333.0}
 
 @pytest.fixture
 def pretrained(tmp_path):
-    """Writes an artifact of a network, without weights; returns its path."""
+    """A function that writes an artifact of a network without weights and returns its path."""
 
     def write(network="U-Net", schemes=("CTNormalization",), spacing=(4.0, 0.9, 0.8), **vf) -> Path:
         properties = {str(i): CT for i in range(len(schemes))}
@@ -82,7 +82,7 @@ def plans_of(plans_file: Path, name: str) -> dict:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_a_plan_takes_the_topology_whatever_the_target(made_up, pretrained, capsys, network, target):
+def test_the_plans_of_any_target_get_the_pretrained_network(made_up, pretrained, capsys, network, target):
     plans_file = made_up(*TARGETS[target])
     path = pretrained(network)
     main(["plan", "-d", "42", "--like", str(path), "-gpu_memory_target", "6"])
@@ -112,7 +112,7 @@ def test_a_plan_takes_the_topology_whatever_the_target(made_up, pretrained, caps
     assert f"nnUNetv2_train 42 3d_fullres 0 -p {name} -tr VFFinetuneTrainer -pretrained_weights {path}\n" in out
 
 
-def test_nnunets_networks_get_about_nnunets_patches(made_up, pretrained):
+def test_a_unet_gets_about_the_patch_that_nnunet_plans(made_up, pretrained):
     plans_file = made_up(*TARGETS["isotropic"])
     plan_experiment_dataset("Dataset042_Made")
     stock = plans_of(plans_file, "nnUNetPlans")["configurations"]["3d_fullres"]
@@ -122,7 +122,7 @@ def test_nnunets_networks_get_about_nnunets_patches(made_up, pretrained):
     assert ours["batch_size"] == stock["batch_size"]
 
 
-def test_everything_else_stays_nnunets(made_up, pretrained):
+def test_everything_except_the_network_is_as_nnunet_plans_it(made_up, pretrained):
     plans_file = made_up(*TARGETS["anisotropic"])
     main(["plan", "-d", "42", "--like", str(pretrained())])
     plan_experiment_dataset("Dataset042_Made")
@@ -138,7 +138,7 @@ def test_everything_else_stays_nnunets(made_up, pretrained):
     ("own", "expected"),
     [((5.0, 0.7, 0.7), [4.0, 0.9, 0.8]), ((0.7, 0.7, 5.0), [0.9, 0.8, 4.0]), ((0.7, 5.0, 0.7), [0.9, 4.0, 0.8])],
 )
-def test_the_pretrained_spacing_lies_along_the_targets_own_axes(made_up, pretrained, own, expected):
+def test_the_coarsest_pretrained_spacing_is_used_along_the_targets_coarsest_axis(made_up, pretrained, own, expected):
     plans_file = made_up(own, (100, 100, 100))
     main(["plan", "-d", "42", "--like", str(pretrained()), "--spacing", "pretrained"])
     plans = PlansManager(plans_of(plans_file, "VFPlans"))
@@ -147,14 +147,14 @@ def test_the_pretrained_spacing_lies_along_the_targets_own_axes(made_up, pretrai
     assert plans.transpose_forward[0] == int(np.argmax(own))
 
 
-def test_an_isotropic_pretrained_spacing_is_taken_too(made_up, pretrained):
+def test_an_isotropic_pretrained_spacing_is_used(made_up, pretrained):
     plans_file = made_up((0.7, 0.7, 5.0), (100, 100, 100))
     path = pretrained(spacing=(1.0, 1.0, 1.0))
     main(["plan", "-d", "42", "--like", str(path), "--spacing", "pretrained"])
     assert plans_of(plans_file, "VFPlans")["configurations"]["3d_fullres"]["spacing"] == [1.0, 1.0, 1.0]
 
 
-def test_the_pretrained_normalisation_brings_its_statistics(made_up, pretrained, capsys):
+def test_the_pretrained_normalisation_comes_with_its_statistics(made_up, pretrained, capsys):
     plans_file = made_up(*TARGETS["tiny"], channels=("MR", "MR", "CT"))
     main(["plan", "-d", "42", "--like", str(pretrained()), "--normalization", "pretrained"])
     plans = plans_of(plans_file, "VFPlans")
@@ -165,7 +165,7 @@ def test_the_pretrained_normalisation_brings_its_statistics(made_up, pretrained,
     assert "-pretrained_weights vf_pretrained_for_42.pth" in out
 
 
-def test_the_targets_normalisation_is_the_default_and_the_difference_is_told(made_up, pretrained, capsys):
+def test_the_targets_normalisation_is_the_default_and_the_difference_is_printed(made_up, pretrained, capsys):
     plans_file = made_up(*TARGETS["tiny"], channels=("T1",))
     main(["plan", "-d", "42", "--like", str(pretrained())])
     assert plans_of(plans_file, "VFPlans")["configurations"]["3d_fullres"]["normalization_schemes"] == [
@@ -177,7 +177,7 @@ def test_the_targets_normalisation_is_the_default_and_the_difference_is_told(mad
     assert "spacing: 4 x 0.9 x 0.8 mm in pretraining, 1 x 1 x 1 mm here" in out
 
 
-def test_weights_that_do_not_tell_their_network_are_refused(made_up, tmp_path):
+def test_weights_without_a_described_network_are_refused(made_up, tmp_path):
     made_up(*TARGETS["tiny"])
     torch.save({"network_weights": unet().state_dict()}, tmp_path / "bare.pth")
     with pytest.raises(SystemExit, match="does not record which network"):
@@ -216,7 +216,7 @@ def test_weights_that_do_not_tell_their_network_are_refused(made_up, tmp_path):
         ),
     ],
 )
-def test_mistakes_are_one_line_and_leave_no_plans(made_up, pretrained, vf, arguments, message):
+def test_errors_are_one_line_and_no_plans_are_written(made_up, pretrained, vf, arguments, message):
     plans_file = made_up(*TARGETS["tiny"])
     like = [] if "--like" in arguments else ["--like", str(pretrained(**vf))]
     with pytest.raises(SystemExit, match=f"^nnUNetv2_vf: error: .*{message}"):
@@ -225,7 +225,7 @@ def test_mistakes_are_one_line_and_leave_no_plans(made_up, pretrained, vf, argum
 
 
 @pytest.mark.parametrize("option", ["--spacing", "--normalization"])
-def test_what_belongs_to_like_is_refused_without_it(made_up, option):
+def test_pretrained_spacing_and_normalisation_need_like(made_up, option):
     made_up(*TARGETS["tiny"])
     with pytest.raises(SystemExit, match=f"{option} pretrained needs --like FILE"):
         main(["plan", "-d", "42", option, "pretrained"])

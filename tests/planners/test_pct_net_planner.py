@@ -45,7 +45,7 @@ def test_plans_are_legal_and_fit_the_memory_target(made_up, name):
         assert measure_step(build, 2, 1, larger[-1]).total > 0.9 * 6 * GIB
 
 
-def test_everything_else_is_nnunets(made_up):
+def test_everything_except_the_network_is_as_nnunet_plans_it(made_up):
     spacing, shape, cases, _ = CASES["anisotropic"]
     plans_file = made_up(spacing, shape, cases)
     main(["plan", "-d", "Dataset042_Made"])
@@ -105,7 +105,7 @@ def test_the_target_spacing_can_be_set_and_the_next_commands_are_printed(made_up
         (["-d", "42", "-overwrite_target_spacing", "1", "0", "1"], "three positive numbers"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_no_plans(made_up, arguments, message):
+def test_errors_are_one_line_and_no_plans_are_written(made_up, arguments, message):
     plans_file = made_up((1.0, 1.0, 1.0), (40, 60, 60))
     with pytest.raises(SystemExit, match=f"^nnUNetv2_vf: error: .*{message}"):
         main(["plan", *arguments])
@@ -118,7 +118,7 @@ def test_a_missing_fingerprint_names_the_command_that_makes_it(made_up):
         main(["plan", "-d", "42"])
 
 
-def test_two_dimensional_images_get_nnunets_plan(made_up, capsys):
+def test_two_dimensional_images_get_only_nnunets_2d_plan(made_up, capsys):
     made_up((999.0, 1.0, 1.0), (1, 256, 256))
     main(["plan", "-d", "42"])
     assert "only the configuration 2d" in capsys.readouterr().out
@@ -137,11 +137,11 @@ def test_two_dimensional_images_get_nnunets_plan(made_up, capsys):
         ((1, 3, 1), 0),
     ],
 )
-def test_an_axis_is_halved_once_it_is_within_twice_the_others(spacing, mode):
+def test_the_resolution_mode_follows_from_the_anisotropy(spacing, mode):
     assert resolution_mode(spacing) == mode
 
 
-def test_patches_shrink_step_by_step_along_the_axis_that_covers_most():
+def test_candidate_patches_shrink_along_the_axis_that_covers_most_of_the_median_shape():
     divisor = (4, 16, 16)
     patches = candidate_patches((5.0, 1.0, 1.0), (40, 200, 300), divisor)
     assert patches[-1] == (8, 32, 32)

@@ -42,7 +42,7 @@ def test_a_convolution_keeps_its_input_and_its_weight_in_half_precision():
     assert more - few == half * (2 * 8 * math.prod(PATCH) + 8 * 8 * 27)
 
 
-def test_nothing_of_the_measurement_stays_behind():
+def test_a_measurement_leaves_torch_as_it_was():
     measure_step(build, 2, 1, PATCH)
     assert not torch.is_autocast_enabled("cpu")
     q = torch.randn(1, 1, 4, 8)
