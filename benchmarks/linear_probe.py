@@ -4,7 +4,7 @@
 
 FOLDER is the ``--work`` folder that ``label_efficiency.py`` has prepared. The features of a voxel are the outputs of
 all stages of the encoder, of the decoder, or of the decoder's last stage alone, interpolated to the voxels of the image.
-A logistic regression learns from the labelled cases of the experiment with these labels and seeds, and segments
+A logistic regression learns from the labelled cases of the experiment with these labels and seeds and segments
 ``--cases`` of its validation cases. Test cases are not used. Prints the mean Dice of the classes, beside that of a
 network with new weights; writes ``linear_probe_PLANS.json``.
 
