@@ -3,7 +3,7 @@
     python benchmarks/linear_probe.py FOLDER NAME=vf_pretrained.pth ... [--plans nnUNetPlansHalf] [--labels 2]
 
 FOLDER is the ``--work`` folder that ``label_efficiency.py`` has prepared. The features of a voxel are the outputs of
-all stages of the encoder, of the decoder, or of the decoder's last stage alone, interpolated to the voxels of the image.
+all stages of the encoder, of the decoder, or of the decoder's last stage alone, interpolated to the image voxels.
 A logistic regression learns from the labelled cases of the experiment with these labels and seeds and segments
 ``--cases`` of its validation cases. Test cases are not used. Prints the mean Dice of the classes, beside that of a
 network with new weights; writes ``linear_probe_PLANS.json``.
