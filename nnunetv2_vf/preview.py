@@ -1,4 +1,4 @@
-"""``nnUNetv2_vf preview``: draw what pretraining on a preprocessed dataset shows the network."""
+"""``nnUNetv2_vf preview``: draw the samples that pretraining on a preprocessed dataset shows the network."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_folders import plans_file
+from nnunetv2_vf.pretext.dataset import VALIDATION, FusionDataset
+from nnunetv2_vf.pretext.loader import collate
 from nnunetv2_vf.pretext.pictures import draw_examples, make_examples, plane_names
-from nnunetv2_vf.pretext.sampling import VALIDATION, FusionDataset, collate
 from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.training.preflight import preprocessed_cases, pretraining_configuration
 
@@ -22,20 +23,21 @@ def preview(
     dataset: str,
     configuration_name: str,
     plans_name: str,
-    num_cases: int,
+    num_samples: int,
     path: Path,
     environment: Mapping[str, str],
 ) -> None:
-    """Draw what pretraining on a preprocessed dataset would show the network.
+    """Draw the first validation samples of a pretraining with fold 'all'.
 
     Args:
         dataset: nnU-Net's dataset id or name.
-        num_cases: how many samples to draw: the first ones of the validation samples of fold 'all'.
-        path: of the PNG file.
-        environment: for ``nnUNet_vf_<field>``.
+        num_samples: number of samples to draw.
+        path: the PNG file to write.
+        environment: environment variables, with the settings ``nnUNet_vf_<field>``.
 
     Raises:
-        UserError: a variable, the dataset, its plans or its preprocessed cases are missing, or a setting is wrong.
+        UserError: the folder of ``path``, an environment variable, the dataset, its plans or its preprocessed cases are
+            missing, a setting is not legal, or no case can be used.
     """
     if not path.parent.is_dir():
         raise UserError(f"the folder {path.parent} does not exist; make it: mkdir -p {path.parent}")
@@ -47,9 +49,9 @@ def preview(
     folder = str(Path(nnUNet_preprocessed) / plans_manager.dataset_name / configuration.data_identifier)
     cases = infer_dataset_class(folder)(folder, names)
     samples = FusionDataset(cases, configuration.patch_size, settings, VALIDATION)
-    batch = collate([samples[index] for index in range(num_cases)])
-    for case, reason in dict.fromkeys(batch["rejected"]):
-        print(f"{case} {reason}: skipped")
+    batch = collate([samples[index] for index in range(num_samples)])
+    for rejected in dict.fromkeys(batch["rejected"]):
+        print(f"skipped case {rejected.case}: it {rejected.reason}")
     if "tensors" not in batch:
         raise UserError(f"no usable sub-volume found in {folder}; check the images of {names[0]}")
     examples = make_examples(batch, settings, torch.device("cpu"))

@@ -19,18 +19,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
 from nnunetv2_vf.errors import UserError, one_line_errors
+from nnunetv2_vf.pretext.cases import RejectedCase
+from nnunetv2_vf.pretext.dataset import TRAINING, VALIDATION, FusionDataset
 from nnunetv2_vf.pretext.fusion import fuse_batch
-from nnunetv2_vf.pretext.pictures import colour_of_class, draw_examples, make_examples, plane_names
+from nnunetv2_vf.pretext.loader import collate, make_loader, sample_indices
+from nnunetv2_vf.pretext.pictures import class_colours, draw_examples, make_examples, plane_names
 from nnunetv2_vf.pretext.report import count_confusion, pretext_warning, write_report
-from nnunetv2_vf.pretext.sampling import (
-    TRAINING,
-    VALIDATION,
-    FusionDataset,
-    Rejected,
-    collate,
-    make_loader,
-    sample_indices,
-)
 from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.training.checkpoints import require_same_plans
 from nnunetv2_vf.training.monitoring import DataWaitTimer, EpochMeter, NotFiniteError, Quarantine, StepMonitor
@@ -40,8 +34,9 @@ from nnunetv2_vf.training.progress_plot import PretrainLogger
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
 from nnunetv2_vf.training.step import Precision, take_step
 from nnunetv2_vf.transfer import artifact
-from nnunetv2_vf.transfer.compatibility import PretrainedWeights
+from nnunetv2_vf.transfer.metadata import describe_pretraining
 from nnunetv2_vf.transfer.model_card import CARD_NAME, write_model_card
+from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights
 from nnunetv2_vf.transfer.target_plans import TargetPlans
 
 _PREVIEW_EXAMPLES = 3
@@ -77,10 +72,10 @@ class VFPretrainTrainer(ResumableTrainer):
         plans = {**plans, VFSettings.section: settings.as_dict()}
         dataset_json = _with_fusion_labels(dataset_json, settings)
         target = TargetPlans(PlansManager(plans), configuration, dataset_json)
-        self.pretrained_weights = PretrainedWeights.of_command(sys.argv, target)
+        self.pretrained_weights = PretrainedWeights.from_command_line(sys.argv, target)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.grad_scaler = self.precision.scaler()
-        self.logger.local_logger = PretrainLogger(colour_of_class(settings.coefficient_steps))
+        self.logger.local_logger = PretrainLogger(class_colours(settings.coefficient_steps))
         self.quarantine = Quarantine(settings.quarantine_limit, Path(self.output_folder) / "quarantine.json")
         self._reported_cases: set[str] = set()
         self._step_finished = torch.cuda.Event() if self.device.type == "cuda" else None
@@ -216,7 +211,7 @@ class VFPretrainTrainer(ResumableTrainer):
         with self._save_samples_of_failure():
             self.step_monitor.check()
         for reasons in self.ranks.gather(self.quarantine.cases):
-            self._log_rejected([Rejected(case, reason, True) for case, reason in reasons.items()])
+            self._log_rejected([RejectedCase(case, reason, True) for case, reason in reasons.items()])
         self._log_monitored()
 
     def losses_of_epoch(self) -> Tensor:
@@ -286,7 +281,7 @@ class VFPretrainTrainer(ResumableTrainer):
             "cases quarantined"
         )
 
-    def _log_rejected(self, rejected: list[Rejected]) -> None:
+    def _log_rejected(self, rejected: list[RejectedCase]) -> None:
         """Log each case that gave no sub-volume once; quarantine those that never will.
 
         Raises:
@@ -361,7 +356,7 @@ class VFPretrainTrainer(ResumableTrainer):
         return (output[0] if self.enable_deep_supervision else output).argmax(1)
 
     def _write_artifact(self, folder: Path) -> None:
-        metadata = artifact.describe_pretraining(
+        metadata = describe_pretraining(
             self.plans_manager,
             self.configuration_manager,
             self.configuration_name,

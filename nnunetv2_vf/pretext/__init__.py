@@ -1,12 +1,22 @@
-"""The pretext task of Volume Fusion: what the network sees and has to predict (arXiv 2306.16925).
+"""The pretext task of Volume Fusion (arXiv 2306.16925): fuse two sub-volumes, predict the fusion coefficient.
 
-Start reading in :mod:`.fusion`. The data's path through the modules::
+Start with :mod:`.fusion`. The data passes through the modules in this order::
 
-    sampling      crops two sub-volumes of a preprocessed case and draws all random parameters, in a worker
-    augmentation  changes contrast, gamma and sign of a batch, on the trainer's device
-    fusion        draws the fusion map; fuses the batch: X = a * foreground + (1 - a) * background
-    report        counts how often the network predicts the right fusion class
-    pictures      draws samples, predictions and the report
+    in a worker process
+        cases         read the image of a preprocessed case; retry if the file system fails
+        subvolumes    draw sub-volumes: crop, flip, resize to the patch
+        fusion        draw the fusion map
+        augmentation  draw the parameters of contrast, gamma and inversion
+        dataset       put a sample together from these: sample i is the same in every run
+        loader        put the samples of a rank together to batches
 
-May import: settings and errors. Knows nothing of nnU-Net or of the other wings.
+    on the training device
+        augmentation  change the intensities of a batch
+        fusion        fuse a batch: X = a * foreground + (1 - a) * background
+
+    results
+        report        confusion matrix and Dice of the predicted fusion classes
+        pictures      samples with their predictions, and the report
+
+May import: settings and errors. Does not import nnU-Net or the other wings.
 """

@@ -5,7 +5,8 @@ Unannotated Dataset", arXiv 2306.16925 (2023), section "Volume Fusion", and IEEE
 
     X = a * I_f + (1 - a) * I_b,   a in {0, 1/K, ..., 1},   Y = K * a
 
-A fusion map holds Y: whole numbers 0..K, uint8, axes (D, H, W) in nnU-Net's order. Nothing here knows nnU-Net.
+The network sees the fused volume X and predicts the class Y of every voxel. A fusion map holds Y: whole numbers 0..K,
+uint8, axes (D, H, W) in nnU-Net's order.
 """
 
 from __future__ import annotations
@@ -17,33 +18,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunetv2_vf.pretext.augmentation import IntensityMap, intensity_map
+from nnunetv2_vf.pretext.augmentation import IntensityTransform, fit_intensity_transform
 from nnunetv2_vf.settings import VFSettings
 
-# Voxels of a piece that a CPU keeps in its cache through a dozen operations, instead of fetching them from memory for
-# each: 12 ms instead of 19 for a pair of 64x128x128 voxels on one core.
-_CACHED_VOXELS = 2**17
+# A CPU fuses a batch in slabs of this many voxels. A slab stays in the cache through a dozen operations; without slabs,
+# each operation reads it from memory again: 19 ms instead of 12 for a pair of 64x128x128 voxels on one core.
+_SLAB_VOXELS = 2**17
 
 
 class FusedBatch(NamedTuple):
-    """A batch as the network sees it."""
+    """Network input and target of a batch."""
 
     fused: Tensor  # B, C, D, H, W
     fusion_map: Tensor  # B, D, H, W; uint8
 
 
 def draw_fusion_map(patch_size: Sequence[int], settings: VFSettings, rng: np.random.Generator) -> Tensor:
-    """Draw the map that ``settings.fusion_map`` names; returns (D, H, W) uint8 with values 0..K."""
+    """Draw a fusion map of the kind that ``settings.fusion_map`` names; return (D, H, W), uint8, values 0..K."""
     draw = {"boxes": draw_boxes, "blocks": draw_blocks}[settings.fusion_map]
     return draw(patch_size, settings, rng)
 
 
 def draw_boxes(patch_size: Sequence[int], settings: VFSettings, rng: np.random.Generator) -> Tensor:
-    """Draw overlapping boxes of random size and class on a ground of class 0 (the 2023 paper).
+    """Draw overlapping boxes of random size and class on a background of class 0 (the 2023 paper).
 
-    Their number is uniform in ``box_count``; each side is uniform from ``box_min_side`` voxels to
-    ``box_max_fraction`` of the patch (8..40 and 8..80 voxels for the paper's 64x128x128); the class is uniform in
-    1..K; later boxes overwrite earlier ones.
+    The number of boxes is uniform in ``box_count``. Each side is uniform from ``box_min_side`` voxels to
+    ``box_max_fraction`` of the patch: 8..40 and 8..80 voxels for the paper's patch of 64x128x128. The class is uniform
+    in 1..K. Later boxes overwrite earlier ones.
     """
     patch = np.asarray(patch_size)
     shortest = np.minimum(settings.box_min_side, patch)
@@ -61,11 +62,12 @@ def draw_boxes(patch_size: Sequence[int], settings: VFSettings, rng: np.random.G
 
 
 def draw_blocks(patch_size: Sequence[int], settings: VFSettings, rng: np.random.Generator) -> Tensor:
-    """Draw a regular grid of equal blocks on a ground of class 0 (the 2025 paper; PyMIC ``crop4vf.py``).
+    """Draw a regular grid of equal blocks on a background of class 0 (the 2025 paper; PyMIC ``crop4vf.py``).
 
-    The block's sides are uniform in ``block_side`` (cut to the patch), the grid of whole blocks lies at a random
-    offset, a fraction ``block_foreground`` of the blocks gets a class uniform in 1..K, the others 0 (a fraction of a
-    block is rounded at random, so that the share also holds where a small patch has room for few blocks).
+    The sides of a block are uniform in ``block_side``, but not longer than the patch. The grid consists of whole
+    blocks and has a random offset. A fraction ``block_foreground`` of the blocks gets a class that is uniform in 1..K,
+    the others get 0. If that is not a whole number of blocks, it is rounded up or down at random, so that the fraction
+    is right on average even for a small patch with few blocks.
     """
     patch = np.asarray(patch_size)
     shortest, longest = (np.minimum(side, patch) for side in settings.block_side)
@@ -79,7 +81,7 @@ def draw_blocks(patch_size: Sequence[int], settings: VFSettings, rng: np.random.
     blocks = rng.permutation(classes).reshape(grid)
 
     fusion_map = np.zeros(patch, dtype=np.uint8)
-    covered = tuple(slice(o, o + n) for o, n in zip(offset, grid * side, strict=True))
+    covered = tuple(slice(start, start + length) for start, length in zip(offset, grid * side, strict=True))
     fusion_map[covered] = blocks.repeat(side[0], 0).repeat(side[1], 1).repeat(side[2], 2)
     return torch.from_numpy(fusion_map)
 
@@ -88,7 +90,7 @@ def fuse(foreground: Tensor, background: Tensor, fusion_map: Tensor, coefficient
     """Return X = a * foreground + (1 - a) * background with a = fusion_map / K.
 
     Args:
-        foreground, background: (B, C, D, H, W), the same shape.
+        foreground, background: (B, C, D, H, W), of the same shape.
         fusion_map: (B, D, H, W), whole numbers 0..K; one map for all channels.
         coefficient_steps: K.
     """
@@ -97,33 +99,35 @@ def fuse(foreground: Tensor, background: Tensor, fusion_map: Tensor, coefficient
 
 
 def fuse_batch(batch: Mapping[str, Tensor], coefficient_steps: int, device: torch.device) -> FusedBatch:
-    """Augment and fuse a batch of :class:`nnunetv2_vf.pretext.sampling.FusionDataset` samples on ``device``.
+    """Augment and fuse a batch on ``device``, without waiting for a GPU.
 
-    Nothing here waits for a GPU.
+    Args:
+        batch: ``tensors`` of :func:`nnunetv2_vf.pretext.loader.collate`; they are not changed.
+        coefficient_steps: K.
     """
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     foreground, background, fusion_map = batch["foreground"], batch["background"], batch["fusion_map"]
-    adjust_foreground, adjust_background = intensity_maps(batch)
+    transform_foreground, transform_background = fit_intensity_transforms(batch)
     fused = torch.empty_like(background)
-    for start, stop in _pieces(fused):
-        here = (slice(None), slice(None), slice(start, stop))
-        pair = adjust_foreground(foreground[here]), adjust_background(background[here])
-        fused[here] = fuse(*pair, fusion_map[:, start:stop], coefficient_steps)
+    for start, stop in _slabs(fused):
+        slab = (slice(None), slice(None), slice(start, stop))
+        pair = transform_foreground(foreground[slab]), transform_background(background[slab])
+        fused[slab] = fuse(*pair, fusion_map[:, start:stop], coefficient_steps)
     return FusedBatch(fused, fusion_map)
 
 
-def intensity_maps(batch: Mapping[str, Tensor]) -> tuple[IntensityMap, IntensityMap]:
-    """What was drawn for the intensities of the foregrounds and of the backgrounds of a batch."""
+def fit_intensity_transforms(batch: Mapping[str, Tensor]) -> tuple[IntensityTransform, IntensityTransform]:
+    """Return the augmentations of the foregrounds and of the backgrounds, from the parameters drawn for a batch."""
     foreground, background = (
-        intensity_map(batch[name], *(batch[key][:, i] for key in ("percentiles", "gamma", "invert")))
+        fit_intensity_transform(batch[name], *(batch[key][:, i] for key in ("percentiles", "gamma", "invert")))
         for i, name in enumerate(("foreground", "background"))
     )
     return foreground, background
 
 
-def _pieces(image: Tensor) -> Iterator[tuple[int, int]]:
-    """The slices [start, stop) of an image (B, C, D, H, W) that are made together."""
+def _slabs(image: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield ranges [start, stop) of slices of an image (B, C, D, H, W); on a GPU one range with all slices."""
     depth = image.shape[2]
-    step = max(1, _CACHED_VOXELS * depth // image.numel()) if image.device.type == "cpu" else depth
+    step = max(1, _SLAB_VOXELS * depth // image.numel()) if image.device.type == "cpu" else depth
     for start in range(0, depth, step):
         yield start, min(start + step, depth)

@@ -1,4 +1,4 @@
-"""Pictures: what the network sees, what it answers, and how often it is right."""
+"""Pictures of pretext samples, of the network's predictions and of the confusion matrix."""
 
 from __future__ import annotations
 
@@ -15,144 +15,149 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from nnunetv2_vf.pretext.fusion import fuse_batch, intensity_maps
+from nnunetv2_vf.pretext.fusion import fit_intensity_transforms, fuse_batch
 from nnunetv2_vf.settings import VFSettings
 
-_PLANES = ("axial", "coronal", "sagittal")  # across the axes (z, y, x) of an image as it was acquired
+_PLANES = ("axial", "coronal", "sagittal")  # perpendicular to the axes (z, y, x) of the original image
+_VOLUME_TITLES = ("foreground sub-volume", "background sub-volume", "fused volume (network input)")
+_MAP_TITLES = ("fusion map (target)", "prediction")
 
 
 class Example(NamedTuple):
-    """One pretext sample; arrays (D, H, W), of the first channel."""
+    """One pretext sample with its prediction; arrays (D, H, W), images of the first channel only."""
 
     title: str
     foreground: np.ndarray
     background: np.ndarray
     fused: np.ndarray
     fusion_map: np.ndarray
-    answer: np.ndarray | None = None
-
-
-def class_names(coefficient_steps: int) -> list[str]:
-    """The names of the fusion classes 0..K: their coefficients."""
-    return [f"a = {label}/{coefficient_steps}" for label in range(coefficient_steps + 1)]
-
-
-def plane_names(transpose_forward: Sequence[int]) -> list[str]:
-    """The planes across the axes (D, H, W) of preprocessed volumes, which nnU-Net may have transposed.
-
-    Args:
-        transpose_forward: of the plans.
-    """
-    return [_PLANES[axis] for axis in transpose_forward]
-
-
-def draw_examples(examples: Sequence[Example], planes: Sequence[str], coefficient_steps: int, path: Path) -> None:
-    """Draw three orthogonal middle slices of each example, with a legend of the fusion classes.
-
-    Args:
-        planes: of :func:`plane_names`.
-    """
-    columns = [
-        "foreground sub-volume",
-        "background sub-volume",
-        "fused: what the network sees",
-        "fusion map: what it is to answer",
-    ]
-    if examples[0].answer is not None:
-        columns.append("the network's answer")
-    colours = class_colours(coefficient_steps)
-
-    rows = len(planes) * len(examples)
-    figure = Figure(figsize=(2.6 * len(columns), 2.4 * rows + 0.8), layout="constrained")
-    grid = figure.subplots(rows, len(columns), squeeze=False)
-    for row, (example, axis) in enumerate((e, a) for e in examples for a in range(3)):
-        images = (example.foreground, example.background, example.fused)
-        low, high = np.percentile(np.stack(images), (0.5, 99.5))  # one grey scale for the three
-        for axes, image in zip(grid[row], images, strict=False):
-            axes.imshow(_middle_slice(image, axis), cmap="gray", vmin=low, vmax=high)
-        maps = [image for image in (example.fusion_map, example.answer) if image is not None]
-        for axes, labels in zip(grid[row, 3:], maps, strict=True):
-            axes.imshow(
-                _middle_slice(labels, axis),
-                cmap=colours,
-                norm=BoundaryNorm(np.arange(coefficient_steps + 2) - 0.5, colours.N),
-                interpolation="nearest",
-            )
-        grid[row, 0].set_ylabel(f"{example.title}\n{planes[axis]}" if axis == 0 else planes[axis])
-    for axes, title in zip(grid[0], columns, strict=True):
-        axes.set_title(title, fontsize=9)
-    for axes in grid.flat:
-        axes.set_xticks([])
-        axes.set_yticks([])
-    handles = [
-        Patch(facecolor=colours(label), edgecolor="black", label=name)
-        for label, name in enumerate(class_names(coefficient_steps))
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
-    figure.savefig(path, dpi=80, format="png")
-
-
-def draw_confusion(confusion: np.ndarray, dice: Sequence[float], path: Path) -> None:
-    """Draw the confusion matrix (K + 1, K + 1; rows are the truth) and the Dice of every fusion class."""
-    names = class_names(len(confusion) - 1)
-    shares = confusion / confusion.sum(axis=1, keepdims=True).clip(min=1)
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    matrix, bars = figure.subplots(1, 2)
-    image = matrix.imshow(shares, cmap="viridis", vmin=0, vmax=1)
-    for (row, column), share in np.ndenumerate(shares):
-        matrix.text(column, row, f"{share:.2f}", ha="center", va="center", color="w" if share < 0.6 else "k")
-    matrix.set_xticks(range(len(names)), names, rotation=45)
-    matrix.set_yticks(range(len(names)), names)
-    matrix.set_xlabel("answered")
-    matrix.set_ylabel("true")
-    figure.colorbar(image, ax=matrix, label="share of the true class")
-    _draw_bars(bars, names, dice)
-    figure.savefig(path, dpi=100, format="png")
-
-
-def _draw_bars(axes: Axes, names: Sequence[str], dice: Sequence[float]) -> None:
-    bars = axes.bar(names, np.nan_to_num(dice), color=class_colours(len(names) - 1).colors, edgecolor="black")
-    axes.bar_label(bars, [f"{value:.3f}" for value in dice])
-    axes.set_ylim(0, 1)
-    axes.set_ylabel("Dice")
-    axes.tick_params(axis="x", rotation=45)
-
-
-def colour_of_class(coefficient_steps: int) -> dict[str, Any]:
-    """The colour (RGBA) of every fusion class by its name, the same in every picture."""
-    colours = class_colours(coefficient_steps)
-    return {name: colours(label) for label, name in enumerate(class_names(coefficient_steps))}
-
-
-def class_colours(coefficient_steps: int) -> ListedColormap:
-    """One colour per fusion class, the same in every picture."""
-    return ListedColormap(colormaps["viridis"](np.linspace(0, 1, coefficient_steps + 1)))
-
-
-def _middle_slice(volume: np.ndarray, axis: int) -> np.ndarray:
-    return volume.take(volume.shape[axis] // 2, axis)
+    prediction: np.ndarray | None = None
 
 
 def make_examples(
     batch: dict[str, Any],
     settings: VFSettings,
     device: torch.device,
-    answer: Callable[[Tensor], Tensor] | None = None,
+    predict: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Example]:
     """Fuse a batch of samples for :func:`draw_examples`.
 
     Args:
-        batch: of :func:`nnunetv2_vf.pretext.sampling.collate`.
-        answer: the network: (B, C, D, H, W) to classes (B, D, H, W).
+        batch: as :func:`nnunetv2_vf.pretext.loader.collate` returns it.
+        predict: the network: fused volumes (B, C, D, H, W) to predicted classes (B, D, H, W).
     """
     tensors = batch["tensors"]
     fused_batch = fuse_batch(tensors, settings.coefficient_steps, device)
-    answers: Sequence[np.ndarray | None] = [None] * len(batch["cases"])
-    if answer is not None:
-        answers = list(answer(fused_batch.fused).cpu().numpy())
-    adjust_foreground, adjust_background = intensity_maps(tensors)
-    subvolumes = adjust_foreground(tensors["foreground"]), adjust_background(tensors["background"])
-    images = [t[:, 0].cpu().numpy() for t in (*subvolumes, fused_batch.fused)]
-    maps = fused_batch.fusion_map.cpu().numpy()
+    transform_foreground, transform_background = fit_intensity_transforms(tensors)
+    foreground = transform_foreground(tensors["foreground"])
+    background = transform_background(tensors["background"])
+    images = [volume[:, 0].cpu().numpy() for volume in (foreground, background, fused_batch.fused)]
+    fusion_maps = fused_batch.fusion_map.cpu().numpy()
     titles = [" + ".join(cases) for cases in batch["cases"]]
-    return [Example(*fields) for fields in zip(titles, *images, maps, answers, strict=True)]
+    predictions = [None] * len(titles) if predict is None else predict(fused_batch.fused).cpu().numpy()
+    return [Example(*fields) for fields in zip(titles, *images, fusion_maps, predictions, strict=True)]
+
+
+def draw_examples(examples: Sequence[Example], planes: Sequence[str], coefficient_steps: int, path: Path) -> None:
+    """Draw the middle slices of each example along all three axes, with a legend of the fusion classes, to a PNG file.
+
+    Args:
+        planes: names of the planes perpendicular to the axes (D, H, W), see :func:`plane_names`.
+    """
+    has_prediction = examples[0].prediction is not None
+    titles = [*_VOLUME_TITLES, *(_MAP_TITLES if has_prediction else _MAP_TITLES[:1])]
+    num_rows = len(planes) * len(examples)
+    figure = Figure(figsize=(2.6 * len(titles), 2.4 * num_rows + 0.8), layout="constrained")
+    grid = figure.subplots(num_rows, len(titles), squeeze=False)
+    colormap = _class_colormap(coefficient_steps)
+    rows = [(example, axis) for example in examples for axis in range(3)]
+    for row, (example, axis) in zip(grid, rows, strict=True):
+        _draw_row(row, example, axis, colormap)
+        row[0].set_ylabel(f"{example.title}\n{planes[axis]}" if axis == 0 else planes[axis])
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=9)
+    for axes in grid.flat:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    patches = [
+        Patch(facecolor=colour, edgecolor="black", label=name)
+        for name, colour in class_colours(coefficient_steps).items()
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 6))
+    figure.savefig(path, dpi=80, format="png")
+
+
+def _draw_row(row: Sequence[Axes], example: Example, axis: int, colormap: ListedColormap) -> None:
+    """Draw the middle slices of an example along one axis, one slice in each of the axes."""
+    volumes = (example.foreground, example.background, example.fused)
+    maps = [classes for classes in (example.fusion_map, example.prediction) if classes is not None]
+    low, high = np.percentile(np.stack(volumes), (0.5, 99.5))  # the same grey scale for all three
+    class_borders = BoundaryNorm(np.arange(colormap.N + 1) - 0.5, colormap.N)
+    for axes, volume in zip(row[:3], volumes, strict=True):
+        axes.imshow(_middle_slice(volume, axis), cmap="gray", vmin=low, vmax=high)
+    for axes, classes in zip(row[3:], maps, strict=True):
+        axes.imshow(_middle_slice(classes, axis), cmap=colormap, norm=class_borders, interpolation="nearest")
+
+
+def _middle_slice(volume: np.ndarray, axis: int) -> np.ndarray:
+    return volume.take(volume.shape[axis] // 2, axis)
+
+
+def draw_confusion(confusion: np.ndarray, dice: Sequence[float], path: Path) -> None:
+    """Draw the confusion matrix and the Dice of every fusion class to a PNG file.
+
+    Args:
+        confusion: (K + 1, K + 1), number of voxels by (true class, predicted class).
+        dice: of the K + 1 classes; NaN for a class that does not occur.
+    """
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    matrix_axes, dice_axes = figure.subplots(1, 2)
+    _draw_matrix(matrix_axes, confusion)
+    _draw_bars(dice_axes, dice)
+    figure.savefig(path, dpi=100, format="png")
+
+
+def _draw_matrix(axes: Axes, confusion: np.ndarray) -> None:
+    names = class_names(len(confusion) - 1)
+    shares = confusion / confusion.sum(axis=1, keepdims=True).clip(min=1)
+    image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1)
+    for (row, column), share in np.ndenumerate(shares):
+        axes.text(column, row, f"{share:.2f}", ha="center", va="center", color="w" if share < 0.6 else "k")
+    axes.set_xticks(range(len(names)), names, rotation=45)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.figure.colorbar(image, ax=axes, label="share of the voxels of the true class")
+
+
+def _draw_bars(axes: Axes, dice: Sequence[float]) -> None:
+    colours = class_colours(len(dice) - 1)
+    bars = axes.bar(list(colours), np.nan_to_num(dice), color=list(colours.values()), edgecolor="black")
+    axes.bar_label(bars, [f"{value:.3f}" for value in dice])
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("Dice")
+    axes.tick_params(axis="x", rotation=45)
+
+
+def class_names(coefficient_steps: int) -> list[str]:
+    """Return the names of the fusion classes 0..K, which are their coefficients."""
+    return [f"a = {label}/{coefficient_steps}" for label in range(coefficient_steps + 1)]
+
+
+def class_colours(coefficient_steps: int) -> dict[str, Any]:
+    """Return the colour (RGBA) of every fusion class by its name; all pictures use the same colours."""
+    colormap = _class_colormap(coefficient_steps)
+    return {name: colormap(label) for label, name in enumerate(class_names(coefficient_steps))}
+
+
+def _class_colormap(coefficient_steps: int) -> ListedColormap:
+    return ListedColormap(colormaps["viridis"](np.linspace(0, 1, coefficient_steps + 1)))
+
+
+def plane_names(transpose_forward: Sequence[int]) -> list[str]:
+    """Return the names of the planes perpendicular to the axes (D, H, W) of preprocessed volumes.
+
+    Args:
+        transpose_forward: from the plans; nnU-Net may have transposed the axes of the original image.
+    """
+    return [_PLANES[axis] for axis in transpose_forward]

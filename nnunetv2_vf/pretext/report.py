@@ -1,4 +1,4 @@
-"""How well a network answers the pretext task: confusion of the fusion classes, a report, and whether to worry."""
+"""Quality of the predicted fusion classes: confusion matrix, Dice, warnings and a report."""
 
 from __future__ import annotations
 
@@ -13,56 +13,60 @@ from torch import Tensor
 
 from nnunetv2_vf.pretext.pictures import class_names, draw_confusion
 
-_ONE_CLASS = 0.99  # of the voxels answered with one class: collapsed
-_SOLVED = 0.98  # Dice of every class
+_COLLAPSED_SHARE = 0.99  # share of voxels predicted as the same class from which on the task counts as collapsed
+_SOLVED_DICE = 0.98  # Dice of the worst class from which on the task counts as solved
 
 
-def count_confusion(answer: Tensor, truth: Tensor, num_classes: int) -> Tensor:
-    """Count voxels by (true class, answered class), without asking the device; answer and truth (B, D, H, W).
+def count_confusion(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """Count voxels by (true class, predicted class), on the device and without waiting for it.
+
+    Args:
+        prediction, target: classes (B, D, H, W).
 
     Returns:
         (num_classes, num_classes), whole numbers.
     """
-    classes = torch.arange(num_classes, device=answer.device).view(-1, 1)
-    is_true, is_answered = ((x.flatten(1)[:, None] == classes).float() for x in (truth, answer))  # B, classes, voxels
-    # single precision counts the voxels of one sample exactly, up to 2**24
-    return torch.bmm(is_true, is_answered.transpose(1, 2)).to(torch.int64).sum(0)
+    classes = torch.arange(num_classes, device=prediction.device).view(-1, 1)
+    is_true, is_predicted = ((x.flatten(1)[:, None] == classes).float() for x in (target, prediction))  # B, K + 1, n
+    # float32 counts the voxels of one sample exactly, up to 2**24.
+    return torch.bmm(is_true, is_predicted.transpose(1, 2)).to(torch.int64).sum(0)
 
 
 def dice_per_class(confusion: np.ndarray) -> np.ndarray:
-    """Dice of every class; NaN for a class that is neither true nor answered anywhere."""
-    marked = confusion.sum(axis=0) + confusion.sum(axis=1)
-    return np.divide(2 * confusion.diagonal(), marked, out=np.full(len(marked), np.nan), where=marked > 0)
+    """Return the Dice of every class; NaN for a class that occurs neither in targets nor in predictions."""
+    sizes = confusion.sum(axis=0) + confusion.sum(axis=1)
+    return np.divide(2 * confusion.diagonal(), sizes, out=np.full(len(sizes), np.nan), where=sizes > 0)
 
 
 def pretext_warning(confusion: np.ndarray) -> str | None:
-    """What is wrong with a network's answers, if anything is.
+    """Return a warning if the network predicts almost only one class, or has nothing left to learn.
 
     Args:
-        confusion: voxels by (true class, answered class).
+        confusion: number of voxels by (true class, predicted class).
     """
-    answered = confusion.sum(axis=0) / confusion.sum()
-    if answered.max() >= _ONE_CLASS:
+    shares = confusion.sum(axis=0) / confusion.sum()
+    if shares.max() >= _COLLAPSED_SHARE:
         return (
-            f"WARNING: the pretext has collapsed: {answered.max():.1%} of the voxels are answered with class "
-            f"{answered.argmax()}. In the first epochs this passes; if it stays, lower nnUNet_vf_initial_lr, or look "
+            f"WARNING: the pretext task has collapsed: {shares.max():.1%} of the voxels are predicted as class "
+            f"{shares.argmax()}. This is normal in the first epochs; if it lasts, lower nnUNet_vf_initial_lr, or look "
             "at the volumes (nnUNetv2_vf preview)"
         )
     worst = np.nanmin(dice_per_class(confusion))
-    if worst >= _SOLVED:
+    if worst >= _SOLVED_DICE:
         return (
-            f"WARNING: the pretext is solved: every class has a Dice of at least {worst:.3f}, there is nothing left to "
-            "learn. End here, or make it harder (a larger nnUNet_vf_coefficient_steps)"
+            f"WARNING: the pretext task is solved: every class has a Dice of at least {worst:.3f}, so the network has "
+            "nothing left to learn. End the training, or make the task harder (a larger nnUNet_vf_coefficient_steps)"
         )
     return None
 
 
 def write_report(confusion: np.ndarray, samples: int, settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Write ``pretext_report.json`` and ``pretext_report.png``; returns what the former holds.
+    """Write ``pretext_report.json`` and ``pretext_report.png``; return the content of the former.
 
     Args:
-        samples: that were answered.
-        settings: of the training.
+        confusion: number of voxels by (true class, predicted class).
+        samples: number of samples in the confusion matrix.
+        settings: settings of the training, as plain JSON types.
     """
     dice = dice_per_class(confusion)
     names = class_names(settings["coefficient_steps"])

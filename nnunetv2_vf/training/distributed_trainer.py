@@ -13,7 +13,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_vf.errors import UserError, one_line_errors
-from nnunetv2_vf.settings import ScheduleSettings
+from nnunetv2_vf.settings import TrainingSettings
 from nnunetv2_vf.training.ranks import Ranks
 
 
@@ -32,7 +32,7 @@ class DistributedTrainer(nnUNetTrainer):
     own device. A subclass sets :attr:`settings` and :attr:`pretrained_weights` before it calls ``super().__init__``.
     """
 
-    settings: ScheduleSettings
+    settings: TrainingSettings
     pretrained_weights: WeightSource | None = None
     continue_training: bool  # nnU-Net's flag --c
     # Attributes of nnUNetTrainer, which has no types.

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from nnunetv2_vf.settings import ScheduleSettings
+from nnunetv2_vf.settings import TrainingSettings
 
 _NNUNET_CLIP = 12.0  # nnU-Net's train_step clips the gradient to this norm, whatever the optimiser
 
 
-def make_optimizer(parameters: Iterable[Any], settings: ScheduleSettings, fused: bool = False) -> Optimizer:
+def make_optimizer(parameters: Iterable[Any], settings: TrainingSettings, fused: bool = False) -> Optimizer:
     """Return the optimiser that the settings name; ``sgd`` has nnU-Net's momentum.
 
     Args:
