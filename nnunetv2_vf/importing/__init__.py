@@ -1,15 +1,25 @@
-"""Folders of unlabelled volumes become an nnU-Net raw dataset: ``nnUNetv2_vf import``.
+"""Make an nnU-Net raw dataset from folders of unlabelled volumes: ``nnUNetv2_vf import``.
 
-Start reading in :mod:`.dataset`. The data's path through the modules::
+Start reading in :mod:`.pipeline`. In the order in which an import uses them::
 
-    sources     finds volume files and DICOM series in the given folders; reads no images
-    worker      imports one source, in a process of its own (process_pool):
-      readers     read the images: NIfTI, NRRD, MetaImage, DICOM
-      volumes     checks that a volume can be trained on, and says why not
-      body_mask   finds the body, which becomes label 1
-    journal     remembers which sources are done, so that an interrupted import can continue
-    dataset     merges all of this into images, labels, dataset.json and import_report.csv
-    picture     draws some volumes with the outline of the body
+    pipeline      the whole import: find sources, import each in a process, merge
+    settings      which volumes are accepted, and how files are written
+    sources       finds volume files and DICOM folders; reads no images
+    job           one run of the command: its sources, settings, journal and files
+    state         decides which sources are finished
+      journal       one line per finished source, so that an interrupted import can continue
+      description   dataset.json
+    process_pool  runs the worker in several processes
+    worker        imports one source:
+      readers       reads the images of all formats; nifti and dicom have the checks of their format
+      volumes       checks that a volume is fit for training, and repairs what can be repaired
+      body_mask     finds the body, which becomes label 1
+      case_files    writes images and labels
+      images        helpers for SimpleITK
+    merge         makes the dataset from the results of all sources:
+      channels      names the channels
+      report        import_report.csv and the printed summary
+      picture       some volumes with the outline of the body
 
-May import: the ground (errors, nnunet_folders). Knows nothing of torch, of training or of the other wings.
+May import: the ground (errors, nnunet_folders). Imports neither torch, nor training code, nor other wings.
 """

@@ -1,99 +1,108 @@
-"""Where the body is in a volume, and whether intensities are Hounsfield units. Arrays only; axes (D, H, W)."""
+"""Find the body in a volume, and recognise Hounsfield units (HU). All arrays have axes (slices, rows, columns)."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import cc3d
 import numpy as np
 
-_SAMPLE = 128  # voxels a side of the coarse copy on which the body is looked for
-_AIR_HU, _LEAST_BODY = -500, 0.01
-_LABELS = 16
+_MAX_SIDE = 128  # voxels per side of the subsampled volume in which the body is searched
+_AIR_HU = -500  # lower values are air
+_MIN_BODY_FRACTION = 0.01
+_MAX_LABEL_VALUES = 16
 
 
 def is_hu_like(volume: np.ndarray) -> bool:
-    """Whether intensities look like Hounsfield units: air or fat, much soft tissue besides, nothing extreme."""
-    sample = _thin(_sample(volume))
-    low, high = np.percentile(sample, (0.5, 99.5))
+    """True if the intensities look like HU: they include air or fat and much soft tissue, and nothing extreme."""
+    intensities = _random_intensities(_subsample(volume))
+    low, high = np.percentile(intensities, (0.5, 99.5))
     if not (-4100 <= low <= -80 and high <= 10_000):
         return False
-    tissue = sample[sample > _AIR_HU]
+    tissue = intensities[intensities > _AIR_HU]
     return bool(tissue.size and np.mean((tissue > -200) & (tissue < 300)) > 0.2)
 
 
 def segmentation_note(volume: np.ndarray) -> str:
-    """A note if intensities are few whole numbers, as labels are; else empty."""
-    values = np.unique(_thin(_sample(volume))[:2000])
-    few = len(values) <= _LABELS and np.array_equal(values, np.round(values))
-    return f"labels: {len(values)} different values, all whole; is it a segmentation?" if few else ""
+    """Return a note if the volume has only a few values, all integers, as a segmentation has; else an empty string."""
+    values = np.unique(_random_intensities(_subsample(volume))[:2000])
+    if len(values) > _MAX_LABEL_VALUES or not np.array_equal(values, np.round(values)):
+        return ""
+    return f"labels: only {len(values)} different values, all integers; is this a segmentation?"
 
 
-def body_mask(volume: np.ndarray, hu_like: bool) -> tuple[np.ndarray, str]:
-    """Find the body: above a threshold, the largest connected part, its holes filled. Returns the mask and a note.
+def find_body(volume: np.ndarray, hu_like: bool) -> tuple[np.ndarray, str]:
+    """Return a mask of the body: threshold the volume, keep the largest connected component, fill its holes.
 
-    The threshold is -500 HU, or where intensities are not in HU the 2nd percentile plus a tenth of the way to the 98th
-    (as in Smith, Fast robust automated brain extraction, Human Brain Mapping 17, 2002). Holes are filled slice by
-    slice: lungs are open to the outside through the airways, but enclosed in almost every slice. The search runs on
-    every n-th voxel, at most 128 a side, so that edges are n voxels coarse. If it finds less than 1 % of the voxels,
-    the mask is all voxels above the lowest, and the note says so.
+    The threshold is -500 HU. If the intensities are not HU, it is a tenth of the way from the 2nd to the 98th
+    percentile (Smith, Fast robust automated brain extraction, Human Brain Mapping 17, 2002). Holes are filled slice by
+    slice: the airways connect the lungs to the outside, but almost every slice encloses them. The search runs on every
+    n-th voxel, with at most 128 voxels per side, so the edge of the mask is n voxels coarse.
 
     Args:
-        volume: intensities, (D, H, W).
-        hu_like: whether they are in HU.
+        volume: intensities, (slices, rows, columns).
+        hu_like: True if the intensities are HU.
 
     Returns:
-        uint8, (D, H, W): 1 is body; and a note, empty if all went well.
+        The mask, uint8, of the volume's shape, 1 in the body; and a note, which is empty if the search succeeded. If
+        the body has less than 1 % of the voxels, the mask has all voxels above the minimum instead.
     """
-    sample = _sample(volume)
+    subsampled = _subsample(volume)
     if hu_like:
         threshold = float(_AIR_HU)
     else:
-        low, high = np.percentile(_thin(sample), (2, 98))
+        low, high = np.percentile(_random_intensities(subsampled), (2, 98))
         threshold = low + 0.1 * (high - low)
-    body = _without_holes(_largest_part(sample > threshold))
-    if body.mean() < _LEAST_BODY:
-        note = f"mask: the threshold {threshold:g} found {body.mean():.1%} of the voxels; all above the lowest instead"
+    body = _fill_holes(_largest_component(subsampled > threshold))
+    if body.mean() < _MIN_BODY_FRACTION:
+        note = f"mask: threshold {threshold:g} found {body.mean():.1%} of the voxels; took all above the minimum"
         return (volume > volume.min()).astype(np.uint8), note
+    return _upsample(body.astype(np.uint8), volume.shape), ""
+
+
+def _subsampling_steps(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(-(-length // _MAX_SIDE) for length in shape)
+
+
+def _subsample(volume: np.ndarray) -> np.ndarray:
+    return volume[tuple(slice(None, None, step) for step in _subsampling_steps(volume.shape))]
+
+
+def _upsample(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Undo :func:`_subsample` with the nearest voxel."""
     nearest = [
-        np.minimum((np.arange(n) + step // 2) // step, m - 1)
-        for n, m, step in zip(volume.shape, sample.shape, _steps(volume.shape), strict=True)
+        np.minimum((np.arange(length) + step // 2) // step, subsampled_length - 1)
+        for length, subsampled_length, step in zip(shape, mask.shape, _subsampling_steps(shape), strict=True)
     ]
-    return body.astype(np.uint8)[np.ix_(*nearest)], ""
+    return mask[np.ix_(*nearest)]
 
 
-def _steps(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(-(-n // _SAMPLE) for n in shape)
+def _random_intensities(volume: np.ndarray) -> np.ndarray:
+    """Return about 20,000 intensities, which is enough for percentiles; always the same for the same volume.
 
-
-def _sample(volume: np.ndarray) -> np.ndarray:
-    return volume[tuple(slice(None, None, step) for step in _steps(volume.shape))]
-
-
-def _thin(sample: np.ndarray) -> np.ndarray:
-    """Some 20,000 of the intensities, which is enough for percentiles; the same for the same volume.
-
-    At random: every n-th would be a few columns if n divides the length of a row.
+    They are drawn at random because every n-th voxel would lie in a few columns if n divided the row length.
     """
-    return sample.ravel()[np.random.default_rng(0).integers(sample.size, size=min(sample.size, 20_000))]
+    return volume.ravel()[np.random.default_rng(0).integers(volume.size, size=min(volume.size, 20_000))]
 
 
-def _largest_part(mask: np.ndarray) -> np.ndarray:
+def _largest_component(mask: np.ndarray) -> np.ndarray:
     labels = cc3d.connected_components(mask, connectivity=6)
     sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
+    sizes[0] = 0  # the background
     return labels == sizes.argmax() if sizes.any() else mask
 
 
-def _without_holes(mask: np.ndarray) -> np.ndarray:
-    """Fill what is enclosed within a slice: one plane of all slices, a row apart, saves a call for each of them."""
+def _fill_holes(mask: np.ndarray) -> np.ndarray:
+    """Fill the holes that are enclosed within a slice.
+
+    All slices are put into one tall 2D image with a separating row after each, because one labelling call for the
+    whole image is faster than one call for each slice.
+    """
     slices, rows, columns = mask.shape
-    plane = np.ones((slices, rows + 1, columns), dtype=bool)
-    plane[:, :rows] = mask
-    labels = cc3d.connected_components(~plane.reshape(-1, columns), connectivity=4)
-    labels = labels.reshape(plane.shape)[:, :rows]
-    outside = np.zeros(labels.max() + 1, dtype=bool)
-    for side in (labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1]):
-        outside[side] = True
-    outside[0] = False  # that is the mask itself
-    return ~outside[labels]
+    stacked = np.ones((slices, rows + 1, columns), dtype=bool)
+    stacked[:, :rows] = mask
+    background = cc3d.connected_components(~stacked.reshape(-1, columns), connectivity=4)
+    background = background.reshape(stacked.shape)[:, :rows]
+    is_outside = np.zeros(background.max() + 1, dtype=bool)
+    for edge in (background[:, 0], background[:, -1], background[:, :, 0], background[:, :, -1]):
+        is_outside[edge] = True
+    is_outside[0] = False  # label 0 is the mask itself
+    return ~is_outside[background]

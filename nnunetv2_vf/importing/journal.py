@@ -1,7 +1,7 @@
-"""What ``nnUNetv2_vf import`` has done so far: a line of JSON per source, appended when its files are in place.
+"""The journal of an import: one line of JSON per finished source, appended once its files are in place.
 
-Every part of an import (one, or several on several machines) appends to a journal of its own; all are read together,
-the newest line about a source counts. A line that was cut off by a kill is as if it had not been written.
+Each part of an import appends to its own journal. All journals are read together, and the newest line about a source
+counts. A line that a kill has cut off is ignored.
 """
 
 from __future__ import annotations
@@ -9,31 +9,34 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from nnunetv2_vf.errors import UserError
 
-DUPLICATE = "duplicate: of "
+JOURNAL_FOLDER = "import_journals"
 
 
 @dataclass(slots=True)
-class Row:
+class ReportRow:
     """A row of the report: one volume, accepted as ``case`` or rejected for a ``reason``.
 
     Attributes:
-        source: the path of the file (of the first channel), or of the folder of DICOM files.
-        item: which of the source's volumes; empty if it has but one.
+        source: path of the file (of the first channel), or of the folder of DICOM files.
+        item: which volume of the source this is; empty if the source has only one.
+        case: name of the case; empty if rejected.
         reason: ``KIND: what is wrong``; empty if accepted.
-        note: what was mended.
-        shape, spacing_mm: (slices, rows, columns), with ``x`` between.
-        hu_like: ``yes`` or ``no``, for each channel.
-        hash: of the content.
-        linked: whether the images are links.
+        note: what was repaired.
+        shape: slices, rows and columns, joined by ``x``.
+        spacing_mm: spacing in mm in the same order, joined by ``x``.
+        minimum, maximum: smallest and largest intensity.
+        hu_like: for each channel ``yes`` if its intensities look like Hounsfield units, else ``no``.
+        hash: hash of voxels and spacing.
+        linked: True if the images are links.
     """
 
     source: str
@@ -51,35 +54,36 @@ class Row:
 
     @property
     def kind(self) -> str:
-        """Of the reason: its first word."""
+        """The kind of the reason: its part before the colon."""
         return self.reason.partition(":")[0]
 
 
 @dataclass(slots=True)
-class Record:
-    """What became of a source.
+class SourceRecord:
+    """A line of the journal: the result of importing one source.
 
     Attributes:
-        stamp: the source's, when it was imported.
-        settings: a digest of the settings it was imported with.
-        keep_duplicates: whether those settings keep volumes that are there already.
-        time: in seconds since the epoch.
+        source: the source's key.
+        stamp: the source's stamp when it was imported.
+        settings: digest of the import's settings.
+        keep_duplicates: True if these settings keep volumes that the dataset already has.
+        time: seconds since the epoch.
     """
 
     source: str
     stamp: str
     settings: str
-    rows: list[Row]
+    rows: list[ReportRow]
     keep_duplicates: bool = False
     time: float = field(default_factory=time.time)
 
 
 class Journal:
-    """The journals of a dataset, and the one that this part appends to.
+    """All journals of a dataset, and the one to which this part appends.
 
     Args:
-        folder: of the journals; made if it does not exist.
-        part: this part's name.
+        folder: folder of the journals; created if it does not exist.
+        part: name of this part.
     """
 
     def __init__(self, folder: Path, part: str):
@@ -87,58 +91,64 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.part = part
         self._path = folder / f"{part}.jsonl"
-        self._merged = folder / "merged.json"
+        self._merged_path = folder / "merged.json"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold this part; the lock ends with the process, however it ends.
+    def lock_part(self) -> Iterator[None]:
+        """Lock this part. The system releases the lock when the process ends, even if it is killed.
 
         Raises:
-            UserError: another process is at it.
+            UserError: another process imports this part.
         """
         try:
-            with _lock(self.folder / f"{self.part}.lock", timeout=0):
+            with _locked(self.folder / f"{self.part}.lock", timeout=0):
                 yield
         except Timeout:
             raise UserError(f"{self.part} of this import is already running in {self.folder}") from None
 
-    def merging(self) -> AbstractContextManager[None]:
-        """Hold the dataset while it is written; others wait."""
-        return _lock(self.folder / "merge.lock", timeout=-1)
+    def lock_dataset(self) -> AbstractContextManager[None]:
+        """Lock the dataset while it is merged. Wait if another part merges it."""
+        return _locked(self.folder / "merge.lock", timeout=-1)
 
-    def read(self) -> dict[str, Record]:
-        """The newest record of every source, from all journals."""
-        records: dict[str, Record] = {}
+    def read(self) -> dict[str, SourceRecord]:
+        """Return the newest record of every source, by the source's key, from all journals."""
+        records: dict[str, SourceRecord] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
             with path.open(encoding="utf-8", errors="surrogateescape") as lines:
-                for record in filter(None, map(_parse, lines)):
+                for record in filter(None, map(_parse_line, lines)):
                     if record.source not in records or records[record.source].time <= record.time:
                         records[record.source] = record
         return records
 
-    def merged(self) -> set[str]:
-        """The sources that the dataset was last made of."""
-        return set(json.loads(self._merged.read_text())) if self._merged.is_file() else set()
-
-    def set_merged(self, sources: Collection[str]) -> None:
-        temporary = self._merged.with_suffix(f".{self.part}")
-        temporary.write_text(json.dumps(sorted(sources), indent=0))
-        temporary.replace(self._merged)
-
-    def append(self, record: Record) -> None:
+    def append(self, record: SourceRecord) -> None:
+        """Append a record to the journal of this part."""
         content = {column.name: getattr(record, column.name) for column in fields(record)}
-        content["rows"] = [_compact(row) for row in record.rows]
+        content["rows"] = [_without_defaults(row) for row in record.rows]
         line = json.dumps(content).encode()
         with self._path.open("ab+") as file:
             if file.tell() and not _ends_with_newline(file):
-                line = b"\n" + line  # the line before was cut off
+                line = b"\n" + line  # a kill has cut off the previous line
             file.write(line + b"\n")
+
+    def read_merged(self) -> set[str]:
+        """Return the keys of the sources that the dataset was last merged from."""
+        return set(json.loads(self._merged_path.read_text())) if self._merged_path.is_file() else set()
+
+    def write_merged(self, sources: Collection[str]) -> None:
+        """Store the keys of the sources that the dataset is merged from."""
+        temporary = self.temporary_path(self._merged_path.name)
+        temporary.write_text(json.dumps(sorted(sources), indent=0))
+        temporary.replace(self._merged_path)
+
+    def temporary_path(self, name: str) -> Path:
+        """Return where this part writes a file of the dataset before it is renamed to its final place."""
+        return self.folder / f"{name}.{self.part}"
 
 
 @contextmanager
-def _lock(path: Path, timeout: float) -> Iterator[None]:
+def _locked(path: Path, timeout: float) -> Iterator[None]:
     lock = FileLock(path)
-    with suppress(NotImplementedError):  # a file system without locks: whoever starts a part twice does its work twice
+    with suppress(NotImplementedError):  # the file system has no locks; starting a part twice only repeats its work
         lock.acquire(timeout)
     try:
         yield
@@ -146,50 +156,24 @@ def _lock(path: Path, timeout: float) -> Iterator[None]:
         lock.release()
 
 
-def final_rows(
-    records: Mapping[str, Record], present: Collection[str], settled: Collection[str]
-) -> dict[str, list[Row]]:
-    """The rows of every source once duplicates are rejected.
-
-    Of several volumes with the same content one stays: one whose files are there, of these a case that the dataset has
-    already, of these the first in the order of sources. So the result does not depend on who was faster.
-
-    Args:
-        present: the cases whose files are there.
-        settled: the cases of the dataset as it was last written.
-    """
-    stays: dict[str, str] = {}
-    ordered = [(source, records[source]) for source in sorted(records)]
-    accepted = [(row, record) for _, record in ordered for row in record.rows if row.case]
-    accepted.sort(key=lambda pair: (pair[0].case not in present, pair[0].case not in settled))  # stable
-    for row, _ in accepted:
-        stays.setdefault(row.hash, row.case)
-
-    def final(row: Row, record: Record) -> Row:
-        if not row.case or record.keep_duplicates or stays[row.hash] == row.case:
-            return row
-        return replace(row, case="", reason=f"{DUPLICATE}{stays[row.hash]}", linked=False)
-
-    return {source: [final(row, record) for row in record.rows] for source, record in ordered}
+_DEFAULTS = ReportRow("")
 
 
-_EMPTY = Row("")
-
-
-def _compact(row: Row) -> dict[str, object]:
-    """Without the source, which its record names, and what is not known."""
+def _without_defaults(row: ReportRow) -> dict[str, object]:
+    """Return the fields that differ from their defaults, without the source, which the record already has."""
     names = (column.name for column in fields(row) if column.name != "source")
-    return {name: getattr(row, name) for name in names if getattr(row, name) != getattr(_EMPTY, name)}
+    return {name: getattr(row, name) for name in names if getattr(row, name) != getattr(_DEFAULTS, name)}
 
 
-def _parse(line: str) -> Record | None:
+def _parse_line(line: str) -> SourceRecord | None:
+    """Return the record in a line; None if the line is cut off, of another version, or not written by an import."""
     try:
         content = json.loads(line)
-        rows = [Row(content["source"], **row) for row in content.pop("rows")]
-        if any(row.case != os.path.basename(row.case) for row in rows):  # noqa: PTH119  a case becomes a file's name
-            return None
-        return Record(**content, rows=rows)
-    except (ValueError, TypeError, KeyError):  # cut off, of another version, or not written by an import
+        rows = [ReportRow(content["source"], **row) for row in content.pop("rows")]
+        if any(row.case != os.path.basename(row.case) for row in rows):  # noqa: PTH119
+            return None  # a case becomes a file name; it must not lead out of the dataset
+        return SourceRecord(**content, rows=rows)
+    except (ValueError, TypeError, KeyError):
         return None
 
 

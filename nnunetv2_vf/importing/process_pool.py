@@ -1,4 +1,4 @@
-"""Work through many items in processes of which any may be killed. Knows nothing of what the work is."""
+"""Run a function on many items in several processes, and survive the death of any process."""
 
 from __future__ import annotations
 
@@ -17,58 +17,59 @@ Result = TypeVar("Result")
 
 
 def run_in_processes(
-    job: Callable[[Item], Result],
+    function: Callable[[Item], Result],
     items: Iterable[Item],
     processes: int,
     initializer: Callable[[], None],
 ) -> Iterator[tuple[Item, Result | None]]:
-    """Yield every item with its result, in the order they end; None for an item whose process died of it.
+    """Yield every item with its result, in the order in which they finish.
 
-    When a process dies, the items that were in work are done again, each in a process of its own, so that the one that
-    is to blame is found. The processes end with the one that calls, even if that is killed.
+    If a process dies, each item that was in progress runs again in a process of its own. An item whose process dies
+    again has the result None. The processes end with the calling process, even if that one is killed.
 
     Args:
-        job: can be pickled; what it raises is raised here.
-        initializer: run once in each process; can be pickled.
+        function: must be picklable. Its exceptions are raised here.
+        items: taken only as they are needed.
+        initializer: runs once in each process; must be picklable.
     """
     remaining = iter(items)
     while True:
-        at_work: list[Item] = []
-        pool = _pool(processes, initializer)
+        in_progress: list[Item] = []
+        pool = _create_pool(processes, initializer)
         try:
             futures: dict[Future[Result], Item] = {}
             while True:
-                for item in islice(remaining, 2 * processes - len(at_work)):
-                    at_work.append(item)
-                    futures[pool.submit(job, item)] = item
-                if not at_work:
+                for item in islice(remaining, 2 * processes - len(in_progress)):
+                    in_progress.append(item)
+                    futures[pool.submit(function, item)] = item
+                if not in_progress:
                     return
                 for future in wait(futures, return_when=FIRST_COMPLETED).done:
                     result, item = future.result(), futures.pop(future)
-                    at_work.remove(item)
+                    in_progress.remove(item)
                     yield item, result
         except BrokenProcessPool:
-            for suspect in at_work:
-                yield suspect, _alone(job, suspect, initializer)
+            for item in in_progress:
+                yield item, _run_alone(function, item, initializer)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _alone(job: Callable[[Item], Result], item: Item, initializer: Callable[[], None]) -> Result | None:
+def _run_alone(function: Callable[[Item], Result], item: Item, initializer: Callable[[], None]) -> Result | None:
     try:
-        with _pool(1, initializer) as pool:
-            return pool.submit(job, item).result()
+        with _create_pool(1, initializer) as pool:
+            return pool.submit(function, item).result()
     except BrokenProcessPool:
         return None
 
 
-def _pool(processes: int, initializer: Callable[[], None]) -> ProcessPoolExecutor:
-    # spawn: the same on all systems, and no copy of this process's threads and memory
-    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start, (initializer,))
+def _create_pool(processes: int, initializer: Callable[[], None]) -> ProcessPoolExecutor:
+    # "spawn" works on all systems, and does not copy this process's threads and memory.
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process, (initializer,))
 
 
-def _start(initializer: Callable[[], None]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that calls
+def _start_process(initializer: Callable[[], None]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the calling process handles Ctrl-C
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     initializer()
 

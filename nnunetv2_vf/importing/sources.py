@@ -1,7 +1,7 @@
-"""What lies in a folder of unlabelled data: volume files, cases of several channels, folders of DICOM files.
+"""Find the sources in folders of unlabelled data: volume files, cases of several channels, and DICOM folders.
 
-Only names, sizes and times are looked at, and the first bytes of files whose name says nothing: 110,000 files take
-seconds. What is in them is for :mod:`nnunetv2_vf.importing.volumes` to find out.
+The search looks at names, sizes and times only, and at the first bytes of files whose name does not tell their format.
+Listing 110,000 files takes seconds. :mod:`.readers` reads the content later.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from nnunetv2_vf.errors import UserError
 
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 _DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
-_NO_DICOM_ENDINGS = (".json", ".txt", ".csv", ".tsv", ".xml", ".pdf", ".png", ".jpg", ".bval", ".bvec", ".raw", ".zraw")
-_CHANNEL = re.compile(r"(.+)_(\d{4})")
-CASE_FILE = re.compile(r".+_[0-9a-f]{12}(_v\d{3,})?(_\d{4})?\.[a-z.]+")  # of a case that is named by case_name
+_OTHER_ENDINGS = (".json", ".txt", ".csv", ".tsv", ".xml", ".pdf", ".png", ".jpg", ".bval", ".bvec", ".raw", ".zraw")
+_CASE_AND_CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,74 +27,72 @@ class Source:
     """One unit of work: a file, the files of a case's channels in order, or a folder of DICOM files.
 
     Attributes:
-        paths: absolute; links are not resolved, so that a link is a source of its own.
-        stamp: of size, time and number of files; another stamp means that the source has changed.
-        problem: what its name alone shows to be wrong; empty if nothing.
+        paths: absolute paths. Links are not resolved, so a link is a source of its own.
+        stamp: sizes and times of the files. A different stamp means that the source has changed.
+        rejection: the reason why the source cannot be used, if the listing already shows one; else empty.
     """
 
     paths: tuple[str, ...]
     stamp: str
-    problem: str = ""
+    rejection: str = ""
 
     @property
     def key(self) -> str:
+        """The first path. It identifies the source in the journal and the report."""
         return self.paths[0]
 
     @property
     def stem(self) -> str:
-        """The file's name without its ending, and without the channel's number if it is a case of nnU-Net's."""
+        """The file name without its ending, and without nnU-Net's ``_0000`` for the first channel."""
         name = os.path.basename(self.key)
-        stem = name[: -len(ending(name)) or None]
-        channel = _CHANNEL.fullmatch(stem)
-        return channel[1] if channel and channel[2] == "0000" else stem
+        stem = name[: -len(volume_ending(name)) or None]
+        match = _CASE_AND_CHANNEL.fullmatch(stem)
+        return match[1] if match and match[2] == "0000" else stem
 
 
 @dataclass(frozen=True)
-class Found:
-    """The sources below some paths, sorted by path, and how many other files there were, by their kind."""
+class FoundSources:
+    """The sources below the given paths, sorted by path, and the number of ignored files of each kind."""
 
     sources: list[Source]
     ignored: Counter[str]
 
 
-def find_sources(paths: Sequence[Path], leave_out: Path) -> Found:
-    """Look through folders, recursively and through links, and take single files as they are.
+def find_sources(paths: Sequence[Path], excluded: Path) -> FoundSources:
+    """Find all sources in folders, recursively and through links. A path may also be a file.
 
     Hidden files and folders are ignored, and so are ``labelsTr`` and ``labelsTs`` beside an ``imagesTr``.
 
     Args:
-        leave_out: a folder that is not entered: the dataset that is being made.
+        excluded: a folder that is not searched: the dataset that the import writes.
 
     Raises:
-        UserError: a path does not exist, or there is no volume below any of them.
+        UserError: a path does not exist, or no path contains a volume.
     """
     found: dict[str, Source] = {}
     ignored: Counter[str] = Counter()
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist; give folders or files with volumes")
-        if path.is_file():
-            source = _source((os.path.abspath(path),))
-            found[source.key] = source
-            continue
-        for source in _in_tree(os.path.abspath(path), leave_out, ignored):
-            found[source.key] = source
+        absolute = os.path.abspath(path)
+        in_path = [_file_source((absolute,))] if path.is_file() else _search_tree(absolute, excluded, ignored)
+        found.update((source.key, source) for source in in_path)
     if not found:
         raise UserError(
-            f"no volumes in {', '.join(map(str, paths))}; looked for {', '.join(VOLUME_ENDINGS)} and DICOM files; "
+            f"no volumes in {', '.join(map(str, paths))}; searched for {', '.join(VOLUME_ENDINGS)} and DICOM files; "
             f"found {sum(ignored.values())} other files"
         )
-    return Found([found[key] for key in sorted(found)], ignored)
+    return FoundSources([found[key] for key in sorted(found)], ignored)
 
 
-def ending(name: str) -> str:
-    """The ending of a volume file, in lower case; empty for any other file."""
+def volume_ending(name: str) -> str:
+    """Return the ending of a volume file's name in lower case, or an empty string for any other file."""
     lower = name.lower()
-    return next((e for e in VOLUME_ENDINGS if lower.endswith(e)), "")
+    return next((ending for ending in VOLUME_ENDINGS if lower.endswith(ending)), "")
 
 
-def is_dicom(path: str) -> bool:
-    """Whether a file's first bytes are those of a DICOM file."""
+def has_dicom_prefix(path: str) -> bool:
+    """True if the file's first bytes are those of a DICOM file."""
     try:
         with open(path, "rb") as file:
             return file.read(132)[128:] == b"DICM"
@@ -104,106 +101,120 @@ def is_dicom(path: str) -> bool:
 
 
 def may_be_dicom(folder: str, name: str) -> bool:
-    """Whether a file that is no volume by its name is a DICOM file, by its name or else by its first bytes."""
-    lower = name.lower()
-    if lower.endswith(_DICOM_ENDINGS):
+    """True if a file without a volume ending is a DICOM file, according to its name or else to its first bytes."""
+    if name.lower().endswith(_DICOM_ENDINGS):
         return True
-    return not _is_other(name) and is_dicom(os.path.join(folder, name))
-
-
-def _is_other(name: str) -> bool:
-    """Whether a file's name says that it is neither a volume nor a slice."""
-    return name.lower() == "dicomdir" or name.lower().endswith(_NO_DICOM_ENDINGS)
+    return not _is_other_file(name) and has_dicom_prefix(os.path.join(folder, name))
 
 
 def case_name(stem: str, *identity: str) -> str:
-    """A name that is legal for nnU-Net, the same every time, and unlike that of any other source.
+    """Return a case name that nnU-Net accepts, stable between runs and unique to the source.
 
     Args:
-        stem: for the reader; what is not a letter, a digit or a hyphen becomes an underscore.
-        identity: what the source is known by; a hash of it makes the name unique.
+        stem: the readable part. Characters other than letters, digits and hyphens become underscores.
+        identity: strings that identify the source. Their hash makes the name unique.
     """
     readable = re.sub(r"[^A-Za-z0-9-]+", "_", stem).strip("_")[:40] or "volume"
-    return f"{readable}_{_digest(*identity)[:12]}"
+    return f"{readable}_{_hash(*identity)[:12]}"
 
 
-def in_part(source: Source, part_id: int, num_parts: int) -> bool:
-    """Whether a source is that part's share. The share does not change when others are added, unlike every n-th."""
-    return int(_digest(source.key), 16) % num_parts == part_id
+def is_in_part(source: Source, part_id: int, num_parts: int) -> bool:
+    """True if the source belongs to that part of the import.
+
+    The part depends on the path alone, so it stays the same when other sources are added.
+    """
+    return int(_hash(source.key), 16) % num_parts == part_id
 
 
-def _digest(*identity: str) -> str:
+def _hash(*identity: str) -> str:
     return hashlib.sha256("\0".join(identity).encode(errors="surrogateescape")).hexdigest()
 
 
-def _in_tree(root: str, leave_out: Path, ignored: Counter[str]) -> Iterator[Source]:
-    entered = {_identity(leave_out)} if leave_out.exists() else set()  # links can lead in circles
-    stack = [root]
-    while stack:
-        folder = stack.pop()
+def _is_other_file(name: str) -> bool:
+    """True if the name says that the file is neither a volume nor a DICOM slice."""
+    return name.lower() == "dicomdir" or name.lower().endswith(_OTHER_ENDINGS)
+
+
+def _search_tree(root: str, excluded: Path, ignored: Counter[str]) -> Iterator[Source]:
+    visited = {_inode(excluded)} if excluded.exists() else set()  # links can form circles
+    pending = [root]
+    while pending:
+        folder = pending.pop()
         try:
-            identity = _identity(folder)
+            inode = _inode(folder)
             with os.scandir(folder) as entries:
                 is_folder = {entry.name: entry.is_dir() for entry in entries}
         except OSError as error:
             yield Source((folder,), "", f"unreadable: {error.strerror}")
             continue
-        if identity in entered:
+        if inode in visited:
             continue
-        entered.add(identity)
-        folders = sorted(name for name in is_folder if is_folder[name] and not name.startswith("."))
+        visited.add(inode)
+        subfolders = sorted(name for name in is_folder if is_folder[name] and not name.startswith("."))
         files = sorted(name for name in is_folder if not is_folder[name])
-        if "imagesTr" in folders:
-            ignored["labelsTr/labelsTs"] += len({"labelsTr", "labelsTs"} & {*folders})
-            folders = [name for name in folders if name not in ("labelsTr", "labelsTs")]
-        stack += [os.path.join(folder, name) for name in reversed(folders)]
-        yield from _in_folder(folder, files, ignored)
+        if "imagesTr" in subfolders:
+            ignored["labelsTr/labelsTs"] += len({"labelsTr", "labelsTs"} & {*subfolders})
+            subfolders = [name for name in subfolders if name not in ("labelsTr", "labelsTs")]
+        pending += [os.path.join(folder, name) for name in reversed(subfolders)]
+        yield from _search_files(folder, files, ignored)
 
 
-def _identity(path: str | Path) -> tuple[int, int]:
-    state = os.stat(path)
-    return state.st_dev, state.st_ino
+def _inode(path: str | Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
-def _in_folder(folder: str, files: list[str], ignored: Counter[str]) -> Iterator[Source]:
-    visible = [name for name in files if not name.startswith(".")]
-    volumes = [name for name in visible if ending(name)]
-    others = [name for name in visible if not ending(name)]
-    ignored["hidden"] += len(files) - len(visible)
-    for channels, problem in _cases(volumes):
-        yield _source(tuple(os.path.join(folder, name) for name in channels), problem)
+def _search_files(folder: str, names: list[str], ignored: Counter[str]) -> Iterator[Source]:
+    visible = [name for name in names if not name.startswith(".")]
+    ignored["hidden"] += len(names) - len(visible)
+    volumes = [name for name in visible if volume_ending(name)]
+    others = [name for name in visible if not volume_ending(name)]
+    for channels, rejection in _group_channels(volumes):
+        yield _file_source(tuple(os.path.join(folder, name) for name in channels), rejection)
     if any(may_be_dicom(folder, name) for name in others):
         yield Source((folder,), f"{len(others)} files {os.stat(folder).st_mtime_ns}")
-        others = [name for name in others if _is_other(name)]
+        others = [name for name in others if _is_other_file(name)]
     ignored.update(os.path.splitext(name)[1].lower() or "no ending" for name in others)
 
 
-def _cases(names: list[str]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Group the volumes of a folder: by case if it follows nnU-Net's ``CASE_0000``, ``CASE_0001``, else one each.
+def _group_channels(names: list[str]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Group the volume files of a folder into cases. Yield the files of each case and the reason to reject it, if any.
 
-    It does so if every name has a channel's number and some case has the first two.
+    A folder follows nnU-Net's names ``CASE_0000``, ``CASE_0001`` if every name ends in a channel number and at least
+    one case has channels 0 and 1. In any other folder every file is a case.
     """
+    cases = _files_by_channel(names)
+    if not any({0, 1} <= {*channels} for channels in cases.values()):
+        yield from (((name,), "") for name in names)
+        return
+    expected = {*range(max(map(len, cases.values())))}
+    for channels in cases.values():
+        missing = sorted(expected - {*channels})
+        rejection = f"channels: no {', '.join(f'_{number:04d}' for number in missing)}" if missing else ""
+        yield tuple(channels[number] for number in sorted(channels)), rejection
+
+
+def _files_by_channel(names: list[str]) -> dict[str, dict[int, str]]:
+    """Return the file name of each channel of each case; nothing if a name does not end in a channel number."""
     cases: dict[str, dict[int, str]] = {}
     for name in names:
-        channel = _CHANNEL.fullmatch(name[: -len(ending(name))])
-        if channel is None:
-            break
-        cases.setdefault(channel[1] + ending(name), {})[int(channel[2])] = name
-    else:
-        if any({0, 1} <= {*numbers} for numbers in cases.values()):
-            expected = {*range(max(len(numbers) for numbers in cases.values()))}
-            for numbers in cases.values():
-                missing = sorted(expected - {*numbers})
-                problem = f"channels: no {', '.join(f'_{number:04d}' for number in missing)}" if missing else ""
-                yield tuple(numbers[number] for number in sorted(numbers)), problem
-            return
-    yield from (((name,), "") for name in names)
+        ending = volume_ending(name)
+        match = _CASE_AND_CHANNEL.fullmatch(name[: -len(ending)])
+        if match is None:
+            return {}
+        cases.setdefault(match[1] + ending, {})[int(match[2])] = name
+    return cases
 
 
-def _source(paths: tuple[str, ...], problem: str = "") -> Source:
-    data = [path[:-4] + ending for path in paths for ending in (".raw", ".zraw") if path.lower().endswith(".mhd")]
+def _file_source(paths: tuple[str, ...], rejection: str = "") -> Source:
+    data_files = [
+        path[:-4] + ending  # a .mhd file is only the header of one of these
+        for path in paths
+        if path.lower().endswith(".mhd")
+        for ending in (".raw", ".zraw")
+    ]
     try:
-        states = [os.stat(path) for path in (*paths, *filter(os.path.isfile, data))]
-    except OSError as error:  # a link to nowhere
+        stats = [os.stat(path) for path in (*paths, *filter(os.path.isfile, data_files))]
+    except OSError as error:  # a broken link
         return Source(paths, "", f"unreadable: {error.strerror}")
-    return Source(paths, " ".join(f"{state.st_size} {state.st_mtime_ns}" for state in states), problem)
+    return Source(paths, " ".join(f"{status.st_size} {status.st_mtime_ns}" for status in stats), rejection)

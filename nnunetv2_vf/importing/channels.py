@@ -1,0 +1,56 @@
+"""The channels of a dataset: how many there are, and their names, which determine nnU-Net's normalisation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.importing.journal import ReportRow
+from nnunetv2_vf.importing.sources import Source
+
+AUTO = "auto"  # the value of --channel that lets the volumes decide between CT and MR
+
+
+def most_common_channel_count(sources: Sequence[Source]) -> int:
+    """Return the number of channels that most sources have."""
+    return Counter(len(source.paths) for source in sources).most_common(1)[0][0]
+
+
+def check_channel_option(channel: str, num_channels: int) -> None:
+    """Raise UserError unless ``--channel`` is ``auto`` or names every channel."""
+    names = channel.split(",")
+    if not all(name.strip() for name in names):
+        raise UserError(f"--channel is {channel!r}; give names such as CT or MR, separated by commas")
+    if channel != AUTO and len(names) != num_channels:
+        raise UserError(
+            f"--channel {channel} names {len(names)} channels, the cases have {num_channels}; name each channel, "
+            "separated by commas (a case with several channels is CASE_0000, CASE_0001, ... in one folder)"
+        )
+
+
+def count_hu_like(accepted: Sequence[ReportRow], num_channels: int) -> list[Counter[str]]:
+    """Count for each channel the volumes that look like Hounsfield units (``yes``) and those that do not (``no``)."""
+    return [Counter(row.hu_like.split()[channel] for row in accepted) for channel in range(num_channels)]
+
+
+def decide_channel_names(channel: str, accepted: Sequence[ReportRow], num_channels: int) -> list[str]:
+    """Return the name of each channel: as ``--channel`` states, or under ``auto`` CT if HU-like, else MR.
+
+    Raises:
+        UserError: under ``auto``, only some of the volumes look like Hounsfield units.
+    """
+    if channel != AUTO:
+        return channel.split(",")
+    names = []
+    for number, counts in enumerate(count_hu_like(accepted, num_channels)):
+        if len(counts) > 1:
+            minority = min(counts, key=lambda hu_like: counts[hu_like])
+            example = next(row.source for row in accepted if row.hu_like.split()[number] == minority)
+            raise UserError(
+                f"channel {number} looks like HU (CT) in {counts['yes']} volumes, but not in {counts['no']} "
+                f"({example} is one of the minority): import them into two datasets, or if all are of one kind, "
+                "run the same command with --channel CT, or MR"
+            )
+        names.append("CT" if counts["yes"] else "MR")
+    return names

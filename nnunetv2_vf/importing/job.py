@@ -1,0 +1,80 @@
+"""Everything that one run of the import command works on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.importing.case_files import CaseFiles
+from nnunetv2_vf.importing.channels import AUTO, check_channel_option, most_common_channel_count
+from nnunetv2_vf.importing.description import read_description
+from nnunetv2_vf.importing.journal import JOURNAL_FOLDER, Journal
+from nnunetv2_vf.importing.settings import ImportSettings
+from nnunetv2_vf.importing.sources import Source
+from nnunetv2_vf.importing.state import ImportState
+
+
+@dataclass(frozen=True)
+class ImportJob:
+    """One run of the import command on one dataset.
+
+    Attributes:
+        folder: folder of the dataset.
+        sources: all sources that the command was given, of this part and of all others.
+        settings: settings of the import.
+        channel: the value of ``--channel``. An existing dataset replaces ``auto`` by the value of its last import.
+        journal: journal of this part.
+        case_files: files of the cases.
+    """
+
+    folder: Path
+    sources: Sequence[Source]
+    settings: ImportSettings
+    channel: str
+    journal: Journal
+    case_files: CaseFiles
+
+    def read_state(self) -> ImportState:
+        """Read the current state of the import.
+
+        Only the sources of this command and those that the dataset was merged from count. Other records in the journals
+        belong to commands that were refused or have not finished; their sources count once they are given again.
+        """
+        counted = self.journal.read_merged().union(source.key for source in self.sources)
+        records = {source: record for source, record in self.journal.read().items() if source in counted}
+        description = read_description(self.folder)
+        return ImportState(records, self.case_files.complete_cases(), description.cases if description else ())
+
+    def find_unfinished(self, sources: Sequence[Source], retried_kinds: Collection[str] = ()) -> list[Source]:
+        """Return the sources that must be imported; see :meth:`.ImportState.unfinished`."""
+        return self.read_state().unfinished(sources, self.settings.digest, retried_kinds)
+
+
+def prepare_job(
+    folder: Path, sources: Sequence[Source], settings: ImportSettings, channel: str, part: str
+) -> ImportJob:
+    """Check the settings against the sources and the existing dataset, and create the dataset's folders.
+
+    Args:
+        part: name of this part.
+
+    Raises:
+        UserError: the settings do not fit the sources or the existing dataset.
+    """
+    existing = read_description(folder)
+    if existing and existing.file_ending != settings.file_ending:
+        raise UserError(
+            f"--file-ending is {settings.file_ending}, but {folder.name} has {existing.file_ending} files; "
+            f"use --file-ending {existing.file_ending}"
+        )
+    if existing and channel == AUTO:
+        channel = existing.channel
+    num_channels = existing.num_channels if existing else most_common_channel_count(sources)
+    check_channel_option(channel, num_channels)
+    journal = Journal(folder / JOURNAL_FOLDER, part)
+    case_files = CaseFiles(folder, journal.folder / f"{part}.scratch", settings.file_ending, num_channels)
+    case_files.images_folder.mkdir(exist_ok=True)
+    case_files.labels_folder.mkdir(exist_ok=True)
+    return ImportJob(folder, sources, settings, channel, journal, case_files)

@@ -1,0 +1,122 @@
+"""Merge the records of all parts: write the report, ``dataset.json`` and the picture, and print the summary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from nnunetv2.paths import nnUNet_preprocessed
+
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.importing.channels import decide_channel_names
+from nnunetv2_vf.importing.description import DESCRIPTION, make_description
+from nnunetv2_vf.importing.images import error_line
+from nnunetv2_vf.importing.job import ImportJob
+from nnunetv2_vf.importing.journal import ReportRow
+from nnunetv2_vf.importing.picture import draw_bodies
+from nnunetv2_vf.importing.report import REFUSED_REPORT, REPORT, count_rejections, summarize, write_report
+from nnunetv2_vf.importing.state import ImportState
+
+PICTURE = "import_preview.png"
+_MAX_DRAWN_CASES = 6
+
+
+def merge_if_finished(job: ImportJob) -> int:
+    """Merge if all sources of all parts are finished. Return the number of unfinished sources.
+
+    Raises:
+        UserError: no volume was accepted, or the channel names cannot be decided.
+    """
+    state = job.read_state()
+    num_unfinished = len(state.unfinished(job.sources, job.settings.digest))
+    if not num_unfinished:
+        _merge(job, state)
+    return num_unfinished
+
+
+def _merge(job: ImportJob, state: ImportState) -> None:
+    """Make the dataset from the accepted volumes. If that is refused, an existing dataset stays as it is."""
+    rows = _report_rows(state)
+    accepted = [row for row in rows if row.case]
+    cases = [row.case for row in accepted]
+    try:
+        channel_names = _decide_channel_names(job, rows, accepted)
+    except UserError as error:
+        name = REFUSED_REPORT if state.dataset_cases else REPORT
+        _write_report(job, rows, name)
+        raise UserError(f"{error}; the reason for each volume is in {job.folder / name}") from None
+    _write_report(job, rows, REPORT)
+    (job.folder / REFUSED_REPORT).unlink(missing_ok=True)
+    job.journal.write_merged(state.records.keys())
+    _write_description(job, make_description(cases, channel_names, job.case_files, job.settings, job.channel))
+    job.case_files.remove_other_cases(cases)
+    _draw_picture(job, cases)
+    print("\n".join([*summarize(job.folder.name, rows, channel_names, job.channel), *_next_steps(job.folder)]))
+
+
+def _report_rows(state: ImportState) -> list[ReportRow]:
+    """Return the rows of all sources; those whose files have been removed and were not given again are rejected."""
+    missing = "missing: its files are no longer in the dataset; import its path again"
+    return [
+        replace(row, case="", reason=missing) if row.case and row.case not in state.complete_cases else row
+        for rows in state.rows.values()
+        for row in rows
+    ]
+
+
+def _decide_channel_names(job: ImportJob, rows: Sequence[ReportRow], accepted: Sequence[ReportRow]) -> list[str]:
+    if not accepted:
+        raise UserError(f"none of {len(rows)} volumes can be used: {count_rejections(rows)}")
+    return decide_channel_names(job.channel, accepted, job.case_files.num_channels)
+
+
+def _write_report(job: ImportJob, rows: Sequence[ReportRow], name: str) -> None:
+    temporary = job.journal.temporary_path(name)
+    write_report(rows, temporary)
+    temporary.replace(job.folder / name)
+
+
+def _write_description(job: ImportJob, text: str) -> None:
+    path = job.folder / DESCRIPTION
+    if path.is_file() and path.read_text() == text:
+        return  # the file's time tells whether nnU-Net's fingerprint is older than the dataset
+    temporary = job.journal.temporary_path(DESCRIPTION)
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _draw_picture(job: ImportJob, cases: Sequence[str]) -> None:
+    chosen = sorted({*np.linspace(0, len(cases) - 1, _MAX_DRAWN_CASES).round().astype(int)})
+    files = job.case_files
+    drawn = [
+        (case, files.images_folder / files.image_names(case)[0], files.labels_folder / files.label_name(case))
+        for case in (cases[number] for number in chosen)
+    ]
+    temporary = job.journal.temporary_path(PICTURE)
+    try:
+        draw_bodies(drawn, temporary)
+    except RuntimeError as error:
+        print(f"no picture: {error_line(error)}")
+        return
+    temporary.replace(job.folder / PICTURE)
+
+
+def _next_steps(folder: Path) -> list[str]:
+    """Return the lines that name the files to look at and the commands to run next."""
+    lines = [
+        f"  the result for every volume: {folder / REPORT}",
+        f"  some of the volumes, with the body outlined: {folder / PICTURE}",
+    ]
+    clean = ""
+    fingerprint = Path(nnUNet_preprocessed or "") / folder.name / "dataset_fingerprint.json"
+    if fingerprint.is_file() and fingerprint.stat().st_mtime < (folder / DESCRIPTION).stat().st_mtime:
+        clean = " --clean"
+        lines.append("  nnUNet_preprocessed holds an older version of this dataset; --clean replaces it")
+    dataset_id = int(folder.name.removeprefix("Dataset")[:3])
+    lines += [
+        f"next: nnUNetv2_plan_and_preprocess -d {dataset_id} -c 3d_fullres{clean}",
+        f"  or, for PCT-Net: nnUNetv2_extract_fingerprint -d {dataset_id}{clean}; nnUNetv2_vf plan -d {dataset_id}",
+    ]
+    return lines
