@@ -1,3 +1,5 @@
+"""The report of a pretraining: confusion matrix, Dice, warnings, and the written files."""
+
 from __future__ import annotations
 
 import json
@@ -9,36 +11,40 @@ from nnunetv2_vf.pretext.report import count_confusion, dice_per_class, pretext_
 from nnunetv2_vf.settings import VFSettings
 
 
-def test_voxels_are_counted_by_true_and_answered_class():
+def test_voxels_are_counted_by_true_and_predicted_class():
     generator = torch.Generator().manual_seed(0)
-    answer, truth = (torch.randint(0, 5, (3, 6, 7, 8), generator=generator) for _ in range(2))
-    counted = count_confusion(answer, truth.to(torch.uint8), 5)
+    prediction, target = (torch.randint(0, 5, (3, 6, 7, 8), generator=generator) for _ in range(2))
+    counted = count_confusion(prediction, target.to(torch.uint8), 5)
     expected = np.zeros((5, 5), int)
-    np.add.at(expected, (truth.numpy().ravel(), answer.numpy().ravel()), 1)
+    np.add.at(expected, (target.numpy().ravel(), prediction.numpy().ravel()), 1)
     assert np.array_equal(counted.numpy(), expected)
 
 
-def test_dice_of_a_class_that_is_nowhere_is_nan():
+def test_the_dice_of_a_class_that_does_not_occur_is_nan():
     confusion = np.array([[8, 2, 0], [0, 5, 0], [0, 0, 0]])
     np.testing.assert_allclose(dice_per_class(confusion), [16 / 18, 10 / 12, np.nan])
 
 
-def test_a_collapsed_and_a_solved_pretext_are_warned_of():
-    learning = np.full((5, 5), 10) + 50 * np.eye(5, dtype=int)
-    assert pretext_warning(learning) is None
+def test_no_warning_while_the_network_is_learning():
+    assert pretext_warning(np.full((5, 5), 10) + 50 * np.eye(5, dtype=int)) is None
+
+
+def test_a_collapsed_pretext_task_gives_a_warning():
     collapsed = np.zeros((5, 5), int)
     collapsed[:, 3] = 100
-    assert "collapsed: 100.0% of the voxels are answered with class 3" in pretext_warning(collapsed)
-    solved = np.ones((5, 5), int) + 1000 * np.eye(5, dtype=int)
-    assert "solved: every class has a Dice of at least 0.996" in pretext_warning(solved)
-    solved_but_one = solved.copy()
-    solved_but_one[2, 1] = 500
-    assert pretext_warning(solved_but_one) is None
+    assert "collapsed: 100.0% of the voxels are predicted as class 3" in pretext_warning(collapsed)
 
 
-def test_the_report(tmp_path):
+def test_a_solved_pretext_task_gives_a_warning_only_if_every_class_is_solved():
+    confusion = np.ones((5, 5), int) + 1000 * np.eye(5, dtype=int)
+    assert "solved: every class has a Dice of at least 0.996" in pretext_warning(confusion)
+    confusion[2, 1] = 500
+    assert pretext_warning(confusion) is None
+
+
+def test_the_report_is_written_as_json_and_as_a_picture(tmp_path):
     confusion = np.ones((5, 5), int) + 9 * np.eye(5, dtype=int)
-    written = write_report(confusion, 4, VFSettings().as_dict(), tmp_path)
-    assert json.loads((tmp_path / "pretext_report.json").read_text()) == json.loads(json.dumps(written))
-    assert written["mean_dice"] == np.mean(list(written["dice_per_class"].values()))
+    report = write_report(confusion, 4, VFSettings().as_dict(), tmp_path)
+    assert json.loads((tmp_path / "pretext_report.json").read_text()) == json.loads(json.dumps(report))
+    assert report["mean_dice"] == np.mean(list(report["dice_per_class"].values()))
     assert (tmp_path / "pretext_report.png").stat().st_size > 1000
