@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+from unlabelled_data import (
+    SPACING,
+    VOLUME_FORMATS,
+    change_text_header,
+    check_only_volume,
+    ct,
+    read_all,
+    truncate,
+    write_4d,
+    write_volume,
+)
+
+from nnunetv2_vf.importing.settings import Selection
+from nnunetv2_vf.importing.volumes import check_volume
+
+
+@pytest.mark.parametrize("ending", VOLUME_FORMATS)
+def test_every_format_gives_the_same_volume(tmp_path, ending):
+    (volume,) = read_all(write_volume(tmp_path / f"a.{ending}", ct(0)))
+    facts = check_volume(volume, Selection())
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(volume.images[0]), ct(0))
+    assert volume.images[0].GetSpacing() == pytest.approx(SPACING[::-1])
+    assert (facts.minimum, facts.maximum) == (ct(0).min(), ct(0).max())
+    assert facts.hu_like == (True,)
+
+
+@pytest.mark.parametrize("ending", ["nii.gz", "nrrd", "mha"])
+def test_a_4d_file_is_split_or_rejected(tmp_path, ending):
+    arrays = [ct(1), ct(2), ct(3)]
+    path = write_4d(tmp_path / f"a.{ending}", arrays)
+    split = read_all(path)
+    assert [volume.item for volume in split] == [f"volume {n} of 3" for n in (1, 2, 3)]
+    assert [volume.case[-5:] for volume in split] == ["_v000", "_v001", "_v002"]
+    for volume, array in zip(split, arrays, strict=True):
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(volume.images[0]), array)
+        assert volume.images[0].GetSpacing() == pytest.approx(SPACING[::-1])
+        check_volume(volume, Selection())
+    assert check_only_volume(path, split_4d=False) == "4D: 3 volumes in one file"
+    assert check_only_volume(write_4d(tmp_path / f"one.{ending}", [ct(1)]), split_4d=False) == "fine"
+
+
+@pytest.mark.parametrize("ending", VOLUME_FORMATS)
+def test_a_truncated_file_is_rejected_as_unreadable(tmp_path, ending):
+    path = write_volume(tmp_path / f"a.{ending}", ct(0))
+    truncate(path.with_suffix(".raw") if ending == "mhd" else path)
+    assert check_only_volume(path).startswith("unreadable")
+
+
+@pytest.mark.parametrize("ending", VOLUME_FORMATS)
+def test_an_empty_file_is_rejected_as_unreadable(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    path.touch()
+    assert check_only_volume(path).startswith("unreadable")
+
+
+@pytest.mark.parametrize(
+    ("ending", "pattern", "replacement"),
+    [
+        ("nrrd", rb"space directions:[^\n]*\n", b""),
+        ("nrrd", rb"space directions:[^\n]*\n", b"spacings: nan nan nan\n"),
+        ("nrrd", rb"\(0,0,2\)", b"(0,0,0)"),
+        ("mha", rb"ElementSpacing[^\n]*\n", b""),
+        ("mha", rb"ElementSpacing = 1", b"ElementSpacing = 0"),
+        ("mha", rb"ElementSpacing = 1", b"ElementSpacing = -1"),
+        ("mhd", rb"ElementSpacing[^\n]*\n", b""),
+        ("nrrd", rb"space directions:[^\n]*\n", b"space directions: none none none\n"),
+    ],
+)
+def test_a_text_header_without_positive_spacings_is_rejected(tmp_path, ending, pattern, replacement):
+    path = write_volume(tmp_path / f"a.{ending}", ct(0))
+    change_text_header(path, pattern, replacement)
+    assert check_only_volume(path).startswith("spacing: ")

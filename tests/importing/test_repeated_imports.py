@@ -1,0 +1,142 @@
+"""A second import into the same dataset: more sources, changed sources, other settings, missing files."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from unlabelled_data import (
+    DATASET,
+    assert_consistent,
+    ct,
+    image_times,
+    import_error,
+    mr,
+    read_description,
+    read_outcomes,
+    read_report,
+    read_user_files,
+    run_import,
+    write_rejected_volumes,
+    write_volume,
+)
+
+
+def test_a_second_run_changes_nothing(dataset, data):
+    write_rejected_volumes(data)
+    run_import(data)
+    files, times = read_user_files(dataset), image_times(dataset)
+    run_import(data)
+    assert read_user_files(dataset) == files
+    assert image_times(dataset) == times
+
+
+def test_more_sources_are_added_and_existing_cases_stay(dataset, data):
+    for number in range(3):
+        write_volume(data / "first" / f"{number}.nii.gz", ct(number))
+    run_import(data / "first")
+    before = read_user_files(dataset)
+    write_volume(data / "second" / "3.nii.gz", ct(3))
+    write_volume(data / "a_before" / "same.nii.gz", ct(0))  # is first by path, but the dataset already has its content
+    run_import(data)
+    assert_consistent(dataset)
+    after = read_user_files(dataset)
+    assert all(after[name] == before[name] for name in before if name.startswith(("images", "labels")))
+    assert len(read_description(dataset)["dataset"]) == 4
+    assert read_outcomes(dataset)["same.nii.gz"] == "duplicate"
+
+
+def test_a_changed_source_is_imported_again_and_the_case_of_a_removed_source_stays(dataset, data):
+    changed, removed = write_volume(data / "1.nii.gz", ct(1)), write_volume(data / "2.nii.gz", ct(2))
+    run_import(data)
+    write_volume(changed, ct(3, (22, 24, 28)))
+    removed.unlink()
+    run_import(data)
+    assert_consistent(dataset)
+    shapes = {Path(row["source"]).name: row["shape"] for row in read_report(dataset)}
+    assert shapes == {"1.nii.gz": "22x24x28", "2.nii.gz": "20x24x28"}
+    write_volume(changed, ct(3, (5, 24, 28)))
+    run_import(data)
+    assert_consistent(dataset)
+    assert read_outcomes(dataset) == {"1.nii.gz": "size", "2.nii.gz": "accepted"}
+
+
+def test_a_duplicate_of_a_source_that_has_changed_is_imported(dataset, data):
+    changed = write_volume(data / "a.nii.gz", ct(1))
+    write_volume(data / "b.nii.gz", ct(1))
+    run_import(data)
+    assert read_outcomes(dataset) == {"a.nii.gz": "accepted", "b.nii.gz": "duplicate"}
+    write_volume(changed, ct(2, (22, 24, 28)))
+    run_import(data)
+    assert_consistent(dataset)
+    assert read_outcomes(dataset) == {"a.nii.gz": "accepted", "b.nii.gz": "accepted"}
+
+
+def test_a_refused_import_fixes_neither_the_file_ending_nor_the_number_of_channels(dataset, data):
+    for channel, make in enumerate((ct, mr)):
+        write_volume(data / "two" / f"a_000{channel}.nii.gz", make(0))
+        write_volume(data / "two" / f"b_000{channel}.nii.gz", mr(1) if channel else mr(2))
+    import_error(data / "two")
+    write_volume(data / "one" / "c.nii.gz", ct(3))
+    run_import(data / "one", "--file-ending", ".nrrd")
+    assert_consistent(dataset)
+    assert read_outcomes(dataset) == {"c.nii.gz": "accepted"}
+
+
+def test_an_import_without_usable_volumes_leaves_the_dataset_unchanged(dataset, data):
+    write_volume(data / "1.nii.gz", ct(1))
+    run_import(data)
+    before = read_user_files(dataset)
+    assert "none of 1 volumes can be used: 1 size" in import_error(data, "--min-size", 40)
+    assert before.items() <= read_user_files(dataset).items()
+
+
+def test_removed_files_of_the_dataset_are_imported_again(dataset, data):
+    write_volume(data / "1.nii.gz", ct(1))
+    write_volume(data / "2.nii.gz", ct(2))
+    run_import(data)
+    before = read_user_files(dataset)
+    next((dataset / "imagesTr").iterdir()).unlink()
+    run_import(data)
+    assert read_user_files(dataset) == before
+
+
+def test_an_unreadable_source_is_tried_again(dataset, data):
+    write_volume(data / "1.nii.gz", ct(1))
+    path = write_volume(data / "2.nii.gz", ct(2))
+    content, status = path.read_bytes(), path.stat()
+    path.write_bytes(content[:-20] + bytes(20))  # size and time stay the same, as on a failing disk
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    run_import(data)
+    assert read_outcomes(dataset)["2.nii.gz"] == "unreadable"
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    run_import(data)
+    assert read_outcomes(dataset)["2.nii.gz"] == "accepted"
+
+
+def test_sources_are_imported_again_with_other_settings(dataset, data):
+    write_volume(data / "1.nii.gz", ct(1))
+    write_volume(data / "2.nii.gz", ct(2, (12, 24, 28)))
+    run_import(data)
+    assert read_outcomes(dataset)["2.nii.gz"] == "size"
+    run_import(data, "--min-size", 8)
+    assert read_outcomes(dataset)["2.nii.gz"] == "accepted"
+    run_import(data)
+    assert_consistent(dataset)
+    assert read_outcomes(dataset)["2.nii.gz"] == "size"
+
+
+def test_the_next_command_has_clean_only_if_the_dataset_changed_after_its_fingerprint(dataset, data, capsys):
+    write_volume(data / "1.nii.gz", ct(1))
+    run_import(data)
+    fingerprint = dataset.parent.parent / "nnUNet_preprocessed" / DATASET / "dataset_fingerprint.json"
+    fingerprint.parent.mkdir()
+    fingerprint.touch()
+    run_import(data)
+    assert "--clean" not in capsys.readouterr().out
+    time.sleep(0.01)  # the fingerprint becomes older than the dataset
+    write_volume(data / "2.nii.gz", ct(2))
+    run_import(data)
+    assert "nnUNetv2_plan_and_preprocess -d 100 -c 3d_fullres --clean" in capsys.readouterr().out
