@@ -27,10 +27,12 @@ from nnunetv2_vf.pretext.pictures import class_colours, draw_examples, make_exam
 from nnunetv2_vf.pretext.report import count_confusion, pretext_warning, write_report
 from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.training.checkpoints import require_same_plans
-from nnunetv2_vf.training.monitoring import DataWaitTimer, EpochMeter, NotFiniteError, Quarantine, StepMonitor
+from nnunetv2_vf.training.monitoring import DataWaitTimer, EpochMeter
+from nnunetv2_vf.training.non_finite_steps import NotFiniteError, StepMonitor
 from nnunetv2_vf.training.optimizer import make_optimizer
 from nnunetv2_vf.training.preflight import check_pretraining, patch_warning
 from nnunetv2_vf.training.progress_plot import PretrainLogger
+from nnunetv2_vf.training.quarantine import Quarantine
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
 from nnunetv2_vf.training.step import Precision, take_step
 from nnunetv2_vf.transfer import artifact

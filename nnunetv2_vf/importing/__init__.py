@@ -11,7 +11,9 @@ Start reading in :mod:`.pipeline`. In the order in which an import uses them::
       description   dataset.json
     process_pool  runs the worker in several processes
     worker        imports one source:
-      readers       reads the images of all formats; nifti and dicom have the checks of their format
+      readers       chooses the reader for the format of a file; reads NRRD and MetaImage
+        nifti         reads and checks NIfTI files
+        dicom         reads and checks DICOM series
       volumes       checks that a volume is fit for training, and repairs what can be repaired
       body_mask     finds the body, which becomes label 1
       case_files    writes images and labels

@@ -1,7 +1,7 @@
-"""Read all volumes of a source, in any supported format.
+"""Read all volumes of a source: NRRD and MetaImage here, NIfTI in :mod:`.nifti`, DICOM in :mod:`.dicom`.
 
-SimpleITK reads the images. The checks here and in :mod:`.nifti` and :mod:`.dicom` find what SimpleITK does not report:
-for example, it takes a missing spacing for 1 mm.
+SimpleITK reads the images. The checks find what SimpleITK does not report: for example, it takes a missing spacing for
+1 mm.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_vf.durable_files import link_or_copy, is_undamaged
+from nnunetv2_vf.durable_files import is_undamaged, link_or_copy
 from nnunetv2_vf.errors import UserError
 
 # nnU-Net's names, and PREVIOUS: the content of LATEST before it was last replaced.

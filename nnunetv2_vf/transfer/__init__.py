@@ -31,7 +31,7 @@ Weights and the plans of a target dataset::
     convert              recognises the project
     convert_misfm        renames the weights of MIS-FM's PCT-Net
     misfm_position_bias  undoes a mistake in the position bias of MIS-FM's PCT-Net
-    convert_nnssl        reads networks of DKFZ's nnssl
+    convert_nnssl        translates the names of DKFZ's nnssl: its networks; the weights have the same names
 
 May import: the networks and the ground. Knows nothing of the trainers or of the other wings.
 """

@@ -11,7 +11,9 @@ from torch import nn
 from trainings import make_trainer
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.training.monitoring import DataWaitTimer, NotFiniteError, Quarantine, StepMonitor
+from nnunetv2_vf.training.monitoring import DataWaitTimer
+from nnunetv2_vf.training.non_finite_steps import NotFiniteError, StepMonitor
+from nnunetv2_vf.training.quarantine import Quarantine
 
 TAKEN, SKIPPED = torch.tensor(True), torch.tensor(False)
 
