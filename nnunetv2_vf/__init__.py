@@ -7,7 +7,8 @@ Four wings, one per step of the method. Each wing's docstring lists its modules:
     training     what both trainers share: ranks, checkpoints, resuming, monitoring, schedules
     transfer     vf_pretrained.pth: write, read safely, compare with a target's plans, adapt, convert
 
-nnU-Net finds and runs two kinds of classes. In the repository they lie beside this package::
+nnU-Net finds and runs two kinds of classes. In the repository their folders lie beside this package; the installed
+package contains them::
 
     trainers     VFPretrainTrainer pretrains, VFFinetuneTrainer fine-tunes
     planners     PCTNetPlanner plans PCT-Net, LikePlanner plans the network of pretrained weights
@@ -36,7 +37,7 @@ The ground, which everything may use::
 
 Who may import whom (checked by ``lint-imports``):
 
-- entrances -> trainers and planners -> wings -> networks -> ground. Imports go only in this direction.
+- entrances -> planners and trainers -> wings -> networks -> ground. Imports go only in this direction.
 - The four wings are independent of one another. ``importing`` does not use torch.
 - ``pretext`` and the networks know nothing of nnU-Net. Nothing imports a trainer: nnU-Net finds them by itself.
 

@@ -6,7 +6,7 @@ Start reading in :mod:`.topology_planner`::
     like_planner      plans the network of pretrained weights (--like)
     topology_planner  the base of both: nnU-Net's planner with a given network
     memory_fitting    chooses the patch and batch size that fit into the GPU memory
-    step_memory       counts the memory of one training step
+    step_memory       estimates the GPU memory of one training step
 
 May import: transfer, the networks and the ground.
 """

@@ -79,7 +79,6 @@ class VFPretrainTrainer(ResumableTrainer):
         self.grad_scaler = self.precision.scaler()
         self.logger.local_logger = PretrainLogger(class_colours(settings.coefficient_steps))
         self.quarantine = Quarantine(settings.quarantine_limit, Path(self.output_folder) / "quarantine.json")
-        self._reported_cases: set[str] = set()
         self._step_finished = torch.cuda.Event() if self.device.type == "cuda" else None
 
     # ------------------------------------------------------------------ the pretext task
@@ -116,9 +115,8 @@ class VFPretrainTrainer(ResumableTrainer):
         """
         self._log_rejected(batch["rejected"])
         if "tensors" not in batch:
-            raise UserError(
-                f"found no usable sub-volume; check the images of {', '.join(sorted(self._reported_cases))}"
-            )
+            cases = ", ".join(sorted(self.quarantine.reported))
+            raise UserError(f"found no usable sub-volume; check the images of {cases}")
         fused = fuse_batch(batch["tensors"], self.settings.coefficient_steps, self.device)
         return fused.fused, self._targets(fused.fusion_map)
 
@@ -289,12 +287,10 @@ class VFPretrainTrainer(ResumableTrainer):
         Raises:
             UserError: too many cases are in quarantine.
         """
-        for line in self.quarantine.add({case.case: case.reason for case in rejected if case.unusable}):
-            self.print_to_log_file(line)
         for case in rejected:
-            if case.case not in self._reported_cases and not case.unusable:
-                self.print_to_log_file(f"WARNING: case {case.case} {case.reason}; such sub-volumes are skipped")
-            self._reported_cases.add(case.case)
+            line = self.quarantine.add(*case)
+            if line:
+                self.print_to_log_file(line)
         if rejected:
             self.quarantine.require_below_limit(len({*self._cases[0].identifiers, *self._cases[1].identifiers}))
 

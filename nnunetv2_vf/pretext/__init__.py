@@ -7,8 +7,8 @@ Start with :mod:`.fusion`. The data passes through the modules in this order::
         subvolumes    draw sub-volumes: crop, flip, resize to the patch
         fusion        draw the fusion map
         augmentation  draw the parameters of contrast, gamma and inversion
-        dataset       put a sample together from these: sample i is the same in every run
-        loader        put the samples of a rank together to batches
+        dataset       build a sample from these: sample i is the same in every run
+        loader        collect the samples of a rank into batches
 
     on the training device
         augmentation  change the intensities of a batch

@@ -2,9 +2,9 @@
 
 The modules::
 
-    pretraining    VFSettings: every setting of VFPretrainTrainer with its default
-    finetuning     FinetuneSettings: every setting of VFFinetuneTrainer with its default; recipes per network
-    shared         the settings that both trainings have; combining sources, comparing with a checkpoint
+    pretraining    VFSettings: every setting of VFPretrainTrainer with its default, such as the learning rate
+    finetuning     FinetuneSettings: the same for VFFinetuneTrainer; recipes of some networks
+    shared         what both have in common; combines sources, compares with a checkpoint
     sources        reads settings from a plans file and from environment variables
     legal_values   declares one setting; parses and validates its value
 
@@ -12,7 +12,7 @@ A value comes from the first of these sources that has one:
 
 1. the environment: ``nnUNet_vf_<setting>``, for fine-tuning ``nnUNet_vf_finetune_<setting>``;
 2. the plans file: section ``volume_fusion``, for fine-tuning ``volume_fusion_finetune``;
-3. the defaults of a chosen optimiser or schedule (:data:`.shared.OPTIMIZER_DEFAULTS`);
+3. the defaults that belong to a chosen optimiser (:data:`.shared.OPTIMIZER_DEFAULTS`) or to the schedule sawtooth;
 4. for fine-tuning, the recipe of the network (:data:`.finetuning.FINETUNE_RECIPES`);
 5. the default in the dataclass.
 

@@ -6,14 +6,14 @@ Start reading in :mod:`.resumable_trainer`, the base class of both trainers::
     resumable_trainer    builds on it: signals, checkpoints that continue at the exact step, full disks
       random_state       saves and restores the random generators of a process
       checkpoints        finds the newest checkpoint that is not damaged
-      signals            SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and exit
+      signals            handles SIGTERM, SIGUSR1 and Ctrl-C: notes which one came
       ranks              the processes of a distributed training
       progress_plot      draws progress.png
 
     optimizer            makes the optimiser that the settings name
     preflight            checks everything that a training needs before it writes its first file
 
-Only pretraining (the whole step is ``train_step`` in ``trainers/vf_pretrain_trainer.py``)::
+Only pretraining. The method ``train_step`` of ``trainers/vf_pretrain_trainer.py`` uses these::
 
     step                 the optimiser step: precision, loss scaling, backward pass, gradient clipping
     non_finite_steps     counts steps with a non-finite gradient; stops after too many in a row

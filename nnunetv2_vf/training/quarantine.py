@@ -1,32 +1,45 @@
-"""Quarantine of bad cases: report each once, and stop the training if there are too many."""
+"""Quarantine of bad cases: report each one once; stop the training if there are too many."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 from nnunetv2_vf.errors import UserError
 
 
 class Quarantine:
-    """Cases that cannot be used, each with the reason. Training draws other cases instead.
+    """Cases that can never be used, each with the reason. Training draws other cases instead.
 
     Args:
         limit: the largest share of a dataset's cases that may be in quarantine.
         file: gets the list of cases if they exceed the limit.
+
+    Attributes:
+        cases: case -> reason.
+        reported: all cases that gave no sub-volume, also those that may give one at the next draw.
     """
 
     def __init__(self, limit: float, file: Path):
         self.cases: dict[str, str] = {}
+        self.reported: set[str] = set()
         self.limit = limit
         self.file = file
 
-    def add(self, reasons: Mapping[str, str]) -> list[str]:
-        """Add cases, given as case -> reason. Return a line for the log for each new case."""
-        new = {case: reason for case, reason in reasons.items() if case not in self.cases}
-        self.cases.update(new)
-        return [f"WARNING: case {case} {reason}; quarantined, other cases are used" for case, reason in new.items()]
+    def add(self, case: str, reason: str, unusable: bool = True) -> str | None:
+        """Take note of a case that gave no sub-volume; put it into quarantine if it is unusable.
+
+        Returns:
+            a line for the log, or None if the case was reported before.
+        """
+        is_known = case in (self.cases if unusable else self.reported)
+        self.reported.add(case)
+        if unusable:
+            self.cases.setdefault(case, reason)
+        if is_known:
+            return None
+        consequence = "quarantined, other cases are used" if unusable else "such sub-volumes are skipped"
+        return f"WARNING: case {case} {reason}; {consequence}"
 
     def require_below_limit(self, num_cases: int) -> None:
         """Raise UserError, and write the list, if too many of a dataset's cases are in quarantine."""

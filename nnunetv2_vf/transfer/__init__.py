@@ -4,7 +4,7 @@ Start reading in :mod:`.artifact`, the format of ``vf_pretrained.pth``.
 
 Files of weights::
 
-    artifact             writes and reads vf_pretrained.pth; reads nnU-Net's checkpoints in the same form
+    artifact             writes and reads vf_pretrained.pth; reads nnU-Net's checkpoints like artifacts
     metadata             the entry "vf" of an artifact: network, plans, data and settings of pretraining
     nnssl_plan           the entry "nnssl_adaptation_plan", for nnU-Net's nnssl commands
     safe_loading         reads files without running code that they may hold
@@ -24,14 +24,14 @@ Weights and the plans of a target dataset::
 
     adapt                reads a file, transfers its weights, writes the result
     weight_transfer      copies weights into a network and reports on each tensor
-    tensor_rules         fits one tensor to another shape: channels, kernels, attention windows
+    tensor_rules         fits one tensor to another shape: input channels, kernels, attention windows
 
 ``nnUNetv2_vf convert`` makes artifacts from checkpoints of other projects::
 
     convert              recognises the project
     convert_misfm        renames the weights of MIS-FM's PCT-Net
     misfm_position_bias  undoes a mistake in the position bias of MIS-FM's PCT-Net
-    convert_nnssl        translates the names of DKFZ's nnssl: its networks; the weights have the same names
+    convert_nnssl        translates the names of networks in DKFZ's nnssl to those in nnU-Net's plans
 
 May import: the networks and the ground. Knows nothing of the trainers or of the other wings.
 """

@@ -81,16 +81,23 @@ def test_non_finite_running_statistics_are_restored():
 
 def test_a_quarantined_case_is_reported_once_and_too_many_are_an_error(tmp_path):
     quarantine = Quarantine(limit=0.05, file=tmp_path / "quarantine.json")
-    assert quarantine.add({"a": "cannot be read"}) == [
-        "WARNING: case a cannot be read; quarantined, other cases are used"
-    ]
-    assert quarantine.add({"a": "cannot be read"}) == []
+    line = "WARNING: case a cannot be read; quarantined, other cases are used"
+    assert quarantine.add("a", "cannot be read") == line
+    assert quarantine.add("a", "cannot be read") is None
     quarantine.require_below_limit(20)
-    quarantine.add({"b": "is empty"})
+    quarantine.add("b", "is empty")
     quarantine.require_below_limit(40)
     with pytest.raises(UserError, match=r"2 of 39 cases cannot be used, more than 5%.*: a cannot be read; b is empty"):
         quarantine.require_below_limit(39)
     assert json.loads((tmp_path / "quarantine.json").read_text()) == {"a": "cannot be read", "b": "is empty"}
+
+
+def test_a_case_that_may_be_usable_later_is_reported_once_and_not_quarantined(tmp_path):
+    quarantine = Quarantine(limit=0, file=tmp_path / "quarantine.json")
+    line = "WARNING: case a is air here; such sub-volumes are skipped"
+    assert quarantine.add("a", "is air here", unusable=False) == line
+    assert quarantine.add("a", "is air here", unusable=False) is None
+    quarantine.require_below_limit(1)
 
 
 def test_the_time_spent_waiting_for_data_is_measured():
