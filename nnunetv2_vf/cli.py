@@ -333,15 +333,13 @@ def _run_adapt(args: argparse.Namespace) -> None:
     from nnunetv2_vf.transfer.adapt import adapt_file
     from nnunetv2_vf.transfer.artifact import read_artifact
     from nnunetv2_vf.transfer.differences import describe_differences
+    from nnunetv2_vf.transfer.suggested_commands import finetune_command
     from nnunetv2_vf.transfer.target_plans import load_target
 
     target = load_target(args.d, args.p, args.c)
     print(adapt_file(args.file, target, args.o, args.partial, args.encoder_only))
     print("\n  ".join(["Pretraining and these plans:", *describe_differences(read_artifact(args.o)["vf"], target)]))
-    print(
-        f"wrote {args.o}\nNext: nnUNetv2_train {target.dataset_id} {args.c} 0 -p {args.p} -tr VFFinetuneTrainer "
-        f"-pretrained_weights {shlex.quote(str(args.o))}"
-    )
+    print(f"wrote {args.o}\nNext: {finetune_command(target.dataset_id, args.c, 0, args.p, args.o)}")
 
 
 # ---------------------------------------------------------------- info

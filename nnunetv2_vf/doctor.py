@@ -24,6 +24,7 @@ from nnunetv2_vf.nnunet_commands import TRAINER_VARIABLE
 from nnunetv2_vf.nnunet_folders import dataset_name
 from nnunetv2_vf.settings import FinetuneSettings, VFSettings
 from nnunetv2_vf.training.preflight import preprocessed_cases
+from nnunetv2_vf.transfer.architectures import network_name
 from nnunetv2_vf.transfer.artifact import read_pretrained
 from nnunetv2_vf.transfer.differences import find_differences
 from nnunetv2_vf.transfer.network_fit import require_fit
@@ -167,7 +168,7 @@ def _check_dataset(target: TargetPlans) -> Iterator[Finding]:
     else:
         yield Finding(NOTE, f"{raw} does not exist: the dataset can be trained on, but not preprocessed again")
     patch = " x ".join(map(str, target.configuration.patch_size))
-    network = target.architecture["network_class_name"].rpartition(".")[2]
+    network = network_name(target.architecture)
     yield Finding(OK, f"{target}: {network}, patch {patch}, batch {target.configuration.batch_size}")
     preprocessed = len(preprocessed_cases(target.plans_manager, target.configuration_name))
     expected = target.dataset_json.get("numTraining", preprocessed)

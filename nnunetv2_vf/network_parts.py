@@ -35,15 +35,19 @@ def stages_to_output(names: Sequence[str]) -> dict[str, int]:
         return 1 + max((stages[name] for name in names if part_of(name) == part), default=-1)
 
     decoder_stages, encoder_stages = count_stages("decoder"), count_stages("encoder")
-    distances = {
-        "heads": lambda stage: 0,
-        "decoder": lambda stage: decoder_stages - stage,
-        "encoder": lambda stage: decoder_stages + encoder_stages - stage,
-    }
-    return {name: distances[part_of(name)](stages[name]) for name in names}
+
+    def distance(name: str) -> int:
+        if part_of(name) == "heads":
+            return 0
+        if part_of(name) == "decoder":
+            return decoder_stages - stages[name]
+        return decoder_stages + encoder_stages - stages[name]
+
+    return {name: distance(name) for name in names}
 
 
 def _stage_of(name: str) -> int:
     """Return the index of a parameter's stage within its part, in the order in which data passes the stages."""
-    number = int((re.findall(r"\.(\d+)\.", name) or [0])[0])
+    match = re.search(r"\.(\d+)\.", name)
+    number = int(match[1]) if match else 0
     return number + (".downs." in name)  # PCT-Net's encoder.downs.0 leads to its encoder.stages.1

@@ -23,11 +23,12 @@ from nnunetv2_vf.window_attention import SwinBlock
 LEVELS = 5
 EMBEDDING_LEVELS = 2  # levels 0 and 1 have convolution blocks, levels 2, 3 and 4 PCT blocks
 PUBLISHED_FEATURES = (24, 48, 128, 256, 512)
+PCT_NET_PATH = "nnunetv2_vf.pct_net.PCTNet"  # as in plans
 _Triple = tuple[int, int, int]  # along D, H, W
 _Norm = Callable[[int], nn.Module]  # number of features -> normalisation layer
 _ISOTROPIC: _Triple = (2, 2, 2)
 _IN_PLANE: _Triple = (1, 2, 2)
-# Strides of the paper's three resolution modes. They differ in the first two strides along the slice axis (axis 0).
+# Strides of the paper's three resolution modes. Those to levels 1 and 2 differ along the slice axis (axis 0).
 MODES: tuple[tuple[_Triple, ...], ...] = tuple(
     ((1, 1, 1), first, second, _ISOTROPIC, _ISOTROPIC)
     for first, second in ((_ISOTROPIC, _ISOTROPIC), (_IN_PLANE, _ISOTROPIC), (_IN_PLANE, _IN_PLANE))
@@ -46,9 +47,9 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
         level 3  C3  D/8  H/8  W/8   PCT block   ----> PCT block     pyramid of PCT blocks:      --> 1/8
         level 4  C4  D/16 H/16 W/16  PCT block   ----^               levels 2, 3, 4
 
-    A PCT block is the sum of a convolution block and of window attention on the same input. In mode 1 the first
-    stride does not halve axis 0, and the kernels of level 0 are 1x3x3. In mode 2 the same holds for the second stride
-    and level 1 as well.
+    A PCT block is the sum of a convolution block and of window attention on the same input. In mode 1, the stride from
+    level 0 to level 1 does not halve axis 0, and the kernels of level 0 are 1x3x3. In mode 2, the same also holds for
+    the stride from level 1 to level 2 and the kernels of level 1.
 
     Args:
         input_channels: number of image channels.
@@ -91,13 +92,18 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
     ):
         super().__init__()
         self.input_channels = input_channels
-        self.strides = _mode_strides(strides)
+        self.strides = _require_mode(strides)
         _check_lengths(LEVELS, features_per_stage=features_per_stage, dropout_per_stage=dropout_per_stage)
         _check_lengths(LEVELS - EMBEDDING_LEVELS, depths=depths, num_heads=num_heads, window_sizes=window_sizes)
-        _check_ranges(
-            [*features_per_stage, *depths, *num_heads, *window_sizes, input_channels, num_classes],
-            [*dropout_per_stage, drop_path],
+        _check_counts(
+            input_channels=[input_channels],
+            num_classes=[num_classes],
+            features_per_stage=features_per_stage,
+            depths=depths,
+            num_heads=num_heads,
+            window_sizes=window_sizes,
         )
+        _check_probabilities(dropout_per_stage=dropout_per_stage, drop_path=[drop_path])
         _check_heads(features_per_stage, num_heads)
         if norm_op not in (nn.BatchNorm3d, nn.InstanceNorm3d):
             raise ValueError(f"norm_op = {norm_op}; legal: torch.nn.BatchNorm3d, torch.nn.InstanceNorm3d")
@@ -111,8 +117,8 @@ class PCTNet(AbstractDynamicNetworkArchitectures):
             features, dropout = features_per_stage[level], dropout_per_stage[level]
             if level < EMBEDDING_LEVELS:
                 return conv_block(features, kernels[level], dropout, norm)
-            pct = level - EMBEDDING_LEVELS
-            return PCTBlock(features, depths[pct], num_heads[pct], window_sizes[pct], dropout, drop_path, norm)
+            i = level - EMBEDDING_LEVELS
+            return PCTBlock(features, depths[i], num_heads[i], window_sizes[i], dropout, drop_path, norm)
 
         self.encoder = Encoder(
             nn.Conv3d(input_channels, features_per_stage[0], kernels[0], padding="same"),
@@ -176,9 +182,11 @@ class Encoder(nn.Module):
         self.checkpointing = False
 
     def forward(self, x: Tensor) -> list[Tensor]:  # (B, channels, D, H, W) -> one map per level
-        maps = [_run(self.checkpointing, self.stages[0], self.stem(x))]
+        maps = [_run_or_checkpoint(self.checkpointing, self.stages[0], self.stem(x))]
         for down, stage in zip(self.downs, self.stages[1:], strict=True):
-            maps.append(_run(self.checkpointing, stage, _run(self.checkpointing, down, maps[-1])))
+            maps.append(
+                _run_or_checkpoint(self.checkpointing, stage, _run_or_checkpoint(self.checkpointing, down, maps[-1]))
+            )
         return maps
 
 
@@ -208,7 +216,7 @@ class Decoder(nn.Module):
 
     @deep_supervision.setter
     def deep_supervision(self, enabled: bool) -> None:
-        if enabled:
+        if enabled:  # never switched off again: nnU-Net turns deep supervision off for validation only
             self.seg_layers[:-1].requires_grad_(True)
         self._deep_supervision = enabled
 
@@ -216,7 +224,7 @@ class Decoder(nn.Module):
         x = maps[-1]
         outputs = []
         for up, stage, seg_layer, skip in zip(self.ups, self.stages, self.seg_layers, maps[-2::-1], strict=True):
-            x = _run(self.checkpointing, stage, _run(self.checkpointing, up, skip, x))
+            x = _run_or_checkpoint(self.checkpointing, stage, _run_or_checkpoint(self.checkpointing, up, skip, x))
             if self._deep_supervision:
                 outputs.append(seg_layer(x))
         return outputs[::-1] if self._deep_supervision else self.seg_layers[-1](x)
@@ -319,7 +327,8 @@ def _kernel(next_stride: Sequence[int]) -> _Triple:
     return (3, 3, 3) if next_stride[0] == 2 else (1, 3, 3)
 
 
-def _mode_strides(strides: Sequence[int | Sequence[int]]) -> tuple[_Triple, ...]:
+def _require_mode(strides: Sequence[int | Sequence[int]]) -> tuple[_Triple, ...]:
+    """Return the strides as triples, if they are those of a resolution mode; else raise ValueError."""
     triples = tuple((s,) * 3 if isinstance(s, int) else tuple(s) for s in strides)
     for mode in MODES:
         if triples == mode:
@@ -334,13 +343,16 @@ def _check_lengths(length: int, **arguments: Sequence[Any]) -> None:
             raise ValueError(f"{name} = {list(values)}; PCTNet needs {length} values")
 
 
-def _check_ranges(counts: Sequence[int], probabilities: Sequence[float]) -> None:
-    if min(counts) < 1:
-        raise ValueError(
-            f"PCTNet got {min(counts)} as a number of features, heads, blocks or voxels; legal: 1 and more"
-        )
-    if min(probabilities) < 0 or max(probabilities) >= 1:
-        raise ValueError(f"PCTNet got the dropout probabilities {list(probabilities)}; legal: from 0 to below 1")
+def _check_counts(**arguments: Sequence[int]) -> None:
+    for name, values in arguments.items():
+        if min(values) < 1:
+            raise ValueError(f"{name}: PCTNet got {', '.join(map(str, values))}; legal: 1 and more")
+
+
+def _check_probabilities(**arguments: Sequence[float]) -> None:
+    for name, values in arguments.items():
+        if min(values) < 0 or max(values) >= 1:
+            raise ValueError(f"{name}: PCTNet got {', '.join(map(str, values))}; legal: from 0 to below 1")
 
 
 def _check_heads(features_per_stage: Sequence[int], num_heads: Sequence[int]) -> None:
@@ -354,7 +366,7 @@ def _check_heads(features_per_stage: Sequence[int], num_heads: Sequence[int]) ->
 # ------------------------------------------------------------------ activation checkpointing
 
 
-def _run(checkpointing: bool, module: nn.Module, *inputs: Tensor) -> Tensor:
+def _run_or_checkpoint(checkpointing: bool, module: nn.Module, *inputs: Tensor) -> Tensor:
     """Run a module; with checkpointing in training, recompute its activations in the backward pass."""
     if not checkpointing or not module.training or not torch.is_grad_enabled():
         return module(*inputs)

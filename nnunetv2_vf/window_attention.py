@@ -92,22 +92,22 @@ class WindowAttention(nn.Module):
         padded = (depth, height, width)
 
         x = _pad(x, padded)
-        if any(shift):
-            x = x.roll([-s for s in shift], dims=(1, 2, 3))
+        if shift:
+            x = x.roll([-shift] * 3, dims=(1, 2, 3))
         x = self._attend(partition(x, window), padded, window, shift)
         x = merge(x, padded, window)
-        if any(shift):
-            x = x.roll(shift, dims=(1, 2, 3))
+        if shift:
+            x = x.roll([shift] * 3, dims=(1, 2, 3))
         x = x[:, : size[0], : size[1], : size[2]]
         return self.projection_dropout(self.projection(x))
 
-    def _windows(self, size: torch.Size) -> tuple[_Size, _Size]:
-        """Return window and shift for a map of this size, in tokens along D, H, W."""
+    def _windows(self, size: torch.Size) -> tuple[_Size, int]:
+        """Return the window along D, H, W, and the shift along each axis, for a map of this size, in tokens."""
         depth, height, width = (min(self.window_size, side) for side in size)
         shift = self.window_size // 2 if self.shifted and min(size) > self.window_size else 0
-        return (depth, height, width), (shift, shift, shift)
+        return (depth, height, width), shift
 
-    def _attend(self, tokens: Tensor, padded: _Size, window: _Size, shift: _Size) -> Tensor:
+    def _attend(self, tokens: Tensor, padded: _Size, window: _Size, shift: int) -> Tensor:
         """Return the attention within the windows of a padded map: (B, windows, N, C) -> the same."""
         qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1))
         qkv = qkv.permute(3, 0, 1, 4, 2, 5)  # 3, B, windows, heads, N, C / heads
@@ -127,12 +127,12 @@ class WindowAttention(nn.Module):
         out = out.unflatten(joined, tokens.shape[:2] if joined == 0 else (-1, self.num_heads))
         return out.transpose(2, 3).flatten(3)  # B, windows, N, C
 
-    def _bias(self, padded: _Size, window: _Size, shift: _Size, like: Tensor) -> Tensor:
+    def _bias(self, padded: _Size, window: _Size, shift: int, like: Tensor) -> Tensor:
         """Return the bias, (windows or 1, heads, N, N), in the precision and on the device of ``like``."""
         d, h, w = window
         index = self.index[:d, :h, :w, :d, :h, :w].reshape(d * h * w, -1)
         bias = self.position_bias[index].permute(2, 0, 1)[None].to(like.dtype)  # 1, heads, N, N
-        if not any(shift):
+        if not shift:
             return bias
         # Not cached: it is one number per token, while the bias has windows x heads x N x N numbers.
         region = shifted_regions(padded, window, shift, like.device)  # windows, N
@@ -180,12 +180,12 @@ def relative_position_index(window_size: int) -> Tensor:
     return (z * span + y) * span + x
 
 
-def shifted_regions(size: _Size, window: _Size, shift: _Size, device: torch.device) -> Tensor:
+def shifted_regions(size: _Size, window: _Size, shift: int, device: torch.device) -> Tensor:
     """Return the region of each token of a cyclically shifted map, (windows, N): neighbours share a region.
 
     Along a shifted axis the last window holds two regions: tokens from the end of the map, and tokens that the shift
     moved there from its beginning.
     """
-    z, y, x = (torch.arange(side, device=device) >= side - s for side, s in zip(size, shift, strict=True))
+    z, y, x = (torch.arange(side, device=device) >= side - shift for side in size)
     region = 4 * z[:, None, None] + 2 * y[:, None] + x
     return partition(region[None, ..., None], window)[0, ..., 0]

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.pct_net import PCTNet
-from nnunetv2_vf.planners.topology_planner import TopologyPlanner, describe_configurations, plan_datasets
+from nnunetv2_vf.pct_net import PCT_NET_PATH
+from nnunetv2_vf.planners.topology_planner import TopologyPlanner, describe_plans, plan_datasets
 from nnunetv2_vf.transfer.architectures import can_be_planned
 from nnunetv2_vf.transfer.artifact import read_with_architecture
 from nnunetv2_vf.transfer.differences import describe_differences
-from nnunetv2_vf.transfer.suggested_commands import adapted_file_name
+from nnunetv2_vf.transfer.suggested_commands import adapt_command, adapted_file_name, finetune_command
 from nnunetv2_vf.transfer.target_plans import load_target
 
 _RECORD = "volume_fusion_like"  # section of the plans that names the weights
@@ -98,7 +97,7 @@ class LikePlanner(TopologyPlanner):
             dataset_name_or_id,
             gpu_memory_target_in_gb,
             preprocessor_name,
-            plans_name or default_plans_name(pretrained),
+            plans_name or _default_plans_name(pretrained),
             overwrite_target_spacing,
             suppress_transpose,
         )
@@ -168,29 +167,19 @@ class LikePlanner(TopologyPlanner):
         super().save_plans(plans)
 
 
-def default_plans_name(pretrained: Mapping[str, Any]) -> str:
-    """Return ``PCTNetPlans`` for PCT-Net, else ``VFPlans``, because the names of nnU-Net's planners are taken."""
-    is_pct_net = pretrained["architecture"]["network_class_name"] == f"{PCTNet.__module__}.{PCTNet.__qualname__}"
+def _default_plans_name(pretrained: Mapping[str, Any]) -> str:
+    """Return ``PCTNetPlans`` for PCT-Net, else ``VFPlans``; nnU-Net's planners write plans of other names."""
+    is_pct_net = pretrained["architecture"]["network_class_name"] == PCT_NET_PATH
     return "PCTNetPlans" if is_pct_net else "VFPlans"
 
 
 def _describe_plans(plans: dict[str, Any], name: str, pretrained: Mapping[str, Any], file: Path) -> str:
-    configurations = describe_configurations(plans)
-    if not configurations:
-        return f"{name} of {plans['dataset_name']}: only the configuration 2d, because the images are two-dimensional"
-    dataset_id, weights = convert_dataset_name_to_id(plans["dataset_name"]), shlex.quote(str(file))
-    channels = len(plans["configurations"]["3d_fullres"]["normalization_schemes"])
-    lines = [
-        f"{name} of {plans['dataset_name']}, with the network of {weights}:",
-        *(f"  {key}: {line}" for key, line in configurations.items()),
-        "Next:",
-        f"  nnUNetv2_preprocess -d {dataset_id} -plans_name {name} -c 3d_fullres",
-    ]
-    if channels != pretrained["num_input_channels"]:
-        adapted = adapted_file_name(file, dataset_id)
-        lines.append(f"  nnUNetv2_vf adapt {weights} -d {dataset_id} -p {name} -c 3d_fullres -o {adapted}")
-        weights = adapted
-    lines.append(
-        f"  nnUNetv2_train {dataset_id} 3d_fullres 0 -p {name} -tr VFFinetuneTrainer -pretrained_weights {weights}"
-    )
-    return "\n".join(lines)
+    commands = []
+    if "3d_fullres" in plans["configurations"]:
+        target = load_target(plans["dataset_name"], name, "3d_fullres")
+        weights: Path | str = file
+        if target.input_channels != pretrained["num_input_channels"]:
+            commands.append(adapt_command(file, target))
+            weights = adapted_file_name(file, target.dataset_id)
+        commands.append(finetune_command(target.dataset_id, "3d_fullres", 0, name, weights))
+    return describe_plans(plans, name, f", with the network of {shlex.quote(str(file))}", commands)

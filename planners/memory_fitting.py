@@ -10,6 +10,7 @@ import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.network_topology import pad_shape
 
 from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.pct_net import total_stride
 from nnunetv2_vf.planners.step_memory import GIB, USABLE_FRACTION, StepMemory
 
 _LARGEST_PATCH_VOXELS = 256**3  # as in nnU-Net
@@ -24,15 +25,15 @@ def patch_divisor(architecture: Mapping[str, Any]) -> Patch:
     Args:
         architecture: the entry ``architecture`` of a plan.
     """
-    strides = architecture["arch_kwargs"]["strides"]
-    return tuple(math.prod(axis) for axis in zip(*strides, strict=True))
+    return total_stride(architecture["arch_kwargs"]["strides"])
 
 
 def candidate_patches(spacing: Sequence[float], median_shape: Sequence[float], divisor: Patch) -> list[Patch]:
     """Return patches from the largest to the smallest; each is shorter than the one before along one axis.
 
-    As in nnU-Net, the first patch covers 256^3 voxels in the aspect ratio of the spacing, but at most the median
-    shape. The axis that shrinks is the one along which the patch covers the largest part of the median shape.
+    As in nnU-Net, the first patch is a cube in mm and has 256^3 voxels. No side is longer than the median shape,
+    rounded up to a multiple of ``divisor``. The axis that shrinks is the one along which the patch covers the largest
+    part of the median shape.
 
     Args:
         spacing: mm.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 
-from nnunetv2_vf.pct_net import MODES, PUBLISHED_FEATURES, PCTNet
-from nnunetv2_vf.planners.topology_planner import TopologyPlanner, describe_configurations, plan_datasets
+from nnunetv2_vf.pct_net import MODES, PCT_NET_PATH, PUBLISHED_FEATURES
+from nnunetv2_vf.planners.topology_planner import TopologyPlanner, describe_plans, plan_datasets
+from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME
 
 
 def plan_pct_net(datasets: Sequence[str], **options: Any) -> Iterator[str]:
@@ -58,19 +59,20 @@ def resolution_mode(spacing: Sequence[float]) -> int:
     """Return the paper's resolution mode: the number of levels that do not halve the slice axis, 0, 1 or 2.
 
     A level halves the slice axis if the slices are less than twice as far apart as the voxels along the coarser
-    in-plane axis. The factor 2 is nnU-Net's, but nnU-Net compares with the finest axis and may leave any axis.
+    in-plane axis. nnU-Net also uses the factor 2, but it compares each axis with the finest one, and may skip the
+    halving of any axis.
 
     Args:
         spacing: mm, slice axis first.
     """
     anisotropy = spacing[0] / max(spacing[1:])
-    return min(int(np.floor(np.log2(max(anisotropy, 1)))), len(MODES) - 1)
+    return min(math.floor(math.log2(max(anisotropy, 1))), len(MODES) - 1)
 
 
 def pct_net_architecture(mode: int) -> dict[str, Any]:
     """Return the plan's entry ``architecture`` for the published PCT-Net in a resolution mode."""
     return {
-        "network_class_name": f"{PCTNet.__module__}.{PCTNet.__qualname__}",
+        "network_class_name": PCT_NET_PATH,
         "arch_kwargs": {
             "features_per_stage": list(PUBLISHED_FEATURES),
             "strides": [list(stride) for stride in MODES[mode]],
@@ -82,24 +84,15 @@ def pct_net_architecture(mode: int) -> dict[str, Any]:
 
 
 def _describe_plans(plans: dict[str, Any], name: str) -> str:
-    configurations = describe_configurations(plans)
-    if not configurations:
-        return (
-            f"{name} of {plans['dataset_name']}: only the configuration 2d, with nnU-Net's U-Net, because the images "
-            "are two-dimensional"
-        )
-    modes = {key: resolution_mode(plans["configurations"][key]["spacing"]) for key in configurations}
+    modes = {resolution_mode(plan["spacing"]) for key, plan in plans["configurations"].items() if key.startswith("3d")}
+    remark = f", resolution mode {' and '.join(map(str, sorted(modes)))}"
     dataset_id = convert_dataset_name_to_id(plans["dataset_name"])
-    train = f"nnUNetv2_train {dataset_id} 3d_fullres"
     fold = f"$nnUNet_results/{plans['dataset_name']}/VFPretrainTrainer__{name}__3d_fullres/fold_all"
-    weights = f"-tr VFFinetuneTrainer -pretrained_weights {fold}/vf_pretrained.pth"
-    return "\n".join(
-        [
-            f"{name} of {plans['dataset_name']}:",
-            *(f"  {key}: resolution mode {modes[key]}, {line}" for key, line in configurations.items()),
-            "Next:",
-            f"  nnUNetv2_preprocess -d {dataset_id} -plans_name {name} -c 3d_fullres",
-            f"  {train} all -p {name} -tr VFPretrainTrainer      # to pretrain on this dataset",
-            f"  {train} 0 -p {name} {weights}      # to fine-tune on its labels; on another dataset's: plan --like",
-        ]
-    )
+    train = f"nnUNetv2_train {dataset_id} 3d_fullres"
+    weights = f"{fold}/{ARTIFACT_NAME}"  # not quoted: the shell replaces $nnUNet_results
+    commands = [
+        f"{train} all -p {name} -tr VFPretrainTrainer      # pretrain on this dataset",
+        f"{train} 0 -p {name} -tr VFFinetuneTrainer -pretrained_weights {weights}"
+        "      # fine-tune on the labels of this dataset; for another one: nnUNetv2_vf plan --like",
+    ]
+    return describe_plans(plans, name, remark, commands)

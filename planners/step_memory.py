@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from nnunetv2_vf.transfer.architectures import build_network
+from nnunetv2_vf.transfer.architectures import build_network, network_name
 
 GIB = 2**30
 USABLE_FRACTION = 0.9  # of the GPU memory; CUDA's context, cuDNN's workspaces and fragmentation take the rest
@@ -70,15 +70,16 @@ def measure_architecture(
         patch: D, H, W in voxels.
     """
     build = functools.partial(build_network, architecture, channels, classes)
-    reference = _NNUNET_ELEMENTS.get(architecture["network_class_name"].rpartition(".")[2])
-    if reference is None:
-        return measure_step(functools.partial(build, device="cpu"), batch_size, channels, patch)
+    elements_on_8_gb = _NNUNET_ELEMENTS.get(network_name(architecture))
+    if elements_on_8_gb is None:
+        return measure_step(functools.partial(build, device="cpu"), channels, patch, batch_size)
     network: Any = build()
-    share = network.compute_conv_feature_map_size(patch) * batch_size / _NNUNET_BATCH_SIZE / reference
-    return StepMemory(parameters=0, activations=int(share * USABLE_FRACTION * _NNUNET_BYTES), transient=0)
+    elements = network.compute_conv_feature_map_size(patch) * batch_size / _NNUNET_BATCH_SIZE
+    activations = int(elements / elements_on_8_gb * USABLE_FRACTION * _NNUNET_BYTES)
+    return StepMemory(parameters=0, activations=activations, transient=0)
 
 
-def measure_step(build: Callable[[], nn.Module], batch_size: int, channels: int, patch: Sequence[int]) -> StepMemory:
+def measure_step(build: Callable[[], nn.Module], channels: int, patch: Sequence[int], batch_size: int) -> StepMemory:
     """Count the memory of one training step with nnU-Net's Dice and cross-entropy loss.
 
     Args:

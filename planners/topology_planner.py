@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_folders import dataset_name, require_variables
 from nnunetv2_vf.planners.memory_fitting import Patch, candidate_patches, fit_batch_size, fit_patch, patch_divisor
 from nnunetv2_vf.planners.step_memory import GIB, StepMemory, measure_architecture
+from nnunetv2_vf.transfer.metadata import format_spacing, read_channel_names
 
 _PRETEXT_CLASSES = 5  # of Volume Fusion's default settings; pretraining with these plans must fit as well
 
@@ -81,7 +82,7 @@ class TopologyPlanner(ExperimentPlanner):
 
     @property
     def number_of_channels(self) -> int:
-        return len(self.dataset_json.get("channel_names", self.dataset_json.get("modality")))
+        return len(read_channel_names(self.dataset_json))
 
 
 def plan_datasets(
@@ -91,8 +92,8 @@ def plan_datasets(
     preprocessor_name: str = "DefaultPreprocessor",
     target_spacing: Sequence[float] | None = None,
     plans_name: str | None = None,
-) -> list[tuple[dict[str, Any], str]]:
-    """Plan datasets and write their plans.
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Plan datasets and write their plans, one after the other.
 
     Args:
         datasets: ids or names; their fingerprints must exist.
@@ -101,8 +102,8 @@ def plan_datasets(
         target_spacing: of 3d_fullres, mm, axes as in the images.
         plans_name: default: the planner's.
 
-    Returns:
-        the content and the name of each plans file.
+    Yields:
+        the content and the name of each plans file, once it is written.
 
     Raises:
         UserError: before any file is written, if a dataset or its fingerprint is missing or an argument is not legal;
@@ -116,10 +117,8 @@ def plan_datasets(
     if get_allowed_n_proc_DA() < 1:
         raise UserError("nnUNet_n_proc_DA=0 is for training; nnU-Net's planning divides by it: unset nnUNet_n_proc_DA")
     names = [_find_dataset_with_fingerprint(dataset) for dataset in datasets]
-    return [
-        plan_experiment_dataset(name, planner, gpu_memory_target, preprocessor_name, target_spacing, plans_name)
-        for name in names
-    ]
+    for name in names:
+        yield plan_experiment_dataset(name, planner, gpu_memory_target, preprocessor_name, target_spacing, plans_name)
 
 
 def _find_dataset_with_fingerprint(dataset: str) -> str:
@@ -134,11 +133,35 @@ def _find_dataset_with_fingerprint(dataset: str) -> str:
     return name
 
 
-def describe_configurations(plans: Mapping[str, Any]) -> dict[str, str]:
+def describe_plans(plans: Mapping[str, Any], plans_name: str, remark: str, commands: Sequence[str]) -> str:
+    """Describe the 3D configurations of new plans and the next commands, the first of which preprocesses.
+
+    Args:
+        remark: follows the name of the plans.
+        commands: after preprocessing.
+    """
+    configurations = _describe_configurations(plans)
+    if not configurations:
+        return (
+            f"{plans_name} of {plans['dataset_name']}: only the configuration 2d, with nnU-Net's U-Net, because the "
+            "images are two-dimensional"
+        )
+    dataset_id = convert_dataset_name_to_id(plans["dataset_name"])
+    lines = [
+        f"{plans_name} of {plans['dataset_name']}{remark}:",
+        *(f"  {name}: {line}" for name, line in configurations.items()),
+        "Next:",
+        f"  nnUNetv2_preprocess -d {dataset_id} -plans_name {plans_name} -c 3d_fullres",
+        *(f"  {command}" for command in commands),
+    ]
+    return "\n".join(lines)
+
+
+def _describe_configurations(plans: Mapping[str, Any]) -> dict[str, str]:
     """Return one line on patch, spacing, batch and memory for each 3D configuration of a :class:`TopologyPlanner`."""
     return {
         name: f"patch {' x '.join(map(str, plan['patch_size']))} voxels of "
-        f"{' x '.join(f'{mm:.3g}' for mm in plan['spacing'])} mm, batch {plan['batch_size']}, "
+        f"{format_spacing(plan['spacing'])}, batch {plan['batch_size']}, "
         f"about {plan['estimated_training_memory_gb']:g} GB in training on a GPU"
         for name, plan in plans["configurations"].items()
         if "estimated_training_memory_gb" in plan

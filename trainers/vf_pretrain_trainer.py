@@ -331,7 +331,7 @@ class VFPretrainTrainer(ResumableTrainer):
             with self.tolerate_write_failure(folder / "preview.png"):
                 self._draw_preview(folder / "preview.png")
             if not self.disable_checkpointing:
-                with self.tolerate_write_failure(folder / artifact.FILE_NAME):
+                with self.tolerate_write_failure(folder / artifact.ARTIFACT_NAME):
                     self._write_artifact(folder)
 
     # ------------------------------------------------------------------ results
@@ -364,7 +364,7 @@ class VFPretrainTrainer(ResumableTrainer):
             len(self._cases[TRAINING].identifiers),
             self.logger.get_value("dice_per_class_or_region", step=-1),
         )
-        artifact.write_artifact(folder / artifact.FILE_NAME, self.bare_network().state_dict(), metadata)
+        artifact.write_artifact(folder / artifact.ARTIFACT_NAME, self.bare_network().state_dict(), metadata)
         write_model_card(folder / CARD_NAME, metadata)
 
     @one_line_errors()

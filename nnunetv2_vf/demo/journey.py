@@ -13,7 +13,7 @@ import torch
 from nnunetv2_vf.demo.phantoms import LABELS, write_dataset, write_images, write_labels
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_commands import Workspace
-from nnunetv2_vf.transfer.artifact import FILE_NAME
+from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME
 
 _UNLABELLED, _LABELLED = "Dataset901_VFDemoUnlabelled", "Dataset902_VFDemoLabelled"
 _PRETRAIN, _FINETUNE = "VFPretrainTrainer", "VFFinetuneTrainer"
@@ -60,8 +60,8 @@ def demo(folder: Path | None, device: str | None) -> None:
 
     _prepare_datasets(workspace, small=device == "cpu")
     pretrained = _pretrain(workspace, device)
-    _plan_target(workspace, pretrained / FILE_NAME, small=device == "cpu")
-    arms = {"pretrained": pretrained / FILE_NAME, "scratch": None}
+    _plan_target(workspace, pretrained / ARTIFACT_NAME, small=device == "cpu")
+    arms = {"pretrained": pretrained / ARTIFACT_NAME, "scratch": None}
     dice = {arm: _finetune(workspace, device, arm, weights) for arm, weights in arms.items()}
     _print_results(pretrained, dice)
     print(f"\nall files are in {workspace.folder}; the demo took {time.monotonic() - start:.0f} s")

@@ -46,34 +46,44 @@ def adapt_file(
     require_writable(output, pretrained_file)
     artifact = read_with_architecture(pretrained_file)
     metadata = artifact["vf"]
-    previous = metadata.get("adapted", {})
     if not partial:
         _require_same_class(pretrained_file, metadata, target)
     network = _build_with_fixed_seed(target, metadata["num_classes"])
-    random_tensors = frozenset(previous.get("left_at_random", ()))
+    random_tensors = frozenset(metadata.get("adapted", {}).get("left_at_random", ()))
     outcomes = transfer_weights(artifact["network_weights"], network, encoder_only, random_tensors)
     if not partial:
         _require_same_features(pretrained_file, metadata, target, outcomes)
-    record = {
-        "from": previous.get("from", pretrained_file.name),
+    changed = {
+        "architecture": target.architecture,
+        "num_input_channels": target.input_channels,
+        "adapted": _describe_adaptation(pretrained_file.name, metadata, target, outcomes, encoder_only),
+        "versions": package_versions(),
+    }
+    write_artifact(output, network.state_dict(), {**metadata, **changed})
+    return format_table(outcomes)
+
+
+def _describe_adaptation(
+    file_name: str,
+    metadata: Mapping[str, Any],
+    target: TargetPlans,
+    outcomes: Sequence[TensorOutcome],
+    encoder_only: bool,
+) -> dict[str, Any]:
+    """Return the entry ``adapted`` of the new metadata. It also covers earlier adaptations of the same weights."""
+    earlier = metadata.get("adapted", {})
+    return {
+        "from": earlier.get("from", file_name),
         "for": {
             "dataset": target.plans_manager.dataset_name,
             "plans": target.plans_manager.plans_name,
             "configuration": target.configuration_name,
         },
-        "pretrained_input_channels": previous.get("pretrained_input_channels", metadata["num_input_channels"]),
-        "encoder_only": encoder_only or previous.get("encoder_only", False),
+        "pretrained_input_channels": earlier.get("pretrained_input_channels", metadata["num_input_channels"]),
+        "encoder_only": encoder_only or earlier.get("encoder_only", False),
         "transferred_share": transferred_share(outcomes),
-        "left_at_random": [outcome.name for outcome in outcomes if outcome.outcome == RANDOM],
+        "left_at_random": [outcome.name for outcome in outcomes if outcome.kind == RANDOM],
     }
-    changed = {
-        "architecture": target.architecture,
-        "num_input_channels": target.input_channels,
-        "adapted": record,
-        "versions": package_versions(),
-    }
-    write_artifact(output, network.state_dict(), {**metadata, **changed})
-    return format_table(outcomes)
 
 
 def _require_same_class(file: Path, metadata: Mapping[str, Any], target: TargetPlans) -> None:

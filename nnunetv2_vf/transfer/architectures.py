@@ -17,13 +17,14 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
 from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.pct_net import PCT_NET_PATH
 from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 
 _NETWORKS = (
     "dynamic_network_architectures.architectures.unet.PlainConvUNet",
     "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
     "dynamic_network_architectures.architectures.primus.Primus",
-    "nnunetv2_vf.pct_net.PCTNet",
+    PCT_NET_PATH,
 )
 _LAYER = re.compile(
     r"torch\.nn\.(modules\.(conv|batchnorm|instancenorm|dropout|activation)\.)?"
@@ -45,15 +46,23 @@ def require_known_architecture(architecture: Any, file: Path | str) -> None:
         raise UserError(f"{file} names the network {name!r}; legal: {', '.join(_NETWORKS)}")
     for key, layer in layers.items():
         if layer is not None and not (isinstance(layer, str) and _LAYER.fullmatch(layer)):
-            raise UserError(f"{file} names {layer!r} as the {key} of its network; legal: layers of torch.nn")
-    if str(kwargs.get("conv_op", "3d"))[-2:] != "3d":
+            raise UserError(
+                f"{file} names {layer!r} as the {key} of its network; legal: convolutions, batch and instance norms, "
+                "dropouts and common activations of torch.nn"
+            )
+    if not str(kwargs.get("conv_op", "3d")).endswith("3d"):
         raise UserError(f"{file} holds weights of a network with {kwargs['conv_op']}; legal: 3D networks")
 
 
 def can_be_planned(architecture: Mapping[str, Any]) -> bool:
     """Return True if plans can be made for the network: it is 3D and takes patches of many sizes (Primus does not)."""
     strides = architecture["arch_kwargs"].get("strides", ())
-    return bool(strides) and all(isinstance(stride, int) or len(stride) == 3 for stride in strides)
+    return bool(strides) and all(not isinstance(stride, int) and len(stride) == 3 for stride in strides)
+
+
+def network_name(architecture: Mapping[str, Any]) -> str:
+    """Return the name of the network's class, such as ``PlainConvUNet``."""
+    return str(architecture["network_class_name"]).rpartition(".")[2]
 
 
 def build_network(

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from nnunetv2_vf.durable_files import write_durably
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.transfer.architectures import require_known_architecture
 from nnunetv2_vf.transfer.metadata import describe_nnunet_checkpoint, is_nnunet_checkpoint
-from nnunetv2_vf.transfer.nnssl_plan import PLAN_KEY, make_nnssl_plan
+from nnunetv2_vf.transfer.nnssl_plan import NNSSL_PLAN_KEY, make_nnssl_plan
 from nnunetv2_vf.transfer.safe_loading import load_safely, malformed_file_errors
 
-FILE_NAME = "vf_pretrained.pth"
+ARTIFACT_NAME = "vf_pretrained.pth"
 
 
 def write_artifact(
@@ -44,15 +45,15 @@ def write_artifact(
     """
     # JSON turns subclasses such as torch's version string into plain types; only those can be loaded safely.
     plain = json.loads(json.dumps(metadata))
-    artifact = {"network_weights": _copy_to_cpu(state_dict), "vf": plain}
+    artifact = {"network_weights": _move_to_cpu(state_dict), "vf": plain}
     plan = nnssl_plan or make_nnssl_plan(plain)
     if plan is not None:
-        artifact[PLAN_KEY] = plan
+        artifact[NNSSL_PLAN_KEY] = plan
     write_durably(artifact, path)
 
 
-def _copy_to_cpu(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy each tensor once; nnU-Net's networks list most parameters under two to four names."""
+def _move_to_cpu(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return each tensor on the CPU, once: nnU-Net's networks list most parameters under two to four names."""
     copies: dict[tuple[Any, ...], Tensor] = {}
     for tensor in state_dict.values():
         if storage_key(tensor) not in copies:
@@ -68,9 +69,11 @@ def storage_key(tensor: Tensor) -> tuple[Any, ...]:
 def require_writable(output: Path, source: Path) -> None:
     """Raise UserError unless ``output`` is a file name in an existing folder and not the ``source`` itself."""
     if not output.parent.is_dir():
-        raise UserError(f"the folder {output.parent} does not exist; make it: mkdir -p {output.parent}")
+        raise UserError(
+            f"the folder {output.parent} does not exist; make it: mkdir -p {shlex.quote(str(output.parent))}"
+        )
     if output.is_dir():
-        raise UserError(f"{output} is a folder; name a file in it: -o {output / 'OUT.pth'}")
+        raise UserError(f"{output} is a folder; name a file in it: -o {shlex.quote(str(output / 'OUT.pth'))}")
     if output.resolve() == source.resolve():
         raise UserError(f"{output} is the input file; give the output another name")
 
@@ -84,7 +87,7 @@ def read_artifact(path: Path) -> dict[str, Any]:
     artifact = load_safely(path)
     missing = {"network_weights", "vf"} - artifact.keys()
     if missing:
-        raise UserError(f"{path} is no {FILE_NAME}: it lacks {' and '.join(sorted(missing))}")
+        raise UserError(f"{path} is no {ARTIFACT_NAME}: it lacks {' and '.join(sorted(missing))}")
     return artifact
 
 
@@ -101,8 +104,8 @@ def read_pretrained(path: Path) -> dict[str, Any]:
     content = load_safely(path)
     if "network_weights" not in content:
         raise UserError(
-            f"{path} has no 'network_weights'; see what it holds: nnUNetv2_vf info {path}; convert a release of "
-            f"MIS-FM: nnUNetv2_vf convert {path} -o OUT.pth"
+            f"{path} has no 'network_weights'; see what it holds: nnUNetv2_vf info {shlex.quote(str(path))}; convert a "
+            f"release of MIS-FM: nnUNetv2_vf convert {shlex.quote(str(path))} -o OUT.pth"
         )
     weights = content["network_weights"]
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
@@ -122,8 +125,8 @@ def read_with_architecture(path: Path) -> dict[str, Any]:
     content = read_pretrained(path)
     if not content["vf"].keys() >= {"architecture", "num_input_channels", "num_classes"}:
         raise UserError(
-            f"{path} does not record which network its weights are for; legal: a {FILE_NAME} or a checkpoint of "
-            f"nnU-Net; convert a checkpoint of nnssl: nnUNetv2_vf convert {path} -o OUT.pth"
+            f"{path} does not record which network its weights are for; legal: a {ARTIFACT_NAME} or a checkpoint of "
+            f"nnU-Net; convert a checkpoint of nnssl: nnUNetv2_vf convert {shlex.quote(str(path))} -o OUT.pth"
         )
     require_known_architecture(content["vf"]["architecture"], path)
     return content

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.transfer.artifact import require_writable, write_artifact
+from nnunetv2_vf.transfer.architectures import network_name
+from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, require_writable, write_artifact
 from nnunetv2_vf.transfer.convert_misfm import convert_state_dict
 from nnunetv2_vf.transfer.convert_nnssl import convert_nnssl_checkpoint, is_nnssl_checkpoint
 from nnunetv2_vf.transfer.metadata import package_versions
-from nnunetv2_vf.transfer.nnssl_plan import PLAN_KEY
+from nnunetv2_vf.transfer.nnssl_plan import NNSSL_PLAN_KEY
 from nnunetv2_vf.transfer.safe_loading import load_safely, malformed_file_errors
 
 
@@ -39,8 +40,11 @@ def convert_file(checkpoint_file: Path, output: Path, mode: int | None = None) -
         return _convert_nnssl(checkpoint_file, checkpoint, output)
     if isinstance(checkpoint.get("model_state_dict"), dict):
         return _convert_misfm(checkpoint_file, checkpoint, output, mode)
+    if "vf" in checkpoint:
+        raise UserError(f"{checkpoint_file} is a {ARTIFACT_NAME} already; it needs no conversion")
     raise UserError(
-        f"{checkpoint_file} is no checkpoint of MIS-FM or nnssl: it has neither 'model_state_dict' nor '{PLAN_KEY}'"
+        f"{checkpoint_file} is no checkpoint of MIS-FM or nnssl: it has neither 'model_state_dict' nor "
+        f"'{NNSSL_PLAN_KEY}'"
     )
 
 
@@ -48,8 +52,8 @@ def _convert_nnssl(file: Path, checkpoint: Mapping[str, Any], output: Path) -> s
     with malformed_file_errors(file):
         weights, metadata = convert_nnssl_checkpoint(checkpoint)
     metadata["converted_from"]["file"] = file.name
-    write_artifact(output, weights, {**metadata, "versions": package_versions()}, checkpoint[PLAN_KEY])
-    network = metadata["architecture"]["network_class_name"].rpartition(".")[2]
+    write_artifact(output, weights, {**metadata, "versions": package_versions()}, checkpoint[NNSSL_PLAN_KEY])
+    network = network_name(metadata["architecture"])
     return f"{network} of nnssl, {metadata['num_input_channels']} input channels, {metadata['num_classes']} classes"
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.pct_net import MODES, PCTNet
+from nnunetv2_vf.pct_net import MODES, PCT_NET_PATH, PCTNet
 from nnunetv2_vf.transfer.misfm_position_bias import separate_offsets
 from nnunetv2_vf.window_attention import window_side
 
@@ -77,7 +77,7 @@ class Conversion:
     def architecture(self) -> dict[str, Any]:
         """The network as an entry ``architecture`` of plans."""
         return {
-            "network_class_name": f"{PCTNet.__module__}.{PCTNet.__qualname__}",
+            "network_class_name": PCT_NET_PATH,
             "arch_kwargs": self.arch_kwargs,
             "_kw_requires_import": ["norm_op"],
         }
@@ -95,12 +95,13 @@ def convert_state_dict(released: Mapping[str, Any], mode: int | None = None) -> 
     """Convert a released ``model_state_dict`` for :class:`nnunetv2_vf.pct_net.PCTNet`, in single precision.
 
     Args:
-        mode: the resolution mode to keep; None for the only one whose batch statistics were ever updated.
+        mode: the resolution mode to keep; None: the mode whose batch statistics were updated in training, if there is
+            exactly one.
 
     Raises:
-        UserError: tensors are missing or unexpected (the message lists them), or the mode cannot be determined.
+        UserError: tensors are missing, unexpected or not finite, or the mode cannot be determined.
     """
-    _require_none_unexpected([str(name) for name, value in released.items() if not _is_valid(name, value)])
+    _require_finite_tensors(released)
     mode = _determine_mode(released, mode)
     state = _rename(released, mode)
     try:
@@ -121,13 +122,23 @@ def convert_state_dict(released: Mapping[str, Any], mode: int | None = None) -> 
     return converted
 
 
-def _is_valid(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and isinstance(value, Tensor) and bool(value.isfinite().all())
+def _require_finite_tensors(released: Mapping[Any, Any]) -> None:
+    is_tensor = {str(name): isinstance(name, str) and isinstance(value, Tensor) for name, value in released.items()}
+    _require_none_unexpected([name for name in is_tensor if not is_tensor[name]])
+    for name, value in released.items():
+        if not value.isfinite().all():
+            raise UserError(f"the checkpoint holds NaN or infinity in {name}")
 
 
 def _require_none_unexpected(names: list[str]) -> None:
     if names:
-        raise UserError(f"the checkpoint is not MIS-FM's PCT-Net: unexpected {', '.join(sorted(names))}")
+        raise UserError(f"the checkpoint is not MIS-FM's PCT-Net: unexpected {_shorten_list(sorted(names))}")
+
+
+def _shorten_list(entries: list[str]) -> str:
+    """Join entries for a message; of many, only the first three."""
+    hidden = len(entries) - 3
+    return ", ".join(entries[:3]) + (f" and {hidden} more" if hidden > 0 else "")
 
 
 def _determine_mode(released: Mapping[str, Tensor], requested: int | None) -> int:
@@ -138,7 +149,8 @@ def _determine_mode(released: Mapping[str, Tensor], requested: int | None) -> in
         return trained[0]
     if requested is None:
         raise UserError(
-            "the checkpoint does not show with which resolution mode it was trained (its batch statistics are unused); "
+            "the checkpoint does not show with which resolution mode it was trained "
+            f"({'several modes have' if trained else 'no mode has'} updated batch statistics); "
             "take resolution_mode from the configuration of its training: --mode 0|1|2"
         )
     if trained and requested not in trained:
@@ -201,7 +213,7 @@ def _read_attention_arguments(state: Mapping[str, Tensor]) -> dict[str, list[int
         rows, num_heads = state[tables[0]].shape
         depths.append(len(tables))
         heads.append(num_heads)
-        windows.append(window_side(rows))  # less than the paper's 6 if the feature map in training was smaller
+        windows.append(window_side(rows))  # below the paper's 6 if feature maps in training were smaller
     return {"depths": depths, "num_heads": heads, "window_sizes": windows}
 
 
@@ -221,7 +233,7 @@ def _require_complete(converted: Conversion) -> None:
         if expected.get(name) != found.get(name)
     ]
     if wrong:
-        raise UserError(f"the checkpoint does not fit the PCT-Net that its tensors describe: {'; '.join(wrong)}")
+        raise UserError(f"the checkpoint does not fit the PCT-Net that its tensors describe: {_shorten_list(wrong)}")
 
 
 def _format_type(tensor: Tensor) -> str:

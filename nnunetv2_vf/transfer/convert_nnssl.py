@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.transfer.architectures import build_network, require_known_architecture
-from nnunetv2_vf.transfer.nnssl_plan import PLAN_KEY
+from nnunetv2_vf.transfer.nnssl_plan import NNSSL_PLAN_KEY
 
 _STAGES = 6
 # The network that nnssl calls ResEncL, as an entry ``architecture``.
@@ -51,7 +51,7 @@ _PRIMUS_M: dict[str, Any] = {
 
 def is_nnssl_checkpoint(content: Mapping[str, Any]) -> bool:
     """Return True if a file's content is a checkpoint of nnssl."""
-    return "network_weights" in content and PLAN_KEY in content and "vf" not in content
+    return "network_weights" in content and NNSSL_PLAN_KEY in content and "vf" not in content
 
 
 def convert_nnssl_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -64,7 +64,7 @@ def convert_nnssl_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[dict[str, T
     Raises:
         UserError: the checkpoint is of another network, or its weights do not fit the network that it names.
     """
-    plan, weights = checkpoint[PLAN_KEY], checkpoint["network_weights"]
+    plan, weights = checkpoint[NNSSL_PLAN_KEY], checkpoint["network_weights"]
     (configuration,) = plan["pretrain_plan"]["configurations"].values()
     architecture = _convert_architecture(plan["architecture_plans"], configuration["patch_size"])
     is_primus = "patch_embed_size" in architecture["arch_kwargs"]

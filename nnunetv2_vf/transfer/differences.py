@@ -14,14 +14,15 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.errors import printable
 from nnunetv2_vf.settings import VFSettings
+from nnunetv2_vf.transfer.metadata import format_spacing
 from nnunetv2_vf.transfer.network_fit import network_differences
 from nnunetv2_vf.transfer.suggested_commands import plan_like_command
 from nnunetv2_vf.transfer.target_plans import TargetPlans
 
 _CT = "CTNormalization"
-# Normalisations of HU differ if their means are this many standard deviations apart, ...
+# Two CT normalisations differ if their means are further apart than this many standard deviations (of the larger one).
 _MAX_MEAN_SHIFT = 0.25
-# ... or if one standard deviation is this many times the other.
+# They also differ if the larger standard deviation is more than this many times the smaller one.
 _MAX_STD_RATIO = 1.5
 _MR = "mr"  # MR images of unspecified contrast: MR, MRI, MRI2
 _MR_CONTRAST = re.compile(r"(mri?|adc|pd)(?![a-z])|t[12]|flair|dwi|swi")
@@ -50,13 +51,24 @@ def describe_differences(metadata: Mapping[str, Any], target: TargetPlans) -> li
     """
     lines = [str(difference) for difference in find_differences(metadata, target)]
     if not lines:
-        lines = ["channels, normalisation, spacing and axis order are as in pretraining"]
+        lines = [f"{', '.join(_recorded_aspects(metadata))}: as in pretraining"]
     share = metadata.get("adapted", {}).get("transferred_share", 1)
     if share < 1:
         lines.append(
             f"{share:.1%} of the weights (without heads) come from pretraining; adapt left the others at random"
         )
     return lines
+
+
+def _recorded_aspects(metadata: Mapping[str, Any]) -> list[str]:
+    """Return what the metadata record of the data of pretraining; only this can be compared."""
+    aspects = {
+        "channel_names": "channels",
+        "normalization_schemes": "normalisation",
+        "spacing": "spacing",
+        "plans": "axis order",
+    }
+    return [aspect for key, aspect in aspects.items() if metadata.get(key)]
 
 
 def find_differences(metadata: Mapping[str, Any], target: TargetPlans) -> list[Difference]:
@@ -67,7 +79,8 @@ def find_differences(metadata: Mapping[str, Any], target: TargetPlans) -> list[D
     """
     if not metadata.get("normalization_schemes"):
         consequence = "compare them with what the authors of the weights write"
-        return [Difference("spacing and normalisation", "not recorded", "those of the plans", consequence)]
+        not_recorded = Difference("spacing and normalisation", "not recorded", "those of the plans", consequence)
+        return [not_recorded, *_compare_layers(metadata, target)]
     found = [
         _compare_channels(metadata, target),
         _compare_normalization(metadata, target),
@@ -158,23 +171,21 @@ def _compare_mask(metadata: Mapping[str, Any], target: TargetPlans) -> Differenc
 
 
 def _compare_spacing(metadata: Mapping[str, Any], target: TargetPlans) -> Difference | None:
-    """Compare the spacings; pretraining crops at random scales, and within their range a spacing is nothing new."""
+    """Compare the spacings. A ratio within the range of the random crop scales is no difference to the network."""
     pretrained, current = metadata.get("spacing"), target.configuration.spacing
     if not pretrained:
         return None
-    low, high = metadata.get("settings", {}).get("crop_scale", VFSettings().crop_scale)
+    recorded = metadata.get("settings", {}).get("crop_scale")
+    low, high = recorded or VFSettings().crop_scale
     scales = [old / new for old, new in zip(pretrained, current, strict=True)]
     if all(low * (1 - 1e-6) <= 1 / scale <= high * (1 + 1e-6) for scale in scales):
         return None
+    outside = ", outside the range of its crop scales" if recorded else ""
     consequence = (
-        f"structures are {' x '.join(f'{scale:.2g}' for scale in scales)} times as long in voxels as in pretraining, "
-        f"outside the range of its crop scales; {_replan_hint(target, 'spacing')}"
+        f"structures are {' x '.join(f'{scale:.2g}' for scale in scales)} times as long in voxels as in pretraining"
+        f"{outside}; {_replan_hint(target, 'spacing')}"
     )
-    return Difference("spacing", _format_spacing(pretrained), _format_spacing(current), consequence)
-
-
-def _format_spacing(spacing: Sequence[float]) -> str:
-    return " x ".join(f"{mm:.3g}" for mm in spacing) + " mm"
+    return Difference("spacing", format_spacing(pretrained), format_spacing(current), consequence)
 
 
 def _compare_axes(metadata: Mapping[str, Any], target: TargetPlans) -> Difference | None:
@@ -183,14 +194,12 @@ def _compare_axes(metadata: Mapping[str, Any], target: TargetPlans) -> Differenc
     pretrained, current = metadata["plans"]["transpose_forward"], list(target.plans_manager.transpose_forward)
     if pretrained == current:
         return None
-    consequence = (
-        "an axis of the network is another axis of the body; flips do not compensate for that, fine-tuning has to"
-    )
+    consequence = "an axis of the network is another axis of the body than in pretraining"
     return Difference("axis order", str(pretrained), str(current), consequence)
 
 
 def _compare_layers(metadata: Mapping[str, Any], target: TargetPlans) -> list[Difference]:
-    consequence = f"the same weights compute something else; {plan_like_command('FILE', target)}"
+    consequence = f"the same weights compute something else; plan with the pretrained network: {plan_like_command('FILE', target)}"
     differing = network_differences(metadata, target)
     return [
         Difference(name, str(differing[name][0]), str(differing[name][1]), consequence)
@@ -200,4 +209,4 @@ def _compare_layers(metadata: Mapping[str, Any], target: TargetPlans) -> list[Di
 
 
 def _replan_hint(target: TargetPlans, option: str) -> str:
-    return f"plan with the {option} of pretraining: {plan_like_command('FILE', target)} --{option} pretrained"
+    return f"to use the {option} of pretraining, add --{option} pretrained to {plan_like_command('FILE', target)}"

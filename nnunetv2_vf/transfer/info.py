@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from nnunetv2_vf.errors import UserError, printable
-from nnunetv2_vf.settings import VFSettings
-from nnunetv2_vf.transfer.architectures import can_be_planned
-from nnunetv2_vf.transfer.artifact import FILE_NAME, storage_key
+from nnunetv2_vf.transfer.architectures import can_be_planned, network_name
+from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, storage_key
 from nnunetv2_vf.transfer.convert_misfm import convert_state_dict
 from nnunetv2_vf.transfer.convert_nnssl import convert_nnssl_checkpoint, is_nnssl_checkpoint
-from nnunetv2_vf.transfer.metadata import describe_nnunet_checkpoint, is_nnunet_checkpoint
+from nnunetv2_vf.transfer.metadata import describe_nnunet_checkpoint, format_spacing, is_nnunet_checkpoint
 from nnunetv2_vf.transfer.safe_loading import load_safely, malformed_file_errors
+from nnunetv2_vf.transfer.suggested_commands import finetune_command
 
 
 def describe_file(path: Path) -> str:
@@ -46,9 +46,13 @@ def _describe(path: Path, content: Mapping[str, Any]) -> list[str]:
 def _describe_artifact(path: Path, content: Mapping[str, Any]) -> list[str]:
     metadata = content["vf"]
     origin, adapted = metadata.get("converted_from"), metadata.get("adapted")
-    training = f"converted from {origin['project']}" if origin else "pretrained with Volume Fusion"
+    training = "pretrained with Volume Fusion"
+    if origin:
+        training = f"converted from {origin['project']}"
+    elif "trainer" in metadata:
+        training = f"trained with {metadata['trainer']}"
     if adapted:
-        training += f", adapted to other plans: {adapted['transferred_share']:.1%} of them kept"
+        training += f", adapted to other plans ({adapted['transferred_share']:.1%} of the weights kept)"
     versions = ", ".join(f"{name} {version}" for name, version in metadata.get("versions", {}).items())
     lines = [
         f"{path}: weights {training} ({versions})",
@@ -70,15 +74,12 @@ def _describe_artifact(path: Path, content: Mapping[str, Any]) -> list[str]:
         lines += [
             f"adapted: for {target['configuration']} of {target['plans']} of {target['dataset']}, {part}"
             f"from {adapted['from']}",
-            f"use: nnUNetv2_train {target['dataset']} {target['configuration']} FOLD -p {target['plans']} "
-            f"-tr VFFinetuneTrainer -pretrained_weights {file}",
+            f"use: {finetune_command(target['dataset'], target['configuration'], 'FOLD', target['plans'], path)}",
         ]
     elif can_be_planned(metadata["architecture"]):
         lines.append(f"use: nnUNetv2_vf plan -d ID --like {file}")
     else:
-        lines.append(
-            "use: with your own plans of this network; nnUNetv2_vf cannot plan it, since its patch size is fixed"
-        )
+        lines.append("use: not with nnUNetv2_train, which needs networks with deep supervision and patches of any size")
     return lines
 
 
@@ -95,9 +96,10 @@ def _describe_nnunet_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> li
         f"labels: {', '.join(checkpoint['init_args']['dataset_json']['labels'])}",
     ]
     if finetuning and finetuning["pretrained"]:
-        lines.append(f"pretrained: {finetuning['pretrained']['file']}, on {finetuning['pretrained']['dataset']}")
-    if VFSettings.section in metadata["plans"]:
-        lines.append(f"use: {FILE_NAME} beside it; this file is for nnUNetv2_train --c")
+        pretrained = finetuning["pretrained"]
+        lines.append(f"pretrained: {pretrained['file']}, on {pretrained['dataset'] or 'an unknown dataset'}")
+    if metadata["trainer"] == "VFPretrainTrainer":
+        lines.append(f"use: {ARTIFACT_NAME} beside it; this file is for nnUNetv2_train --c")
     else:
         lines.append(
             "use: nnUNetv2_predict; or as pretrained weights: nnUNetv2_vf plan -d ID --like, nnUNetv2_vf adapt"
@@ -133,7 +135,7 @@ def _describe_network(metadata: Mapping[str, Any], weights: Mapping[str, Tensor]
     parameters = sum({storage_key(tensor): tensor.numel() for tensor in weights.values()}.values())
     features = f"features {kwargs['features_per_stage']}, " if "features_per_stage" in kwargs else ""
     return (
-        f"network: {architecture['network_class_name'].rpartition('.')[2]}, {features}{parameters / 1e6:.1f} M "
+        f"network: {network_name(architecture)}, {features}{parameters / 1e6:.1f} M "
         f"parameters, {metadata['num_input_channels']} input channels, {metadata['num_classes']} classes"
     )
 
@@ -156,6 +158,6 @@ def _describe_data(metadata: Mapping[str, Any]) -> list[str]:
     if metadata.get("patch_size"):
         line = f"patch: {' x '.join(map(str, metadata['patch_size']))} voxels"
         if metadata.get("spacing"):
-            line += f" of {' x '.join(f'{mm:.3g}' for mm in metadata['spacing'])} mm"
+            line += f" of {format_spacing(metadata['spacing'])}"
         lines.append(line)
     return lines

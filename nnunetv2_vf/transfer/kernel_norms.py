@@ -1,4 +1,4 @@
-"""Scale pretrained kernels to the norm of freshly initialised ones, so that fine-tuning changes them equally fast.
+"""Scale pretrained kernels to the norm of freshly initialised ones, so that fine-tuning changes both equally fast.
 
 If a normalisation follows a convolution, the norm of the kernel does not change the result. It does change the learning
 rate: a step of the optimiser turns a kernel of twice the norm by half the angle (Adam), or a quarter (SGD). See van

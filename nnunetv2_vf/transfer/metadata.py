@@ -1,6 +1,6 @@
 """The metadata ``vf`` of a file of weights: how to rebuild the network, and how it was trained.
 
-All values are plain data that JSON can hold. A file has the keys that its writer knows::
+All values are plain data that JSON can hold. Which keys a file has depends on the command that wrote it::
 
     architecture             the network, in the form of the entry in plans
     num_input_channels, num_classes
@@ -8,7 +8,7 @@ All values are plain data that JSON can hold. A file has the keys that its write
     normalization_schemes    of that configuration, for each channel
     spacing, patch_size      of that configuration, in mm and voxels, in the order of its axes
     dataset, channel_names, fold, num_cases
-    settings, pretext_dice_per_class    of Volume Fusion
+    settings, pretext_dice_per_class    settings of pretraining; Dice of each fusion class
     trainer                  only for checkpoints of nnU-Net
     converted_from, adapted  what nnUNetv2_vf convert and adapt did
     versions                 of the packages that wrote the file
@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor
 
@@ -71,12 +72,12 @@ def describe_nnunet_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     arguments = checkpoint["init_args"]
     plans_manager = PlansManager(arguments["plans"])
     configuration_manager = plans_manager.get_configuration(arguments["configuration"])
-    channel_names = read_channel_names(arguments["dataset_json"])
+    dataset_json = arguments["dataset_json"]
     return {
         **_describe_plans(plans_manager, configuration_manager, arguments["configuration"]),
-        "num_input_channels": len(channel_names),
+        "num_input_channels": determine_num_input_channels(plans_manager, configuration_manager, dataset_json),
         "num_classes": _count_classes(checkpoint["network_weights"]),
-        "channel_names": channel_names,
+        "channel_names": read_channel_names(dataset_json),
         "fold": arguments["fold"],
         "trainer": checkpoint["trainer_name"],
     }
@@ -105,6 +106,11 @@ def _count_classes(weights: Mapping[str, Tensor]) -> int:
 def read_channel_names(dataset_json: Mapping[str, Any]) -> dict[str, str]:
     """Return the channel names by channel number ("0", "1", ...); old files call the entry ``modality``."""
     return dataset_json.get("channel_names", dataset_json.get("modality"))
+
+
+def format_spacing(spacing: Sequence[float]) -> str:
+    """Return a spacing in mm as text."""
+    return " x ".join(f"{mm:.3g}" for mm in spacing) + " mm"
 
 
 def package_versions() -> dict[str, str]:

@@ -36,7 +36,7 @@ def separate_offsets(table: Tensor, index: Tensor | None) -> Tensor | None:
 
 def _released_index(window: int) -> Tensor:
     """Return MIS-FM's row for each pair of tokens of a window, (w^3, w^3)."""
-    tokens = torch.cartesian_prod(*[torch.arange(window)] * 3).view(-1, 3)
+    tokens = torch.cartesian_prod(*[torch.arange(window)] * 3)
     z, y, x = (tokens[:, None] - tokens + window - 1).unbind(-1)
     return _released_row(z, y, x, window)
 

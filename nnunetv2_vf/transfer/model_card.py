@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_vf.transfer.artifact import FILE_NAME
+from nnunetv2_vf.transfer.architectures import network_name
+from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME
+from nnunetv2_vf.transfer.metadata import format_spacing
 
 CARD_NAME = "MODEL_CARD.md"
 _AUTHORS_SECTION = "## Licence and data"
@@ -31,12 +33,13 @@ def write_model_card(path: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def _make_card(metadata: Mapping[str, Any]) -> str:
-    network = metadata["architecture"]["network_class_name"].rpartition(".")[2]
+    network = network_name(metadata["architecture"])
     settings = metadata["settings"]
     dice = metadata["pretext_dice_per_class"]
     mean = sum(dice) / len(dice)
     steps = settings["coefficient_steps"]
-    return f"""# {FILE_NAME}: {network} pretrained with Volume Fusion on {metadata["dataset"]}
+    settings_rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    return f"""# {ARTIFACT_NAME}: {network} pretrained with Volume Fusion on {metadata["dataset"]}
 
 Self-supervised weights of encoder and decoder for 3D segmentation with nnU-Net v2, trained without labels.
 
@@ -47,7 +50,7 @@ Self-supervised weights of encoder and decoder for 3D segmentation with nnU-Net 
 | channels | {", ".join(metadata["channel_names"].values())} |
 | preprocessing | nnU-Net's, {metadata["configuration"]} of {metadata["plans"]["plans_name"]} |
 | normalisation | {", ".join(metadata["normalization_schemes"])} |
-| spacing | {" x ".join(f"{mm:.3g}" for mm in metadata["spacing"])} mm |
+| spacing | {format_spacing(metadata["spacing"])} |
 | patch | {" x ".join(map(str, metadata["patch_size"]))} voxels |
 | versions | {", ".join(f"{name} {version}" for name, version in metadata["versions"].items())} |
 
@@ -68,14 +71,14 @@ Dice on fixed validation samples by fusion coefficient (mean {mean:.3f}):
 pip install nnunetv2-vf
 eval "$(nnUNetv2_vf env)"
 nnUNetv2_extract_fingerprint -d ID
-nnUNetv2_vf plan -d ID --like {FILE_NAME}      # prints the next commands
+nnUNetv2_vf plan -d ID --like {ARTIFACT_NAME}      # prints the next commands
 ```
 
 ## Settings
 
 | setting | value |
 |---|---|
-{chr(10).join(f"| {name} | {value} |" for name, value in settings.items())}
+{settings_rows}
 
 ## Cite
 

@@ -13,7 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.transfer.architectures import build_network
 
-PLAN_KEY = "nnssl_adaptation_plan"
+NNSSL_PLAN_KEY = "nnssl_adaptation_plan"
 _PACKAGE = "dynamic_network_architectures.architectures."
 
 

@@ -40,15 +40,19 @@ def load_safely(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(_NUMPY_SCALARS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about pickles that it did not write
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    except MemoryError:
+        raise
     except Exception as error:  # damaged files raise errors of many kinds
         unsafe = _unsafe_globals(path)
         if unsafe:
             reason = f"loading it would run {', '.join(unsafe)}"
         else:
             reason = f"it is damaged or is no file of PyTorch ({type(error).__name__})"
-        raise UserError(f"{path} cannot be loaded safely: {reason}; {_HINT}") from error
+        raise UserError(f"{path} cannot be loaded safely: {reason}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a dict of weights; {_HINT}")
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dict of weights")
     return content
 
 

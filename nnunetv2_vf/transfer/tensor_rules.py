@@ -1,8 +1,8 @@
 """Fit one pretrained tensor to another shape.
 
-Each rule keeps what the network computes where that is possible: for inputs with equal channels, for inputs that are
-constant along an axis, for distances between tokens that pretraining has seen. A change and its reverse give the
-original tensor, unless the first change loses information.
+A network with fitted tensors computes the same as before if all input channels are equal, if the input is constant
+along the axis of a shortened kernel, and for distances between tokens that occurred in pretraining. A change and its
+reverse give the original tensor, unless the first change loses information.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def fit_kernel(weight: Tensor, kernel: Sequence[int]) -> Tensor:
         kernel: new D, H, W.
 
     Returns:
-        the unchanged weight for an axis where the two kernels have no common centre (one side odd, the other even).
+        the fitted weight. If the kernels have no common centre along an axis (one side odd, the other even), its shape
+        is not ``kernel``.
     """
     for axis, size in enumerate(kernel, start=2):
         margin, remainder = divmod(weight.shape[axis] - size, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ class TensorOutcome:
     """What happened to one tensor of the target network."""
 
     name: str
-    parameters: int
-    outcome: str  # TRANSFERRED, ADAPTED or RANDOM
+    elements: int
+    kind: str  # TRANSFERRED, ADAPTED or RANDOM
     detail: str = ""
     fits: bool = True  # False if the pretrained tensor has another shape and no rule changes it
 
@@ -37,7 +38,8 @@ def transfer_weights(
     """Copy pretrained weights into a network and fit them to its shapes.
 
     Args:
-        pretrained: weights of a network of the same class.
+        pretrained: weights of the pretrained network. If it is of another class, tensors with the same name and a
+            shape that fits are transferred.
         network: changed in place; tensors without a counterpart keep their values.
         encoder_only: if True, the decoder keeps its values.
         random_tensors: names of tensors in ``pretrained`` that were never trained.
@@ -45,31 +47,29 @@ def transfer_weights(
     Returns:
         one entry for each tensor of the network; a tensor with several names has one entry.
     """
-    modules = dict(network.named_modules(remove_duplicate=False))
     input_weights = {f"{key}.weight" for key in getattr(network, "keys_to_in_proj", ())}
     encoder_prefixes = tuple(getattr(network, key, "encoder") + "." for key in ("key_to_encoder", "key_to_stem"))
     additional_stages = _count_decoder_stages(pretrained) - _count_decoder_stages(network.state_dict())
-    outcomes = []
-    for name, tensor in _unique_tensors(network):
-        size = tensor.numel()
+
+    def transfer(name: str, tensor: Tensor) -> TensorOutcome:
+        outcome = functools.partial(TensorOutcome, name, tensor.numel())
         pretrained_name = _pretrained_name(name, additional_stages)
         if encoder_only and not name.startswith(encoder_prefixes) and HEADS not in name:
-            outcomes.append(TensorOutcome(name, size, RANDOM, "decoder"))
-        elif pretrained_name not in pretrained:
-            outcomes.append(TensorOutcome(name, size, RANDOM, "not in the pretrained network"))
-        else:
-            module_name, _, parameter = name.rpartition(".")
-            source, module = pretrained[pretrained_name], modules[module_name]
-            fitted, detail = fit_tensor(source, tensor.shape, module, parameter, name in input_weights)
-            if fitted is None:
-                outcomes.append(TensorOutcome(name, size, RANDOM, detail, fits=False))
-                continue
-            tensor.copy_(fitted)
-            if pretrained_name in random_tensors:
-                outcomes.append(TensorOutcome(name, size, RANDOM, "at random in the pretrained file already"))
-            else:
-                outcomes.append(TensorOutcome(name, size, ADAPTED if detail else TRANSFERRED, detail))
-    return outcomes
+            return outcome(RANDOM, "decoder")
+        if pretrained_name not in pretrained:
+            return outcome(RANDOM, "not in the pretrained network")
+        module_name, _, parameter = name.rpartition(".")
+        module = network.get_submodule(module_name)
+        source = pretrained[pretrained_name]
+        fitted, detail = fit_tensor(source, tensor.shape, module, parameter, name in input_weights)
+        if fitted is None:
+            return outcome(RANDOM, detail, fits=False)
+        tensor.copy_(fitted)
+        if pretrained_name in random_tensors:
+            return outcome(RANDOM, "at random in the pretrained file already")
+        return outcome(ADAPTED if detail else TRANSFERRED, detail)
+
+    return [transfer(name, tensor) for name, tensor in _unique_tensors(network)]
 
 
 def _unique_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -94,17 +94,17 @@ def _pretrained_name(name: str, additional_stages: int) -> str:
 def transferred_share(outcomes: Sequence[TensorOutcome]) -> float:
     """Return the share of parameters that come from pretraining, adapted or not; heads do not count."""
     body = [outcome for outcome in outcomes if HEADS not in outcome.name]
-    transferred = sum(outcome.parameters for outcome in body if outcome.outcome != RANDOM)
-    return transferred / sum(outcome.parameters for outcome in body)
+    transferred = sum(outcome.elements for outcome in body if outcome.kind != RANDOM)
+    return transferred / sum(outcome.elements for outcome in body)
 
 
 def format_table(outcomes: Sequence[TensorOutcome]) -> str:
     """Return a table of tensors and parameters by outcome; without the heads, which fine-tuning always starts new."""
     body = [outcome for outcome in outcomes if HEADS not in outcome.name]
-    total = sum(outcome.parameters for outcome in body)
+    total = sum(outcome.elements for outcome in body)
     rows = [("", "tensors", "parameters", "share")]
     for label, members in _group_by_outcome(body).items():
-        parameters = sum(member.parameters for member in members)
+        parameters = sum(member.elements for member in members)
         rows.append((label, str(len(members)), str(parameters), f"{parameters / total:.2%}"))
     width = max(len(row[0]) for row in rows)
     return "\n".join(f"{label:<{width}}{n:>9}{p:>12}{share:>9}" for label, n, p, share in rows)
@@ -114,7 +114,7 @@ def _group_by_outcome(outcomes: Sequence[TensorOutcome]) -> dict[str, list[Tenso
     """Group by outcome, and under each outcome by detail; the keys are the labels of the table's rows."""
     groups: dict[str, list[TensorOutcome]] = {}
     for kind in (TRANSFERRED, ADAPTED, RANDOM):
-        groups[kind] = [outcome for outcome in outcomes if outcome.outcome == kind]
+        groups[kind] = [outcome for outcome in outcomes if outcome.kind == kind]
         for outcome in groups[kind]:
             if outcome.detail:
                 detail = outcome.detail if outcome.fits else "other features"

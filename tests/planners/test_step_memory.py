@@ -17,19 +17,19 @@ PATCH = (32, 48, 32)
 
 def test_parameters_are_weights_gradients_and_two_states_of_adam():
     weights = sum(p.numel() * 4 for p in build().parameters())
-    assert measure_step(build, 2, 1, PATCH).parameters == 4 * weights
+    assert measure_step(build, 1, PATCH, 2).parameters == 4 * weights
 
 
 def test_memory_grows_with_batch_and_patch():
-    one, two, three = (measure_step(build, batch, 1, PATCH).activations for batch in (1, 2, 3))
+    one, two, three = (measure_step(build, 1, PATCH, batch).activations for batch in (1, 2, 3))
     assert one < two < three
     assert three - two == pytest.approx(two - one, rel=0.02)
-    assert measure_step(build, 2, 1, (32, 64, 48)).total > measure_step(build, 2, 1, PATCH).total
+    assert measure_step(build, 1, (32, 64, 48), 2).total > measure_step(build, 1, PATCH, 2).total
 
 
 def test_recomputing_activations_saves_memory():
     lean = functools.partial(build, activation_checkpointing=True)
-    assert measure_step(lean, 2, 1, PATCH).activations < 0.5 * measure_step(build, 2, 1, PATCH).activations
+    assert measure_step(lean, 1, PATCH, 2).activations < 0.5 * measure_step(build, 1, PATCH, 2).activations
 
 
 def test_a_convolution_keeps_its_input_and_its_weight_in_half_precision():
@@ -37,13 +37,13 @@ def test_a_convolution_keeps_its_input_and_its_weight_in_half_precision():
         hidden = [nn.Conv3d(8, 8, 3, padding=1, bias=False) for _ in range(count)]
         return nn.Sequential(nn.Conv3d(1, 8, 1), *hidden, nn.Conv3d(8, 3, 1))
 
-    few, more = (measure_step(lambda count=count: convolutions(count), 2, 1, PATCH).activations for count in (1, 2))
+    few, more = (measure_step(lambda count=count: convolutions(count), 1, PATCH, 2).activations for count in (1, 2))
     half = 2  # bytes
     assert more - few == half * (2 * 8 * math.prod(PATCH) + 8 * 8 * 27)
 
 
 def test_a_measurement_leaves_torch_as_it_was():
-    measure_step(build, 2, 1, PATCH)
+    measure_step(build, 1, PATCH, 2)
     assert not torch.is_autocast_enabled("cpu")
     q = torch.randn(1, 1, 4, 8)
     torch.testing.assert_close(F.scaled_dot_product_attention(q, q, q), (q @ q.mT / 8**0.5).softmax(-1) @ q)

@@ -17,7 +17,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_vf.training.ranks import Ranks
 from nnunetv2_vf.training.step import Precision
-from nnunetv2_vf.transfer.artifact import FILE_NAME, read_artifact
+from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, read_artifact
 
 CPU = torch.device("cpu")
 
@@ -46,7 +46,7 @@ def finished(nnunet, tmp_path_factory) -> Path:
 
 def test_a_training_writes_artifact_checkpoints_report_and_pictures(finished):
     names = {path.name for path in finished.iterdir()}
-    expected = {"checkpoint_best.pth", "checkpoint_final.pth", FILE_NAME, "preview.png", "progress.png"}
+    expected = {"checkpoint_best.pth", "checkpoint_final.pth", ARTIFACT_NAME, "preview.png", "progress.png"}
     assert expected | {"pretext_report.json", "pretext_report.png"} <= names
     assert not any(name.endswith(".part") for name in names)
 
@@ -72,7 +72,7 @@ def test_the_log_has_the_settings_and_the_dice_of_every_fusion_class(finished):
 
 
 def test_the_artifact_rebuilds_the_network_and_records_its_origin(finished):
-    artifact = read_artifact(finished / FILE_NAME)
+    artifact = read_artifact(finished / ARTIFACT_NAME)
     vf = artifact["vf"]
     architecture = vf["architecture"]
     network = get_network_from_plans(
@@ -96,7 +96,7 @@ def test_the_artifact_rebuilds_the_network_and_records_its_origin(finished):
     assert all(tensor.device == CPU for tensor in artifact["network_weights"].values())
 
 
-@pytest.mark.parametrize("file", [FILE_NAME, "checkpoint_final.pth"])
+@pytest.mark.parametrize("file", [ARTIFACT_NAME, "checkpoint_final.pth"])
 def test_stock_pretrained_weights_transfer_everything_but_the_heads(finished, tiny, file):
     trainer = get_trainer_from_args(str(DATASET_ID), "3d_fullres", 0, "nnUNetTrainer", device=CPU)
     trainer.initialize()
@@ -144,7 +144,7 @@ def test_several_channels_share_one_map(own_dataset, folder):
     for case in range(NUM_CASES):
         replace_image(own_dataset, f"torso_{case:04d}", lambda data: np.concatenate([data, -data, data**2]))
     pretrain()
-    vf = read_artifact(folder / FILE_NAME)["vf"]
+    vf = read_artifact(folder / ARTIFACT_NAME)["vf"]
     assert vf["num_input_channels"] == 3
 
 
@@ -283,7 +283,7 @@ def test_other_fusion_maps_pairings_and_optimizers_train(tiny, folder, monkeypat
     for name, value in settings.items():
         monkeypatch.setenv(f"nnUNet_vf_{name}", value)
     pretrain()
-    vf = read_artifact(folder / FILE_NAME)["vf"]
+    vf = read_artifact(folder / ARTIFACT_NAME)["vf"]
     assert settings.items() <= vf["settings"].items()
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from trainings import before_step, make_trainer
 
-from nnunetv2_vf.transfer.artifact import FILE_NAME, read_artifact
+from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, read_artifact
 
 # ---------------------------------------------------------------- numbers that are not finite
 
@@ -30,7 +30,7 @@ def test_a_step_with_a_non_finite_loss_is_skipped_and_counted(three_epochs, fold
     logged = torch.load(folder / "checkpoint_final.pth", weights_only=False)["logging"]
     assert logged["skipped_steps"] == [2, 2, 2]
     assert np.isfinite(logged["train_losses"]).all()
-    assert all(t.isfinite().all() for t in read_artifact(folder / FILE_NAME)["network_weights"].values())
+    assert all(t.isfinite().all() for t in read_artifact(folder / ARTIFACT_NAME)["network_weights"].values())
 
 
 def test_twenty_skipped_steps_in_a_row_stop_the_training_and_save_their_samples(tiny, folder, monkeypatch):
