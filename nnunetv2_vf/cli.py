@@ -61,8 +61,13 @@ def _add_command(
 def _add_plans_arguments(parser: argparse.ArgumentParser, dataset_required: bool = True) -> None:
     """Add the arguments that name a planned dataset: -d, -p and -c, as in nnU-Net."""
     parser.add_argument("-d", required=dataset_required, metavar="DATASET", help="dataset id or name")
-    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")
-    parser.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="default: %(default)s")
+    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="name of the plans; default: %(default)s")
+    parser.add_argument(
+        "-c",
+        default="3d_fullres",
+        metavar="CONFIGURATION",
+        help="configuration of the plans; default: %(default)s",
+    )
 
 
 # ---------------------------------------------------------------- env
@@ -81,7 +86,12 @@ def _add_env(commands: _Commands) -> None:
         _run_env,
         f"print the shell command that sets {TRAINER_VARIABLE}, so that nnU-Net finds VF's trainers",
     )
-    parser.add_argument("--shell", choices=sorted(_ASSIGNMENTS), default="sh", help="default: sh (bash, zsh, dash)")
+    parser.add_argument(
+        "--shell",
+        choices=sorted(_ASSIGNMENTS),
+        default="sh",
+        help="shell that will run the command; default: sh (also for bash, zsh, dash)",
+    )
 
 
 def _run_env(args: argparse.Namespace) -> None:
@@ -99,7 +109,7 @@ def _add_import(commands: _Commands) -> None:
         "make an nnU-Net dataset from unlabelled volumes",
         "Make nnUNet_raw/DatasetXXX_NAME from unlabelled volumes: NIfTI, NRRD and MetaImage files and DICOM series. "
         "Folders are searched recursively. Label 1 marks the body, because nnU-Net computes its intensity statistics "
-        "on labelled voxels. import_report.csv lists every volume and why it was rejected, if it was. Run the same "
+        "on labelled voxels. import_report.csv lists every volume and, for a rejected one, the reason. Run the same "
         "command again to continue an interrupted import or to add new volumes. Files named CASE_0000, CASE_0001, ... "
         "in one folder are the channels of one case.",
     )
@@ -121,25 +131,35 @@ def _add_import(commands: _Commands) -> None:
         "--file-ending",
         metavar="ENDING",
         default=".nii.gz",
-        help="of the written images: .nii.gz, .nii, .nrrd or .mha; default: %(default)s",
+        help="file ending of the written images: .nii.gz, .nii, .nrrd or .mha; default: %(default)s",
     )
     checks = parser.add_argument_group(
         "rejected volumes",
-        "Unreadable, truncated and constant volumes are always rejected. These are rejected as well:",
-    )
-    checks.add_argument("--no-split-4d", action="store_true", help="4D files; default: each of their volumes is a case")
-    checks.add_argument(
-        "--min-size", type=int, default=16, metavar="VOXELS", help="a side shorter than this; default: %(default)s"
+        "Unreadable, truncated and constant volumes are always rejected.",
     )
     checks.add_argument(
-        "--max-spacing", type=float, default=20.0, metavar="MM", help="a spacing above this; default: %(default)s"
+        "--no-split-4d", action="store_true", help="reject 4D files; default: each of their volumes becomes a case"
+    )
+    checks.add_argument(
+        "--min-size",
+        type=int,
+        default=16,
+        metavar="VOXELS",
+        help="reject volumes with a side shorter than this; default: %(default)s",
+    )
+    checks.add_argument(
+        "--max-spacing",
+        type=float,
+        default=20.0,
+        metavar="MM",
+        help="reject volumes with a spacing above this; default: %(default)s",
     )
     checks.add_argument(
         "--min-range",
         type=float,
         default=0.0,
         metavar="X",
-        help="intensities that differ by no more than this; default: %(default)s",
+        help="reject volumes whose intensities differ by no more than this; default: %(default)s",
     )
     checks.add_argument(
         "--keep",
@@ -155,10 +175,20 @@ def _add_import(commands: _Commands) -> None:
         help="number of processes, each of which holds one file in memory; default: nnUNet_def_n_proc, else 8",
     )
     parser.add_argument(
-        "--num_parts", "-num_parts", type=int, default=1, metavar="N", help="split the import into N parts, ..."
+        "--num_parts",
+        "-num_parts",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of parts, which can run at the same time; default: %(default)s",
     )
     parser.add_argument(
-        "--part_id", "-part_id", type=int, default=0, metavar="I", help="... and import part I, 0 to N - 1"
+        "--part_id",
+        "-part_id",
+        type=int,
+        default=0,
+        metavar="I",
+        help="the part to import, 0 to N - 1; default: %(default)s",
     )
 
 
@@ -208,7 +238,8 @@ def _add_plan(commands: _Commands) -> None:
         type=float,
         nargs=3,
         metavar="MM",
-        help="spacing of 3d_fullres, slice axis first; default: nnU-Net's choice",
+        help="spacing of 3d_fullres, in the axis order of the image arrays (z y x for NIfTI files); default: nnU-Net's "
+        "choice",
     )
     parser.add_argument(
         "-overwrite_plans_name",
@@ -225,7 +256,11 @@ def _add_plan(commands: _Commands) -> None:
         help="target: nnU-Net's choice for this dataset (default); pretrained: the spacing of the pretraining",
     )
     like.add_argument(
-        "--normalization", choices=choices, default="target", help="intensity normalisation, with the same choices"
+        "--normalization",
+        choices=choices,
+        default="target",
+        help="target: nnU-Net's choice for this dataset (default); pretrained: the intensity normalisation of the "
+        "pretraining",
     )
 
 
@@ -254,7 +289,12 @@ def _run_plan(args: argparse.Namespace) -> None:
 
 
 def _add_preview(commands: _Commands) -> None:
-    parser = _add_command(commands, "preview", _run_preview, "draw the training samples of a pretraining")
+    parser = _add_command(
+        commands,
+        "preview",
+        _run_preview,
+        "draw samples as pretraining shows them to the network (its validation samples)",
+    )
     _add_plans_arguments(parser)
     parser.add_argument(
         "-n", type=int, choices=range(1, 21), default=3, metavar="N", help="1 to 20 samples; default: %(default)s"
@@ -283,7 +323,7 @@ def _add_convert(commands: _Commands) -> None:
         "Make a vf_pretrained.pth from weights that other projects pretrained with Volume Fusion: MIS-FM's released "
         "PCT-Net; nnssl's ResEnc-L, other residual encoder U-Nets, and Primus-M.",
     )
-    parser.add_argument("release", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("release", type=Path, metavar="CHECKPOINT", help="checkpoint of MIS-FM or nnssl")
     parser.add_argument("-o", type=Path, required=True, metavar="OUT.pth", help="file to write")
     parser.add_argument(
         "--mode",
@@ -349,7 +389,7 @@ def _add_info(commands: _Commands) -> None:
     parser = _add_command(
         commands, "info", _run_info, "describe a file of weights, without running any code that the file may hold"
     )
-    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("file", type=Path, metavar="FILE", help="vf_pretrained.pth or any other file of weights")
 
 
 def _run_info(args: argparse.Namespace) -> None:
@@ -364,7 +404,9 @@ def _run_info(args: argparse.Namespace) -> None:
 def _add_doctor(commands: _Commands) -> None:
     parser = _add_command(commands, "doctor", _run_doctor, "check the installation, a dataset, its plans and weights")
     _add_plans_arguments(parser, dataset_required=False)
-    parser.add_argument("-w", type=Path, metavar="FILE", help="pretrained weights to check against these plans")
+    parser.add_argument(
+        "-w", type=Path, metavar="FILE", help="pretrained weights; with -d they are checked against its plans"
+    )
 
 
 def _run_doctor(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Train on several GPUs, machines or CPUs: nnUNetv2_train in each process of torchrun.
+"""Train on several GPUs, machines or CPUs: torchrun starts this module in each process; it runs nnUNetv2_train there.
 
 ::
 
@@ -27,7 +27,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2_vf.errors import OneLineArgumentParser, UserError, one_line_errors
 from nnunetv2_vf.nnunet_folders import dataset_name, require_variables
 from nnunetv2_vf.training.checkpoints import BEST, FINAL, LATEST
-from nnunetv2_vf.training.ranks import join
+from nnunetv2_vf.training.ranks import join_process_group
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
 
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -49,7 +49,7 @@ def main() -> None:
         args.tr,
         args.p,
         export_validation_probabilities=args.npz,
-        continue_training=_continue_on_all_ranks(args),
+        continue_training=_is_continued(args),
         only_run_validation=args.val,
         disable_checkpointing=args.disable_checkpointing,
         val_with_best=args.val_best,
@@ -60,15 +60,20 @@ def main() -> None:
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the flags of nnUNetv2_train, whose own parser cannot be called without starting a training."""
-    parser = OneLineArgumentParser("python -m nnunetv2_vf.distributed", allow_abbrev=False)
-    parser.add_argument("dataset_name_or_id")
-    parser.add_argument("configuration")
-    parser.add_argument("fold")
+    parser = OneLineArgumentParser(
+        "python -m nnunetv2_vf.distributed",
+        description="Run nnUNetv2_train in each process of torchrun. A launch continues from the checkpoints in the "
+        "folder of the fold, if there are any.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("dataset_name_or_id", help="dataset id or name")
+    parser.add_argument("configuration", help="for example 3d_fullres")
+    parser.add_argument("fold", help="0 to 4, or all")
     parser.add_argument("-tr", default="nnUNetTrainer", help="VFPretrainTrainer or VFFinetuneTrainer")
     parser.add_argument("-p", default="nnUNetPlans", help="name of the plans; default: %(default)s")
     parser.add_argument("-pretrained_weights", help="read by the trainers, if the training has no checkpoint yet")
     parser.add_argument("-num_gpus", type=int, default=1, help="must be 1: torchrun sets the number of processes")
-    parser.add_argument("-device", default="cuda", help="cuda or cpu; default: %(default)s")
+    parser.add_argument("-device", default="cuda", choices=("cuda", "cpu"), help="where to train; default: %(default)s")
     parser.add_argument("--npz", action="store_true", help="save the probabilities of the final validation")
     parser.add_argument("--c", action="store_true", help="ignored: a launch that finds checkpoints always continues")
     parser.add_argument("--val", action="store_true", help="run only the final validation")
@@ -90,8 +95,6 @@ def _require_legal_arguments(args: argparse.Namespace) -> None:
     require_variables(nnUNet_preprocessed, nnUNet_results)
     if args.num_gpus != 1:
         raise UserError(f"-num_gpus {args.num_gpus} has no effect with torchrun; use torchrun's --nproc-per-node")
-    if args.device not in ("cuda", "cpu"):
-        raise UserError(f"-device {args.device} cannot train on several ranks; legal: cuda, cpu")
     try:
         trainer = recursive_find_trainer_class_by_name(args.tr)
     except RuntimeError as error:
@@ -105,15 +108,15 @@ def _join_ranks(device: str) -> None:
         gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(gpu)
         torch.set_num_threads(1)  # as nnUNetv2_train does
-        join("nccl", device_id=gpu)
+        join_process_group("nccl", device_id=gpu)
     else:
         # nnU-Net makes a GradScaler on CPUs too, and every rank would print torch's warning about it
         warnings.filterwarnings("ignore", ".*GradScaler is enabled, but CUDA is not available")
-        join("gloo")
+        join_process_group("gloo")
 
 
-def _continue_on_all_ranks(args: argparse.Namespace) -> bool:
-    """Return rank 0's answer to whether the training continues: machines may see a shared folder at different times."""
+def _is_continued(args: argparse.Namespace) -> bool:
+    """Return on all ranks whether rank 0 finds a checkpoint: a shared folder may show it to others later."""
     answer = [_has_checkpoint(args) and not args.val]
     dist.broadcast_object_list(answer)
     return answer[0]

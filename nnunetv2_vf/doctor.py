@@ -21,7 +21,6 @@ from packaging.requirements import Requirement
 from nnunetv2_vf import __version__
 from nnunetv2_vf.errors import UserError, printable
 from nnunetv2_vf.nnunet_commands import TRAINER_VARIABLE
-from nnunetv2_vf.nnunet_folders import dataset_name
 from nnunetv2_vf.settings import FinetuneSettings, VFSettings
 from nnunetv2_vf.training.preflight import preprocessed_cases
 from nnunetv2_vf.transfer.architectures import network_name
@@ -47,8 +46,8 @@ class Finding:
 
 def examine(
     dataset: str | None = None,
-    plans: str = "nnUNetPlans",
-    configuration: str = "3d_fullres",
+    plans_name: str = "nnUNetPlans",
+    configuration_name: str = "3d_fullres",
     weights: Path | None = None,
 ) -> Iterator[Finding]:
     """Check the installation and, if they are given, a dataset's plans and weights for them.
@@ -64,7 +63,7 @@ def examine(
     target = None
     if dataset is not None:
         try:
-            target = load_target(dataset, plans, configuration)
+            target = load_target(dataset, plans_name, configuration_name)
         except UserError as error:
             yield Finding(FAIL, str(error))
             return
@@ -83,21 +82,17 @@ def _errors_as_findings(findings: Iterator[Finding]) -> Iterator[Finding]:
 def _check_versions() -> Iterator[Finding]:
     yield Finding(OK, f"nnunetv2-vf {__version__}, Python {platform.python_version()}")
     for package in ("nnunetv2", "torch"):
-        required = _find_requirement(package)
-        install = f"pip install '{required}'"
-        try:
-            installed = version(package)
-        except PackageNotFoundError:
-            yield Finding(FAIL, f"{package} is not installed; install it: {install}")
-            continue
+        required, installed = _combined_requirement(package), version(package)
         if required.specifier.contains(installed, prereleases=True):
             yield Finding(OK, f"{package} {installed}")
         else:
-            yield Finding(FAIL, f"{package} {installed}, which does not work: {install}")
+            yield Finding(
+                FAIL, f"{package} {installed} is not supported; install a supported version: pip install '{required}'"
+            )
 
 
-def _find_requirement(package: str) -> Requirement:
-    """Return the versions of a package that both nnunetv2-vf and nnU-Net accept."""
+def _combined_requirement(package: str) -> Requirement:
+    """Return the requirement on a package that combines those of nnunetv2-vf and of nnU-Net."""
     combined = Requirement(package)
     for distribution in ("nnunetv2-vf", "nnunetv2"):
         with contextlib.suppress(PackageNotFoundError):
@@ -125,7 +120,7 @@ def _check_trainers() -> Iterator[Finding]:
     for name in ("VFPretrainTrainer", "VFFinetuneTrainer"):
         try:
             with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # nnU-Net prints its search path
-                warnings.simplefilter("ignore")  # of other modules in the folders that nnU-Net imports
+                warnings.simplefilter("ignore")  # nnU-Net imports all modules of these folders, and some may warn
                 recursive_find_trainer_class_by_name(name)
         except Exception as error:  # nnU-Net imports every module of the folder, which may raise anything
             value = os.environ.get(TRAINER_VARIABLE)
@@ -162,7 +157,7 @@ def _check_devices() -> Iterator[Finding]:
 
 def _check_dataset(target: TargetPlans) -> Iterator[Finding]:
     dataset_id, plans = target.dataset_id, target.plans_manager.plans_name
-    raw = Path(nnUNet_raw.get() or ".") / dataset_name(str(dataset_id)) / "dataset.json"
+    raw = Path(nnUNet_raw.get() or "nnUNet_raw") / target.plans_manager.dataset_name / "dataset.json"
     if raw.is_file():
         yield Finding(OK, f"dataset {raw.parent}")
     else:

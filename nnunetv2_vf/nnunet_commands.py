@@ -59,7 +59,7 @@ class Workspace:
         line = " ".join([*(f"{name}={value}" for name, value in assignments.items()), *words])
         print(f"$ {line}", end="", flush=True)
         start = time.monotonic()
-        with self.log.open("a+") as log:
+        with self.log.open("a") as log:
             log.write(f"$ {line}\n")
             log.flush()
             done = subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_t
 
 from nnunetv2_vf.errors import UserError
 
+_DATASET_NAME = re.compile(r"Dataset\d{3}_[^/]+")
 _PLAN_COMMANDS = {  # plans name -> the command that makes such plans
     "nnUNetPlans": "nnUNetv2_plan_and_preprocess -d {} -c 3d_fullres",
     "PCTNetPlans": "nnUNetv2_vf plan -d {}",
@@ -29,12 +31,17 @@ def dataset_name(dataset: str) -> str:
     """Return the full name of a dataset: ``7`` or ``Dataset007_Liver`` -> ``Dataset007_Liver``.
 
     Raises:
-        UserError: none of nnU-Net's folders holds such a dataset.
+        UserError: no folder has a dataset with this id, or the name does not have the form ``DatasetXXX_NAME``. Whether
+            a dataset with such a name exists is not checked.
     """
     try:
         name: str = maybe_convert_to_dataset_name(dataset)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"no dataset {dataset}: {error}") from error
+    if not _DATASET_NAME.fullmatch(name):
+        raise UserError(
+            f"{dataset!r} is not a dataset; legal: an id such as 7, or a full name such as Dataset007_Liver"
+        )
     return name
 
 

@@ -1,22 +1,24 @@
-"""``nnUNetv2_vf preview``: draw the samples that pretraining on a preprocessed dataset shows the network."""
+"""``nnUNetv2_vf preview``: draw samples as pretraining shows them to the network."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from nnunetv2.paths import nnUNet_preprocessed
+from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_folders import plans_file
 from nnunetv2_vf.pretext.dataset import VALIDATION, FusionDataset
 from nnunetv2_vf.pretext.loader import collate
-from nnunetv2_vf.pretext.pictures import draw_examples, make_examples, plane_names
+from nnunetv2_vf.pretext.pictures import draw_examples, make_examples, view_names
 from nnunetv2_vf.settings import VFSettings
-from nnunetv2_vf.training.preflight import preprocessed_cases, pretraining_configuration
+from nnunetv2_vf.training.preflight import preprocessed_cases, preprocessed_folder, pretraining_configuration
 
 
 def preview(
@@ -31,6 +33,8 @@ def preview(
 
     Args:
         dataset: nnU-Net's dataset id or name.
+        configuration_name: for example 3d_fullres.
+        plans_name: name of the plans file, without ``.json``.
         num_samples: number of samples to draw.
         path: the PNG file to write.
         environment: environment variables, with the settings ``nnUNet_vf_<field>``.
@@ -40,19 +44,22 @@ def preview(
             missing, a setting is not legal, or no case can be used.
     """
     if not path.parent.is_dir():
-        raise UserError(f"the folder {path.parent} does not exist; make it: mkdir -p {path.parent}")
+        raise UserError(f"the folder {path.parent} does not exist; make it: mkdir -p {shlex.quote(str(path.parent))}")
     plans_manager = PlansManager(plans_file(dataset, plans_name).as_posix())
     settings = VFSettings.resolve(plans_manager.plans, environment)
     configuration = pretraining_configuration(plans_manager, configuration_name)
     names = preprocessed_cases(plans_manager, configuration_name)
 
-    folder = str(Path(nnUNet_preprocessed) / plans_manager.dataset_name / configuration.data_identifier)
-    cases = infer_dataset_class(folder)(folder, names)
-    samples = FusionDataset(cases, configuration.patch_size, settings, VALIDATION)
+    folder = preprocessed_folder(plans_manager, configuration)
+    cases = infer_dataset_class(str(folder))(str(folder), names)
+    dataset_json = load_json((folder.parent / "dataset.json").as_posix())
+    channels = determine_num_input_channels(plans_manager, configuration, dataset_json)
+    samples = FusionDataset(cases, configuration.patch_size, settings, VALIDATION, channels)
     batch = collate([samples[index] for index in range(num_samples)])
     for rejected in dict.fromkeys(batch["rejected"]):
         print(f"skipped case {rejected.case}: it {rejected.reason}")
     if "tensors" not in batch:
-        raise UserError(f"no usable sub-volume found in {folder}; check the images of {names[0]}")
+        first = batch["rejected"][0].case
+        raise UserError(f"no usable sub-volume found in {folder}; check the images, for example of {first}")
     examples = make_examples(batch, settings, torch.device("cpu"))
-    draw_examples(examples, plane_names(plans_manager.transpose_forward), settings.coefficient_steps, path)
+    draw_examples(examples, view_names(plans_manager.transpose_forward), settings.coefficient_steps, path)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import unlabelled_data
 
 from nnunetv2_vf.demo.phantoms import write_dataset
 from nnunetv2_vf.nnunet_commands import trainer_path
@@ -42,21 +41,22 @@ def nnunet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.setenv(variable, str(folder / name))
         patch.setenv("nnUNet_extTrainer", trainer_path(""))
         write_dataset(folder / "raw" / DATASET, range(NUM_CASES), spacing=SPACING_MM)
-        _plan_and_preprocess()
-        shrink_network(folder / "preprocessed" / DATASET / "nnUNetPlans.json")
+        plan_and_preprocess(DATASET_ID)
         yield folder
 
 
-def _plan_and_preprocess() -> None:
+def plan_and_preprocess(dataset_id: int) -> None:
+    """Plan and preprocess a dataset with nnU-Net's commands, and shrink its network."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 
-    extract_fingerprints([DATASET_ID], num_processes=1, check_dataset_integrity=True)
-    plan_experiments([DATASET_ID])
-    preprocess([DATASET_ID], "nnUNetPlans", configurations=["3d_fullres"], num_processes=[1])
+    extract_fingerprints([dataset_id], num_processes=1, check_dataset_integrity=True, clean=True)
+    plan_experiments([dataset_id])
+    preprocess([dataset_id], "nnUNetPlans", configurations=["3d_fullres"], num_processes=[1])
+    shrink_network(_preprocessed(dataset_id) / "nnUNetPlans.json")
 
 
 def shrink_network(plans_file: Path) -> None:
-    """nnU-Net's own plan with a small patch and few features, so that a step takes milliseconds."""
+    """Reduce patch, batch and features of nnU-Net's plan, so that a step takes milliseconds."""
     plans = json.loads(plans_file.read_text())
     configuration = plans["configurations"]["3d_fullres"]
     configuration["batch_size"] = 2
@@ -117,7 +117,7 @@ def artifacts(nnunet: Path, pct_plans: str, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture
-def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def empty_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Makes Dataset042_Made, which holds no images but a fingerprint; returns the path of its PCTNetPlans."""
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
@@ -152,7 +152,7 @@ def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def tiny(nnunet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def two_epochs(nnunet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A results folder of this test's own and a schedule of 2 epochs x 2 steps; returns nnU-Net's folder."""
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # samples are made in the training process: no start-up time
@@ -163,17 +163,17 @@ def tiny(nnunet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def three_epochs(tiny, monkeypatch) -> None:
+def three_epochs(two_epochs, monkeypatch) -> None:
     """An epoch has 4 steps of training and 2 of validation: 18 steps."""
     for name, value in THREE_EPOCHS.items():
         monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
-def own_dataset(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def copied_dataset(two_epochs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the preprocessed dataset that the test may damage; returns its folder."""
     copy = tmp_path / "preprocessed" / DATASET
-    shutil.copytree(tiny / "preprocessed" / DATASET, copy)
+    shutil.copytree(two_epochs / "preprocessed" / DATASET, copy)
     monkeypatch.setenv("nnUNet_preprocessed", str(copy.parent))
     return copy
 
@@ -190,7 +190,7 @@ def fold_folder(results: Path, fold: int | str = 0) -> Path:
 
 
 @pytest.fixture
-def folder(tiny, tmp_path) -> Path:
+def folder(two_epochs, tmp_path) -> Path:
     return fold_folder(tmp_path / "results")
 
 
@@ -200,25 +200,12 @@ def edit_json(path: Path, change) -> None:
     path.write_text(json.dumps(content))
 
 
-def plan_and_preprocess(dataset_id: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Stock integrity check, fingerprint, planning and preprocessing, anew; returns the number of cases."""
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
-    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-
-    monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # planning divides by it
-    extract_fingerprints([dataset_id], num_processes=1, check_dataset_integrity=True, clean=True)
-    plan_experiments([dataset_id])
-    shrink_network(_preprocessed(dataset_id) / "nnUNetPlans.json")
-    preprocess([dataset_id], "nnUNetPlans", configurations=["3d_fullres"], num_processes=[1])
-    folder = str(_preprocessed(dataset_id) / "nnUNetPlans_3d_fullres")
-    return len(infer_dataset_class(folder).get_identifiers(folder))
-
-
 def pretrain_dataset(dataset_id: int, monkeypatch: pytest.MonkeyPatch) -> dict:
     """Plan and preprocess, then a step of pretraining; returns the plans."""
     from nnunetv2.run.run_training import run_training
 
-    plan_and_preprocess(dataset_id, monkeypatch)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # planning divides by it
+    plan_and_preprocess(dataset_id)
     monkeypatch.setenv("nnUNet_extTrainer", trainer_path(""))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     for name in ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
@@ -232,19 +219,3 @@ def _preprocessed(dataset_id: int) -> Path:
     from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
 
     return Path(nnUNet_preprocessed) / convert_id_to_dataset_name(dataset_id)
-
-
-@pytest.fixture
-def raw(tmp_path, monkeypatch) -> Path:
-    """An empty nnUNet_raw; returns the folder of the dataset that is to be."""
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (tmp_path / variable).mkdir()
-        monkeypatch.setenv(variable, str(tmp_path / variable))
-    return tmp_path / "nnUNet_raw" / unlabelled_data.DATASET
-
-
-@pytest.fixture
-def data(tmp_path) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    return folder

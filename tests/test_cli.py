@@ -11,7 +11,7 @@ from conftest import DATASET_ID
 from nnunetv2_vf.cli import main
 from nnunetv2_vf.nnunet_commands import trainer_path
 
-SUBCOMMANDS = ("env", "import", "plan", "preview", "convert", "demo")
+SUBCOMMANDS = ("env", "import", "plan", "preview", "convert", "adapt", "info", "doctor", "demo")
 
 
 def printed(capsys, *arguments: str) -> str:
@@ -71,22 +71,13 @@ def test_importing_and_parsing_load_neither_torch_nor_nnunet(statement):
 # ---------------------------------------------------------------- preview
 
 
-def test_preview_draws_the_requested_number_of_samples(tiny, tmp_path, capsys):
+def test_preview_draws_the_requested_number_of_samples(two_epochs, tmp_path, capsys):
     for count in (1, 2):
         path = tmp_path / f"{count}.png"
         assert printed(capsys, "preview", "-d", str(DATASET_ID), "-n", str(count), "-o", str(path)) == f"wrote {path}"
         assert path.read_bytes().startswith(b"\x89PNG")
     heights = [int.from_bytes((tmp_path / f"{count}.png").read_bytes()[20:24], "big") for count in (1, 2)]
     assert heights[1] > 1.5 * heights[0]
-
-
-def test_planes_are_named_by_the_axes_of_the_original_image():
-    """nnU-Net's transposed axes: preprocessed axis 0 is original axis 1."""
-
-    from nnunetv2_vf.pretext.pictures import plane_names
-
-    assert plane_names([0, 1, 2]) == ["axial", "coronal", "sagittal"]
-    assert plane_names([1, 0, 2]) == ["coronal", "axial", "sagittal"]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +91,7 @@ def test_planes_are_named_by_the_axes_of_the_original_image():
         (["-d", str(DATASET_ID), "-o", "/nowhere/preview.png"], ["/nowhere", "does not exist"]),
     ],
 )
-def test_preview_errors_are_one_line(tiny, tmp_path, monkeypatch, arguments, parts):
+def test_preview_errors_are_one_line(two_epochs, tmp_path, monkeypatch, arguments, parts):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_info:
         main(["preview", *arguments])
@@ -112,7 +103,7 @@ def test_preview_errors_are_one_line(tiny, tmp_path, monkeypatch, arguments, par
     assert not (tmp_path / "preview.png").exists()
 
 
-def test_preview_names_a_missing_variable(tiny, monkeypatch):
+def test_preview_names_a_missing_variable(two_epochs, monkeypatch):
     monkeypatch.delenv("nnUNet_preprocessed")
     with pytest.raises(SystemExit, match="nnUNet_preprocessed is not set"):
         main(["preview", "-d", "7"])

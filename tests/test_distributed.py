@@ -43,16 +43,16 @@ def torchrun(processes: int, *arguments: object, **variables: object) -> subproc
 
 
 @pytest.fixture
-def batch_of_four(own_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def batch_of_four(copied_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Plans with a batch that four ranks can share, and 20 steps of SGD.
 
     The gradient of a bias before an instance norm is only rounding error. Adam would make full steps of it, and the
     weights of two runs would differ. A large learning rate amplifies rounding errors of all weights.
     """
-    edit_json(own_dataset / "nnUNetPlans.json", lambda p: p["configurations"]["3d_fullres"].update(batch_size=4))
+    edit_json(copied_dataset / "nnUNetPlans.json", lambda p: p["configurations"]["3d_fullres"].update(batch_size=4))
     for name, value in {"num_epochs": 1, "iterations_per_epoch": 20, "optimizer": "sgd", "initial_lr": 0.001}.items():
         monkeypatch.setenv(f"nnUNet_vf_{name}", str(value))
-    return own_dataset
+    return copied_dataset
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -118,11 +118,11 @@ def test_ranks_stay_equal_with_new_decoder_stages_and_an_encoder_that_trains_lat
     assert done.returncode == 0, done.stderr[-3000:]
     assert "pretrained kernels scaled to the norm of new ones, by" in done.stdout
     assert "1 epoch of decoder and heads only, then the whole network" in done.stdout
-    assert "drifted apart" not in done.stdout
+    assert "differs from rank 0" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("order", [("-p", "P", "-pretrained_weights", "w"), ("-pretrained_weights", "w", "-p", "P")])
-def test_the_flags_of_nnunetv2_train_are_parsed_in_any_order(tiny, order):
+def test_the_flags_of_nnunetv2_train_are_parsed_in_any_order(two_epochs, order):
     arguments = distributed.parse_arguments(
         [*order[:2], "7", "3d_fullres", "all", "-tr", "VFPretrainTrainer", *order[2:], "--npz"]
     )
@@ -140,10 +140,10 @@ def test_the_flags_of_nnunetv2_train_are_parsed_in_any_order(tiny, order):
         (["-tr", "nnUNetTrainer"], "-tr nnUNetTrainer cannot train on several machines; legal: VFPretrainTrainer"),
         (["-tr", "NoTrainer"], "nnU-Net finds no trainer NoTrainer"),
         (["-num_gpus", "2"], "-num_gpus 2 has no effect with torchrun; use torchrun's --nproc-per-node"),
-        (["-device", "mps"], "-device mps cannot train on several ranks; legal: cuda, cpu"),
+        (["-device", "mps"], "argument -device: invalid choice: 'mps' (choose from"),
     ],
 )
-def test_illegal_arguments_are_reported_in_one_line(tiny, monkeypatch, capsys, arguments, message):
+def test_illegal_arguments_are_reported_in_one_line(two_epochs, monkeypatch, capsys, arguments, message):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setattr(sys, "argv", ["distributed.py", "7", "3d_fullres", "0", *arguments])

@@ -26,9 +26,9 @@ def examined(capsys, *arguments: str) -> tuple[int, list[str]]:
 
 
 @pytest.fixture
-def healthy(tiny, own_dataset, tmp_path):
+def healthy(two_epochs, copied_dataset, tmp_path):
     (tmp_path / "results").mkdir()
-    return own_dataset
+    return copied_dataset
 
 
 def test_a_healthy_installation_has_only_ok_lines(healthy, artifacts, capsys):

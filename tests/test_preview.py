@@ -8,6 +8,7 @@ from conftest import DATASET_ID, NUM_CASES
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnunetv2_vf.cli import main
+from nnunetv2_vf.pretext.pictures import view_names
 
 
 def make_constant(folder, case: str) -> None:
@@ -19,10 +20,10 @@ def make_constant(folder, case: str) -> None:
     nnUNetDatasetBlosc2.save_case(data, labels, properties, str(folder / case), (1, 8, 8, 8), (1, 8, 8, 8))
 
 
-def test_unusable_cases_are_named_and_skipped(own_dataset, tmp_path, capsys):
+def test_unusable_cases_are_named_and_skipped(copied_dataset, tmp_path, capsys):
     constant = [f"torso_{number:04d}" for number in range(NUM_CASES - 1)]
     for case in constant:
-        make_constant(own_dataset / "nnUNetPlans_3d_fullres", case)
+        make_constant(copied_dataset / "nnUNetPlans_3d_fullres", case)
     main(["preview", "-d", str(DATASET_ID), "-n", "2", "-o", str(tmp_path / "preview.png")])
     *skipped, last = capsys.readouterr().out.splitlines()
     assert last == f"wrote {tmp_path / 'preview.png'}"
@@ -31,9 +32,17 @@ def test_unusable_cases_are_named_and_skipped(own_dataset, tmp_path, capsys):
     assert set(skipped) <= {f"skipped case {case}: {reason}" for case in constant}
 
 
-def test_a_dataset_without_a_usable_case_is_an_error(own_dataset, tmp_path):
+def test_a_dataset_without_a_usable_case_is_an_error(copied_dataset, tmp_path):
     for number in range(NUM_CASES):
-        make_constant(own_dataset / "nnUNetPlans_3d_fullres", f"torso_{number:04d}")
-    with pytest.raises(SystemExit, match=r"no usable sub-volume found in .*; check the images of torso_0000"):
+        make_constant(copied_dataset / "nnUNetPlans_3d_fullres", f"torso_{number:04d}")
+    with pytest.raises(
+        SystemExit, match=r"no usable sub-volume found in .*; check the images, .* of torso_\d{4}"
+    ):
         main(["preview", "-d", str(DATASET_ID), "-o", str(tmp_path / "preview.png")])
     assert not (tmp_path / "preview.png").exists()
+
+
+def test_views_are_named_by_the_axes_of_the_original_image():
+    """nnU-Net may transpose the axes: here, axis 0 of the preprocessed case is axis 1 (y) of the image."""
+    assert view_names([0, 1, 2]) == ["along z", "along y", "along x"]
+    assert view_names([1, 0, 2]) == ["along y", "along z", "along x"]

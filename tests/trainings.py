@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 
@@ -17,17 +18,21 @@ LOGGED = ("train_losses", "val_losses", "mean_fg_dice", "ema_fg_dice", "lrs", "s
 
 
 def make_trainer(
-    name: str = "VFPretrainTrainer", plans: str = "nnUNetPlans", continue_training: bool = False, fold: int | str = 0
+    name: str = "VFPretrainTrainer",
+    plans: str = "nnUNetPlans",
+    continue_training: bool = False,
+    fold: int | str = 0,
+    configuration: str = "3d_fullres",
 ):
-    """Make a trainer as nnUNetv2_train does."""
-    trainer = get_trainer_from_args(str(DATASET_ID), "3d_fullres", fold, name, plans, continue_training, CPU)
+    """Make a trainer as nnUNetv2_train does; with ``continue_training``, load its checkpoint."""
+    trainer = get_trainer_from_args(str(DATASET_ID), configuration, fold, name, plans, continue_training, CPU)
     maybe_load_checkpoint(trainer, continue_training, validation_only=False)
     return trainer
 
 
-def before_step(trainer, number: int, action) -> None:
+def run_before_step(trainer, number: int, action) -> None:
     """Run an action before a training or validation step; steps count from 0 in this process."""
-    original, steps = trainer.between_steps, iter(range(10**6))
+    original, steps = trainer.between_steps, itertools.count()
 
     def between_steps() -> None:
         if next(steps) == number:
@@ -37,7 +42,8 @@ def before_step(trainer, number: int, action) -> None:
     trainer.between_steps = between_steps
 
 
-def stops_early(trainer) -> bool:
+def run_until_signal(trainer) -> bool:
+    """Run a training; return True if it exits for a restart."""
     try:
         trainer.run_training()
     except SystemExit as exit_:
@@ -45,7 +51,8 @@ def stops_early(trainer) -> bool:
     return False
 
 
-def send(number: signal.Signals):
+def sender_of(number: signal.Signals):
+    """Return a function that sends a signal to this process."""
     return lambda: os.kill(os.getpid(), number)
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.errors import UserError, one_line_errors
+from nnunetv2_vf.nnunet_folders import require_variables
 from nnunetv2_vf.settings import FINETUNE_RECIPES, FinetuneSettings
+from nnunetv2_vf.training.checkpoints import require_same_plans
 from nnunetv2_vf.training.finetune_schedule import (
     FinetuneLRScheduler,
     describe_schedule,
@@ -21,14 +24,14 @@ from nnunetv2_vf.training.finetune_schedule import (
     reinitialized_parameters,
 )
 from nnunetv2_vf.training.optimizer import clip_gradients, make_optimizer
-from nnunetv2_vf.training.preflight import preprocessed_cases
-from nnunetv2_vf.training.random_state import get_random_state
+from nnunetv2_vf.training.preflight import preprocessed_cases, require_configuration, require_gpu
+from nnunetv2_vf.training.random_state import get_random_state, seeded_initialization
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
 from nnunetv2_vf.transfer.kernel_norms import kernel_factors, scale_kernels
 from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights
 from nnunetv2_vf.transfer.target_plans import TargetPlans
 
-_ENCODER_SCHEDULES = ("encoder_only", "frozen_encoder")  # make no sense without a pretrained encoder
+_ENCODER_SCHEDULES = ("encoder_only", "frozen_encoder")  # schedules that need a pretrained encoder
 _PROVENANCE = "volume_fusion"  # our entry in a checkpoint: trainer, settings and pretrained weights
 
 
@@ -38,7 +41,7 @@ class VFFinetuneTrainer(ResumableTrainer):
     A U-Net is trained as nnU-Net does, but its pretrained kernels are first scaled to the norm of freshly initialised
     ones. PCT-Net gets AdamW with warm-up, weight decay and tight gradient clipping. Each part is a setting,
     ``nnUNet_vf_finetune_<field>`` (:class:`nnunetv2_vf.settings.FinetuneSettings`), and is recorded wherever nnU-Net
-    stores the plans. Without ``-pretrained_weights`` it is the matching baseline from scratch.
+    stores the plans. Without ``-pretrained_weights`` it trains the baseline from scratch, with the same recipe.
 
     It refuses weights that do not fit before anything is written, and logs what differs between pretraining and this
     training. Its checkpoints name nnU-Net's trainer, so others can predict with them without this package.
@@ -55,7 +58,10 @@ class VFFinetuneTrainer(ResumableTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net records exactly this signature
     ):
+        require_gpu(device)
+        require_variables(nnUNet_preprocessed, nnUNet_results)
         plans_manager = PlansManager(plans)
+        require_configuration(plans_manager, configuration)
         network = plans_manager.get_configuration(configuration).network_arch_class_name
         self.settings = FinetuneSettings.resolve(plans, os.environ, FINETUNE_RECIPES.get(network))
         preprocessed_cases(plans_manager, configuration)
@@ -110,7 +116,7 @@ class VFFinetuneTrainer(ResumableTrainer):
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802  nnU-Net's name
         *others, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         if self.settings.mirroring == "off":
-            axes = self.inference_allowed_mirroring_axes = None  # the attribute is for prediction
+            axes = self.inference_allowed_mirroring_axes = None  # nnU-Net stores the attribute for prediction
         return (*others, axes)
 
     def _log_settings(self) -> None:
@@ -149,15 +155,14 @@ class VFFinetuneTrainer(ResumableTrainer):
             for name, factor in kernel_factors(network, fresh, trained_parts).items()
             if f"{name}.weight" not in reinitialized
         }
-        factors = self.ranks.from_first(factors)  # norms differ in the last digits between devices
+        factors = self.ranks.broadcast_from_first(factors)  # norms differ in the last digits between devices
         scale_kernels(network, factors)
         extremes = f", by {min(factors.values()):.2f} to {max(factors.values()):.2f}" if factors else ""
         self.print_to_log_file(f"{len(factors)} pretrained kernels scaled to the norm of new ones{extremes}")
 
     def _build_fresh_network(self) -> torch.nn.Module:
-        """Return the network with the weights with which this training would start from scratch."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.settings.seed)
+        """Return the network with the initial weights that a training from scratch would have."""
+        with seeded_initialization(self.settings.seed):
             return self.build_network_architecture(
                 self.plans_manager,
                 self.configuration_manager,
@@ -175,7 +180,7 @@ class VFFinetuneTrainer(ResumableTrainer):
         """
         return self._state_before_batch or super().random_state()
 
-    def complete(self, checkpoint: dict[str, Any]) -> None:
+    def amend_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name nnU-Net's trainer as the writer; store our trainer's name, settings and pretrained weights beside it."""
         if type(self).build_network_architecture is nnUNetTrainer.build_network_architecture:
             checkpoint["trainer_name"] = nnUNetTrainer.__name__
@@ -186,7 +191,7 @@ class VFFinetuneTrainer(ResumableTrainer):
         }
 
     def require_same_run(self, checkpoint: dict[str, Any], file: Path) -> None:
-        """Raise UserError if the checkpoint has another trainer or other settings; take over its pretraining record.
+        """Raise UserError if the checkpoint has another trainer, other settings or other plans than this run.
 
         Without ``--c`` (``--val``, ``--val_best``) the settings of the checkpoint replace this run's.
         """
@@ -204,4 +209,7 @@ class VFFinetuneTrainer(ResumableTrainer):
         else:
             self.settings = FinetuneSettings.resolve({FinetuneSettings.section: recorded}, {})
             self.settings.apply_schedule(self)
+        require_same_plans(
+            PlansManager(checkpoint["init_args"]["plans"]), self.plans_manager, self.configuration_name, file
+        )
         self.pretrained_record = provenance.get("pretrained")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
@@ -23,14 +24,14 @@ from nnunetv2_vf.pretext.cases import RejectedCase
 from nnunetv2_vf.pretext.dataset import TRAINING, VALIDATION, FusionDataset
 from nnunetv2_vf.pretext.fusion import fuse_batch
 from nnunetv2_vf.pretext.loader import collate, make_loader, sample_indices
-from nnunetv2_vf.pretext.pictures import class_colours, draw_examples, make_examples, plane_names
+from nnunetv2_vf.pretext.pictures import class_colours, draw_examples, make_examples, view_names
 from nnunetv2_vf.pretext.report import count_confusion, pretext_warning, write_report
 from nnunetv2_vf.settings import VFSettings
-from nnunetv2_vf.training.checkpoints import require_same_plans
+from nnunetv2_vf.training.checkpoints import FINAL, require_same_plans
 from nnunetv2_vf.training.monitoring import DataWaitTimer, EpochMeter
 from nnunetv2_vf.training.non_finite_steps import NotFiniteError, StepMonitor
 from nnunetv2_vf.training.optimizer import make_optimizer
-from nnunetv2_vf.training.preflight import check_pretraining, patch_warning
+from nnunetv2_vf.training.preflight import check_pretraining, patch_warning, require_gpu
 from nnunetv2_vf.training.progress_plot import PretrainLogger
 from nnunetv2_vf.training.quarantine import Quarantine
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
@@ -66,11 +67,12 @@ class VFPretrainTrainer(ResumableTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net records exactly this signature
     ):
+        require_gpu(device)
         settings = VFSettings.resolve(plans, os.environ)
         check_pretraining(plans, configuration, fold, settings)
         self.settings = settings
         self.precision = Precision.choose(settings.precision, device)
-        # nnU-Net gets copies: wherever it stores the plans, the settings are stored too.
+        # Copies: nnU-Net stores the plans in several places, and the settings with them.
         plans = {**plans, VFSettings.section: settings.as_dict()}
         dataset_json = _with_fusion_labels(dataset_json, settings)
         target = TargetPlans(PlansManager(plans), configuration, dataset_json)
@@ -208,14 +210,14 @@ class VFPretrainTrainer(ResumableTrainer):
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         super().on_train_epoch_end(train_outputs)
-        with self._save_samples_of_failure():
+        with self._save_samples_of_non_finite_steps():
             self.step_monitor.check()
         for reasons in self.ranks.gather(self.quarantine.cases):
             self._log_rejected([RejectedCase(case, reason, True) for case, reason in reasons.items()])
         self._log_monitored()
 
     def losses_of_epoch(self) -> Tensor:
-        """Return the losses of this epoch; a skipped step counts with the mean of the others."""
+        """Return the losses of this epoch; a loss that is not finite is replaced by the mean of the finite ones."""
         losses = super().losses_of_epoch()
         finite = losses.isfinite()
         return torch.where(finite, losses, losses[finite].mean())
@@ -241,13 +243,13 @@ class VFPretrainTrainer(ResumableTrainer):
     def _record_step(self, loss: Tensor, is_finite: Tensor) -> None:
         step = self.current_epoch * self.settings.iterations_per_epoch + len(self.epoch_losses)
         self.epoch_losses.append(loss)
-        with self._save_samples_of_failure():
+        with self._save_samples_of_non_finite_steps():
             self.step_monitor.add(step, is_finite)
         if self._step_finished is not None:
             self._step_finished.record()
 
     @contextmanager
-    def _save_samples_of_failure(self) -> Iterator[None]:
+    def _save_samples_of_non_finite_steps(self) -> Iterator[None]:
         """If too many steps in a row were not finite, save their samples and end the training with a UserError."""
         try:
             yield
@@ -277,8 +279,8 @@ class VFPretrainTrainer(ResumableTrainer):
         memory = f", {values['gpu_memory_gb']:.1f} GB of GPU memory" if self.device.type == "cuda" else ""
         self.print_to_log_file(
             f"{values['samples_per_second']:.3g} samples/s, waiting for data {values['data_wait_share']:.1%} of the "
-            f"time{memory}; since the start {values['skipped_steps']} steps skipped, {values['quarantined_cases']} "
-            "cases quarantined"
+            f"time{memory}; {values['skipped_steps']} steps skipped so far, {values['quarantined_cases']} cases in "
+            "quarantine since the last start"
         )
 
     def _log_rejected(self, rejected: list[RejectedCase]) -> None:
@@ -291,13 +293,13 @@ class VFPretrainTrainer(ResumableTrainer):
             line = self.quarantine.add(*case)
             if line:
                 self.print_to_log_file(line)
-        if rejected:
-            self.quarantine.require_below_limit(len({*self._cases[0].identifiers, *self._cases[1].identifiers}))
+        if any(case.unusable for case in rejected):
+            self.quarantine.require_within_limit(len({*self._cases[0].identifiers, *self._cases[1].identifiers}))
 
     # ------------------------------------------------------------------ checkpoints
 
     def state(self) -> dict[str, Any]:
-        with self._save_samples_of_failure():
+        with self._save_samples_of_non_finite_steps():
             self.step_monitor.check()
         monitor = self.step_monitor
         return {**super().state(), "skipped": monitor.skipped, "in_a_row": monitor.in_a_row}
@@ -316,10 +318,10 @@ class VFPretrainTrainer(ResumableTrainer):
         if writer != type(self).__name__ or VFSettings.section not in recorded.plans:
             raise UserError(f"{file} was written by {writer}, not by {type(self).__name__}; move it to another folder")
         settings = VFSettings.resolve(recorded.plans, {})
+        # The network has heads for this run's coefficient_steps. require_same says so if the checkpoint has others.
         if not self.continue_training and settings.coefficient_steps == self.settings.coefficient_steps:
-            self.settings = settings
-            self.precision = Precision.choose(settings.precision, self.device)
-            settings.apply_schedule(self)
+            self.settings = dataclasses.replace(settings, precision=self.settings.precision)
+            self.settings.apply_schedule(self)
         self.settings.require_same(recorded.plans[VFSettings.section], file)
         require_same_plans(recorded, self.plans_manager, self.configuration_name, file)
 
@@ -331,7 +333,8 @@ class VFPretrainTrainer(ResumableTrainer):
             with self.tolerate_write_failure(folder / "preview.png"):
                 self._draw_preview(folder / "preview.png")
             if not self.disable_checkpointing:
-                with self.tolerate_write_failure(folder / artifact.ARTIFACT_NAME):
+                is_essential = Path(filename).name == FINAL  # the result of the whole training
+                with self.tolerate_write_failure(folder / artifact.ARTIFACT_NAME, is_essential):
                     self._write_artifact(folder)
 
     # ------------------------------------------------------------------ results
@@ -340,10 +343,11 @@ class VFPretrainTrainer(ResumableTrainer):
         """Draw the first validation samples with the network's prediction."""
         self.network.eval()
         samples = self._samples(VALIDATION)
+        # A full batch: for another size, a compiled network would be compiled again.
         batch = collate([samples[index] for index in range(self.batch_size)])
         examples = make_examples(batch, self.settings, self.device, self._predict)[:_PREVIEW_EXAMPLES]
-        planes = plane_names(self.plans_manager.transpose_forward)
-        draw_examples(examples, planes, self.settings.coefficient_steps, file)
+        views = view_names(self.plans_manager.transpose_forward)
+        draw_examples(examples, views, self.settings.coefficient_steps, file)
 
     @torch.no_grad()
     def _predict(self, data: Tensor) -> Tensor:

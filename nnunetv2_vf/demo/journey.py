@@ -15,7 +15,8 @@ from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_commands import Workspace
 from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME
 
-_UNLABELLED, _LABELLED = "Dataset901_VFDemoUnlabelled", "Dataset902_VFDemoLabelled"
+_UNLABELLED_ID, _LABELLED_ID = 901, 902
+_UNLABELLED, _LABELLED = f"Dataset{_UNLABELLED_ID}_VFDemoUnlabelled", f"Dataset{_LABELLED_ID}_VFDemoLabelled"
 _PRETRAIN, _FINETUNE = "VFPretrainTrainer", "VFFinetuneTrainer"
 _PLANS = "VFPlans"  # of the labelled dataset, made with plan --like
 _CPU_MEMORY_TARGET = 0.033  # GB: gives the reduced network a patch of 24x32x40 voxels
@@ -40,7 +41,7 @@ _FINETUNING = {
 
 
 def demo(folder: Path | None, device: str | None) -> None:
-    """Run all steps and print a table of results.
+    """Pretrain, fine-tune with and without the pretrained weights, predict, and print a table of Dice.
 
     Args:
         folder: keeps all files; must be new or empty. Default: a new temporary folder.
@@ -68,18 +69,18 @@ def demo(folder: Path | None, device: str | None) -> None:
 
 
 def _prepare_datasets(workspace: Workspace, small: bool) -> None:
-    """Make both datasets; plan and preprocess the unlabelled one."""
+    """Write all phantoms; import, plan and preprocess the unlabelled dataset; compute the fingerprints of both."""
     write_images(workspace.folder / "unlabelled", _UNLABELLED_SEEDS)
     write_dataset(workspace.raw / _LABELLED, _LABELLED_SEEDS)
     write_images(workspace.folder / "test_images", _TEST_SEEDS)
     write_labels(workspace.folder / "test_labels", _TEST_SEEDS)
     name = _UNLABELLED.partition("_")[2]
-    workspace.run("nnUNetv2_vf", "import", "-d", 901, "-n", name, workspace.folder / "unlabelled", "-np", 2)
-    workspace.run("nnUNetv2_extract_fingerprint", "-d", 901, 902)
-    workspace.run("nnUNetv2_plan_experiment", "-d", 901)
+    workspace.run("nnUNetv2_vf", "import", "-d", _UNLABELLED_ID, "-n", name, workspace.folder / "unlabelled", "-np", 2)
+    workspace.run("nnUNetv2_extract_fingerprint", "-d", _UNLABELLED_ID, _LABELLED_ID)
+    workspace.run("nnUNetv2_plan_experiment", "-d", _UNLABELLED_ID)
     if small:
         _shrink_network(workspace.preprocessed / _UNLABELLED / "nnUNetPlans.json")
-    workspace.run("nnUNetv2_preprocess", "-d", 901, "-c", "3d_fullres", "-np", 2)
+    workspace.run("nnUNetv2_preprocess", "-d", _UNLABELLED_ID, "-c", "3d_fullres", "-np", 2)
 
 
 def _shrink_network(plans_file: Path) -> None:
@@ -102,29 +103,31 @@ def _shrink_network(plans_file: Path) -> None:
 def _pretrain(workspace: Workspace, device: str) -> Path:
     """Pretrain on the unlabelled phantoms; return the fold's folder."""
     variables = {f"nnUNet_vf_{name}": value for name, value in _PRETRAINING.items()}
-    workspace.run("nnUNetv2_train", 901, "3d_fullres", "all", "-tr", _PRETRAIN, "-device", device, **variables)
+    workspace.run(
+        "nnUNetv2_train", _UNLABELLED_ID, "3d_fullres", "all", "-tr", _PRETRAIN, "-device", device, **variables
+    )
     return workspace.fold_folder(_UNLABELLED, _PRETRAIN, "all")
 
 
 def _plan_target(workspace: Workspace, artifact: Path, small: bool) -> None:
     """Plan the labelled dataset with the pretrained network, and preprocess it."""
     memory = ["-gpu_memory_target", _CPU_MEMORY_TARGET] if small else []
-    workspace.run("nnUNetv2_vf", "plan", "-d", 902, "--like", artifact, *memory)
-    workspace.run("nnUNetv2_preprocess", "-d", 902, "-plans_name", _PLANS, "-c", "3d_fullres", "-np", 2)
+    workspace.run("nnUNetv2_vf", "plan", "-d", _LABELLED_ID, "--like", artifact, *memory)
+    workspace.run("nnUNetv2_preprocess", "-d", _LABELLED_ID, "-plans_name", _PLANS, "-c", "3d_fullres", "-np", 2)
 
 
 def _finetune(workspace: Workspace, device: str, arm: str, weights: Path | None) -> dict[str, float]:
-    """Fine-tune on the labelled phantoms and predict the test phantoms; return the Dice of each organ."""
+    """Fine-tune and predict the test phantoms; return the Dice by label ("1", "2", ...) and their "mean"."""
     images, labels, predictions = (workspace.folder / f"test_{name}" for name in ("images", "labels", arm))
     results = workspace.folder / f"results_{arm}"
     variables = {f"nnUNet_vf_finetune_{name}": value for name, value in _FINETUNING.items()}
     pretrained_weights = ["-pretrained_weights", weights] if weights else []
     workspace.run(
-        "nnUNetv2_train", 902, "3d_fullres", "all", "-p", _PLANS, "-tr", _FINETUNE, "-device", device,
+        "nnUNetv2_train", _LABELLED_ID, "3d_fullres", "all", "-p", _PLANS, "-tr", _FINETUNE, "-device", device,
         *pretrained_weights, nnUNet_results=results, **variables,
     )  # fmt: skip
     workspace.run(
-        "nnUNetv2_predict", "-d", 902, "-c", "3d_fullres", "-p", _PLANS, "-tr", _FINETUNE, "-f", "all",
+        "nnUNetv2_predict", "-d", _LABELLED_ID, "-c", "3d_fullres", "-p", _PLANS, "-tr", _FINETUNE, "-f", "all",
         "-device", device, "-i", images, "-o", predictions, "-npp", 1, "-nps", 1, "--disable_tta",
         nnUNet_results=results,
     )  # fmt: skip

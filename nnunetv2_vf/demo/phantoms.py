@@ -42,7 +42,7 @@ _ORGANS = (
     _Organ(4, 240, 40, 40, (((80, 40, -58), (36, 20, 18)), ((72, 40, 58), (36, 20, 18)))),
     _Organ(5, 420, 60, 120, (((0, 75, 0), (400, 17, 19)),)),  # longer than the image
 )
-_AIR, _FAT, _SOFT = -1000.0, -100.0, 40.0
+_AIR, _FAT, _SOFT_TISSUE = -1000.0, -100.0, 40.0  # mean HU
 
 
 def make_phantom(seed: int, spacing: float = 6.0) -> Phantom:
@@ -54,8 +54,8 @@ def make_phantom(seed: int, spacing: float = 6.0) -> Phantom:
             from it by up to a quarter.
     """
     rng = np.random.default_rng(seed)
-    across, along = (spacing * rng.uniform(0.8, 1.25, size=2)).tolist()
-    voxel = (along, across, across)
+    within_slice, between_slices = (spacing * rng.uniform(0.8, 1.25, size=2)).tolist()
+    voxel = (between_slices, within_slice, within_slice)
     body_scale = rng.uniform(0.9, 1.1, size=3)
     axes = [_voxel_centres(*per_axis) for per_axis in zip(_FIELD_OF_VIEW_MM, voxel, body_scale, strict=True)]
     grid = np.meshgrid(*axes, indexing="ij", sparse=True)
@@ -66,7 +66,7 @@ def make_phantom(seed: int, spacing: float = 6.0) -> Phantom:
     body = _inside(grid, (0, 0, 0), (1e6, 100, 145))
     image[body] = _FAT + 20 * coarse[body]
     below_fat = _inside(grid, (0, 0, 0), (1e6, 88, 132))
-    image[below_fat] = _SOFT + 25 * coarse[below_fat]
+    image[below_fat] = _SOFT_TISSUE + 25 * coarse[below_fat]
     for organ in _ORGANS:
         hu = rng.normal(organ.mean_hu, organ.hu_std_between_patients)
         for centre, semi_axes in organ.ellipsoids:
@@ -107,7 +107,7 @@ def write_labels(folder: Path, seeds: Sequence[int], spacing: float = 6.0) -> No
 
 
 def _voxel_centres(length: float, step: float, body_scale: float) -> np.ndarray:
-    """Return the voxel centres along an axis in mm of an average body, 0 in the middle."""
+    """Return the distances of the voxel centres from the middle of an axis, in mm, divided by the body's scale."""
     count = round(length / step)
     return (np.arange(count) - (count - 1) / 2) * step / body_scale
 

@@ -66,7 +66,7 @@ class CaseFiles:
         return {case for case in cases if images.issuperset(self.image_names(case))}
 
     def write(self, case: str, images: Sequence[sitk.Image], label: sitk.Image, link_targets: Sequence[str]) -> None:
-        """Write the files of a case. The label comes first, so a case with all its images is complete.
+        """Write the files of a case. The label is written first, so a case that has all its images also has its label.
 
         Args:
             link_targets: files to link to, one per channel, instead of writing the images; empty to write them.
@@ -80,12 +80,13 @@ class CaseFiles:
             (self.scratch_folder / name).replace(self.labels_folder / name)
             for channel, name in enumerate(self.image_names(case)):
                 if link_targets:
+                    (self.scratch_folder / name).unlink(missing_ok=True)  # a killed process may have left it
                     (self.scratch_folder / name).symlink_to(link_targets[channel])
                 else:
                     _write_image(images[channel], self.scratch_folder / name)
                 (self.scratch_folder / name).replace(self.images_folder / name)
         except OSError as error:
-            raise CannotWriteError(error.strerror) from error
+            raise CannotWriteError(error_line(error)) from error
 
     def remove_other_cases(self, cases: Collection[str]) -> None:
         """Remove all files that an import has written, except those of the given cases."""

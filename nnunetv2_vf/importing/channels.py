@@ -13,8 +13,9 @@ AUTO = "auto"  # the value of --channel that lets the volumes decide between CT 
 
 
 def most_common_channel_count(sources: Sequence[Source]) -> int:
-    """Return the number of channels that most sources have."""
-    return Counter(len(source.paths) for source in sources).most_common(1)[0][0]
+    """Return the number of channels that most usable sources have; 1 if there are none."""
+    counts = Counter(len(source.paths) for source in sources if not source.rejection)
+    return counts.most_common(1)[0][0] if counts else 1
 
 
 def check_channel_option(channel: str, num_channels: int) -> None:
@@ -41,16 +42,18 @@ def decide_channel_names(channel: str, accepted: Sequence[ReportRow], num_channe
         UserError: under ``auto``, only some of the volumes look like Hounsfield units.
     """
     if channel != AUTO:
-        return channel.split(",")
+        return [name.strip() for name in channel.split(",")]
     names = []
     for number, counts in enumerate(count_hu_like(accepted, num_channels)):
         if len(counts) > 1:
             minority = min(counts, key=lambda hu_like: counts[hu_like])
+            ct_everywhere = ",".join(["CT"] * num_channels)
             example = next(row.source for row in accepted if row.hu_like.split()[number] == minority)
             raise UserError(
                 f"channel {number} looks like HU (CT) in {counts['yes']} volumes, but not in {counts['no']} "
-                f"({example} is one of the minority): import them into two datasets, or if all are of one kind, "
-                "run the same command with --channel CT, or MR"
+                f"({example} is one of the minority). If they are CT and MR, import them into two datasets. If all are "
+                "of one kind, run the same command with --channel and a name for each channel, such as --channel "
+                f"{ct_everywhere}"
             )
         names.append("CT" if counts["yes"] else "MR")
     return names

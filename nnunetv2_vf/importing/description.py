@@ -52,7 +52,7 @@ def read_description(dataset_folder: Path) -> Description | None:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is damaged or was not written by import ({type(error).__name__}: {error}); remove it and run the "
-            "same command again, which writes it anew"
+            "same command again to rewrite it"
         ) from error
 
 
@@ -64,12 +64,13 @@ def make_description(
     Args:
         channel: the value of ``--channel``.
     """
+    marked = "the body, found with a threshold" if settings.mask else "the whole volume"
     content = {
         "channel_names": {str(number): name for number, name in enumerate(channel_names)},
         "labels": {"background": 0, "body": 1},
         "numTraining": len(cases),
         "file_ending": case_files.file_ending,
-        "description": "Unlabelled volumes; label 1 is no annotation, but the body as a threshold finds it.",
+        "description": f"Unlabelled volumes. Label 1 is not an annotation. It marks {marked}.",
         "last_import": {"nnunetv2_vf": __version__, "channel": channel, **asdict(settings)},
         # Without a list of its cases nnU-Net compares the name of every case with every file: a quarter of an hour
         # for 110,000 cases.

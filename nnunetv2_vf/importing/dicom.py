@@ -1,4 +1,7 @@
-"""Read DICOM series. No identifier of the patient leaves this module: case names contain hashes only."""
+"""Read DICOM series. Case names contain hashes only.
+
+:func:`.volumes.check_volume` later removes the metadata of the images, which may identify the patient.
+"""
 
 from __future__ import annotations
 
@@ -111,9 +114,9 @@ def _read_series(files: Sequence[str], selection: Selection, notes: list[str]) -
             # The first file alone decides the voxel type, and later slices lose their fractions (PET, some MR).
             reader.SetOutputPixelType(sitk.sitkFloat32)
             image = reader.Execute()
-    except RuntimeError as error:
+        _check_slice_distances(reader, len(files), selection, notes)
+    except (RuntimeError, ValueError) as error:  # ValueError: a number in the header is no number
         raise RejectedError(f"unreadable: {error_line(error)}") from error
-    _check_slice_distances(reader, len(files), selection, notes)
     return image
 
 

@@ -11,8 +11,9 @@ import os
 import time
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -66,7 +67,8 @@ class SourceRecord:
         source: the source's key.
         stamp: the source's stamp when it was imported.
         settings: digest of the import's settings.
-        keep_duplicates: True if these settings keep volumes that the dataset already has.
+        rows: a row of the report for each volume of the source.
+        keep_duplicates: True if the import ran with ``--keep duplicates``.
         time: seconds since the epoch.
     """
 
@@ -122,8 +124,7 @@ class Journal:
 
     def append(self, record: SourceRecord) -> None:
         """Append a record to the journal of this part."""
-        content = {column.name: getattr(record, column.name) for column in fields(record)}
-        content["rows"] = [_without_defaults(row) for row in record.rows]
+        content = asdict(record) | {"rows": [_without_defaults(row) for row in record.rows]}
         line = json.dumps(content).encode()
         with self._path.open("ab+") as file:
             if file.tell() and not _ends_with_newline(file):
@@ -136,13 +137,15 @@ class Journal:
 
     def write_merged(self, sources: Collection[str]) -> None:
         """Store the keys of the sources that the dataset is merged from."""
-        temporary = self.temporary_path(self._merged_path.name)
-        temporary.write_text(json.dumps(sorted(sources), indent=0))
-        temporary.replace(self._merged_path)
+        with self.replacing(self._merged_path) as temporary:
+            temporary.write_text(json.dumps(sorted(sources), indent=0))
 
-    def temporary_path(self, name: str) -> Path:
-        """Return where this part writes a file of the dataset before it is renamed to its final place."""
-        return self.folder / f"{name}.{self.part}"
+    @contextmanager
+    def replacing(self, path: Path) -> Iterator[Path]:
+        """Yield a temporary path; rename it to ``path`` if the block ends without an error."""
+        temporary = self.folder / f"{path.name}.{self.part}"
+        yield temporary
+        temporary.replace(path)
 
 
 @contextmanager
@@ -177,6 +180,6 @@ def _parse_line(line: str) -> SourceRecord | None:
         return None
 
 
-def _ends_with_newline(file) -> bool:  # type: ignore[no-untyped-def]
+def _ends_with_newline(file: BinaryIO) -> bool:
     file.seek(-1, os.SEEK_END)
-    return bool(file.read(1) == b"\n")
+    return file.read(1) == b"\n"

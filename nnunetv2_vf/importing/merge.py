@@ -45,9 +45,11 @@ def _merge(job: ImportJob, state: ImportState) -> None:
         channel_names = _decide_channel_names(job, rows, accepted)
     except UserError as error:
         name = REFUSED_REPORT if state.dataset_cases else REPORT
-        _write_report(job, rows, name)
+        with job.journal.replacing(job.folder / name) as temporary:
+            write_report(rows, temporary)
         raise UserError(f"{error}; the reason for each volume is in {job.folder / name}") from None
-    _write_report(job, rows, REPORT)
+    with job.journal.replacing(job.folder / REPORT) as temporary:
+        write_report(rows, temporary)
     (job.folder / REFUSED_REPORT).unlink(missing_ok=True)
     job.journal.write_merged(state.records.keys())
     _write_description(job, make_description(cases, channel_names, job.case_files, job.settings, job.channel))
@@ -57,7 +59,7 @@ def _merge(job: ImportJob, state: ImportState) -> None:
 
 
 def _report_rows(state: ImportState) -> list[ReportRow]:
-    """Return the rows of all sources; those whose files have been removed and were not given again are rejected."""
+    """Return the rows of all sources. A volume whose files are no longer in the dataset is rejected."""
     missing = "missing: its files are no longer in the dataset; import its path again"
     return [
         replace(row, case="", reason=missing) if row.case and row.case not in state.complete_cases else row
@@ -72,19 +74,12 @@ def _decide_channel_names(job: ImportJob, rows: Sequence[ReportRow], accepted: S
     return decide_channel_names(job.channel, accepted, job.case_files.num_channels)
 
 
-def _write_report(job: ImportJob, rows: Sequence[ReportRow], name: str) -> None:
-    temporary = job.journal.temporary_path(name)
-    write_report(rows, temporary)
-    temporary.replace(job.folder / name)
-
-
 def _write_description(job: ImportJob, text: str) -> None:
     path = job.folder / DESCRIPTION
     if path.is_file() and path.read_text() == text:
         return  # the file's time tells whether nnU-Net's fingerprint is older than the dataset
-    temporary = job.journal.temporary_path(DESCRIPTION)
-    temporary.write_text(text)
-    temporary.replace(path)
+    with job.journal.replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def _draw_picture(job: ImportJob, cases: Sequence[str]) -> None:
@@ -94,13 +89,11 @@ def _draw_picture(job: ImportJob, cases: Sequence[str]) -> None:
         (case, files.images_folder / files.image_names(case)[0], files.labels_folder / files.label_name(case))
         for case in (cases[number] for number in chosen)
     ]
-    temporary = job.journal.temporary_path(PICTURE)
     try:
-        draw_bodies(drawn, temporary)
+        with job.journal.replacing(job.folder / PICTURE) as temporary:
+            draw_bodies(drawn, temporary)
     except RuntimeError as error:
         print(f"no picture: {error_line(error)}")
-        return
-    temporary.replace(job.folder / PICTURE)
 
 
 def _next_steps(folder: Path) -> list[str]:
@@ -113,7 +106,9 @@ def _next_steps(folder: Path) -> list[str]:
     fingerprint = Path(nnUNet_preprocessed or "") / folder.name / "dataset_fingerprint.json"
     if fingerprint.is_file() and fingerprint.stat().st_mtime < (folder / DESCRIPTION).stat().st_mtime:
         clean = " --clean"
-        lines.append("  nnUNet_preprocessed holds an older version of this dataset; --clean replaces it")
+        lines.append(
+            "  nnUNet_preprocessed has the fingerprint of an older version of this dataset; --clean computes it again"
+        )
     dataset_id = int(folder.name.removeprefix("Dataset")[:3])
     lines += [
         f"next: nnUNetv2_plan_and_preprocess -d {dataset_id} -c 3d_fullres{clean}",

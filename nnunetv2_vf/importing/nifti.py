@@ -71,11 +71,11 @@ def _read_image(path: str, header: nibabel.Nifti1Header, selection: Selection, n
 
 
 def _matches_checksum(path: str, header: nibabel.Nifti1Header, image: sitk.Image) -> bool:
-    """True if the checksum of a compressed file is that of its header followed by exactly the image's voxels.
+    """Return True if the checksum that a ``.gz`` file states equals that of its header and the image's voxels.
 
-    Then the file is whole and SimpleITK has changed nothing. Otherwise the file may be damaged, or its voxels may only
-    be scaled or byte-swapped. Reading the file a second time then decides; this takes a sixth of a volume's time, which
-    the checksum saves.
+    Then the file is whole and SimpleITK has changed nothing. If not, the file may be damaged, or its voxels may be
+    scaled or byte-swapped; :func:`_check_voxel_data` reads it again to find out. The checksum usually saves this second
+    reading, which takes a sixth of the time per volume.
     """
     if not path.lower().endswith(".gz"):
         return False

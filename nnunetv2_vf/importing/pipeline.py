@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.importing.case_files import CannotWriteError
-from nnunetv2_vf.importing.channels import AUTO
 from nnunetv2_vf.importing.description import DESCRIPTION
 from nnunetv2_vf.importing.job import ImportJob, prepare_job
 from nnunetv2_vf.importing.journal import JOURNAL_FOLDER, ReportRow, SourceRecord
@@ -35,10 +34,10 @@ def import_volumes(
     name: str,
     paths: Sequence[Path],
     settings: ImportSettings,
-    channel: str = AUTO,
-    processes: int = 8,
-    num_parts: int = 1,
-    part_id: int = 0,
+    channel: str,
+    processes: int,
+    num_parts: int,
+    part_id: int,
 ) -> None:
     """Make ``nnUNet_raw/DatasetXXX_NAME`` from unlabelled volumes, add to it, or continue an interrupted import.
 
@@ -53,15 +52,17 @@ def import_volumes(
     Raises:
         UserError: a value is not legal, no volume can be used, or ``auto`` finds both HU-like and other volumes.
     """
+    if num_parts < 1:
+        raise UserError(f"--num_parts is {num_parts}; it must be at least 1")
     if not 0 <= part_id < num_parts:
-        raise UserError(f"--part_id is {part_id} and --num_parts {num_parts}; parts are 0 to num_parts - 1")
+        raise UserError(f"--part_id is {part_id}; with --num_parts {num_parts} it must be 0 to {num_parts - 1}")
     if processes < 1:
         raise UserError(f"-np is {processes}; it must be at least 1")
     folder = _choose_dataset_folder(dataset_id, name)
     try:
         found = find_sources(paths, excluded=folder)
         job = prepare_job(folder, found.sources, settings, channel, part=f"part_{part_id}_of_{num_parts}")
-        _print_start(job, +found.ignored)
+        _print_start(job, found.ignored)
         with job.journal.lock_part():
             _import_sources(
                 job, [source for source in found.sources if is_in_part(source, part_id, num_parts)], processes
@@ -100,7 +101,7 @@ def _choose_dataset_folder(dataset_id: int, name: str) -> Path:
             if other.name != folder.name:
                 is_unfinished = (other / JOURNAL_FOLDER).exists() and not (other / DESCRIPTION).exists()
                 hint = " (an unfinished import; delete it if you do not need it)" if is_unfinished else ""
-                raise UserError(f"{other} has the id {dataset_id}{hint}; give another -d, or its name as -n")
+                raise UserError(f"{other} has the id {dataset_id}{hint}; choose another -d, or give its name with -n")
     if folder.exists() and any(folder.iterdir()) and not (folder / JOURNAL_FOLDER).is_dir():
         raise UserError(f"{folder} was not made by import, or its {JOURNAL_FOLDER} is gone; give another -d and -n")
     return folder
@@ -128,8 +129,10 @@ def _import_sources(job: ImportJob, sources: Sequence[Source], processes: int) -
     scratch.mkdir()
     try:
         _import_in_processes(job, unfinished, processes, progress)
-        # Duplicates of a source that has changed are no longer duplicates, so their files are missing.
-        _import_in_processes(job, job.find_unfinished(sources), processes, progress)
+        # If a source has changed, volumes that were rejected as its duplicates may be accepted now: import them again.
+        again = job.find_unfinished(sources)
+        progress.total += len(again)
+        _import_in_processes(job, again, processes, progress)
     finally:
         progress.close()
         shutil.rmtree(scratch, ignore_errors=True)
@@ -141,7 +144,9 @@ def _import_in_processes(job: ImportJob, sources: Sequence[Source], processes: i
     digest, keep_duplicates = job.settings.digest, "duplicates" in job.settings.selection.keep
     counts: Counter[str] = Counter()
     for source, result in run_in_processes(import_one, sources, processes, start_worker):
-        killed = ReportRow(source.key, reason="memory: its process was killed while reading it; too large or damaged")
+        killed = ReportRow(
+            source.key, reason="memory: the process that read it died twice; it may be too large or damaged"
+        )
         rows = [killed] if result is None else result
         job.journal.append(SourceRecord(source.key, source.stamp, digest, rows, keep_duplicates))
         counts.update(row.kind or "accepted" for row in rows)

@@ -40,7 +40,7 @@ def run_in_processes(
             futures: dict[Future[Result], Item] = {}
             while True:
                 for item in islice(remaining, 2 * processes - len(in_progress)):
-                    in_progress.append(item)
+                    in_progress.append(item)  # before submit(), which raises if a process has died
                     futures[pool.submit(function, item)] = item
                 if not in_progress:
                     return

@@ -19,7 +19,7 @@ from nnunetv2_vf.importing.dicom import check_dicom_header, read_dicom_folder
 from nnunetv2_vf.importing.images import error_line
 from nnunetv2_vf.importing.nifti import read_nifti
 from nnunetv2_vf.importing.settings import Selection
-from nnunetv2_vf.importing.sources import Source, case_name, has_dicom_prefix, volume_ending
+from nnunetv2_vf.importing.sources import Source, case_name, volume_ending
 from nnunetv2_vf.importing.volumes import RejectedError, Volume
 
 _NRRD_SPACING = re.compile(rb"^(?:spacings|space directions):(.*)$", re.MULTILINE)
@@ -38,8 +38,7 @@ def read_volumes(source: Source, selection: Selection) -> Iterator[Volume]:
 
 def _read_files(source: Source, selection: Selection) -> Iterator[Volume]:
     # The name of a DICOM file may identify the patient, so it does not become part of the case name.
-    is_dicom = not volume_ending(source.key) and has_dicom_prefix(source.key)
-    case = case_name("dicom" if is_dicom else source.stem, source.key)
+    case = case_name(source.stem if volume_ending(source.key) else "dicom", source.key)
     notes: list[str] = []
     try:
         images = [_read_file(path, selection, notes) for path in source.paths]

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
+
 from nnunetv2_vf.importing.channels import AUTO, count_hu_like
 from nnunetv2_vf.importing.journal import ReportRow
 
@@ -46,10 +48,10 @@ def summarize(dataset_name: str, rows: Sequence[ReportRow], channel_names: Seque
         lines.append(f"  notes: {', '.join(f'{count} {kind}' for kind, count in notes.most_common())}")
     hu_like_counts = count_hu_like(accepted, len(channel_names))
     for number, (name, counts) in enumerate(zip(channel_names, hu_like_counts, strict=True)):
-        normalization = "clips and scales it as CT" if name.casefold() == "ct" else "normalises each volume separately"
+        normalization = get_normalization_scheme(name).__name__
         origin = "" if channel == AUTO else "; named by --channel"
         lines.append(
             f"  channel {number} is {name} ({counts['yes']} of {len(accepted)} volumes look like HU{origin}): "
-            f"nnU-Net {normalization}"
+            f"nnU-Net applies {normalization}"
         )
     return lines

@@ -28,7 +28,8 @@ class Source:
 
     Attributes:
         paths: absolute paths. Links are not resolved, so a link is a source of its own.
-        stamp: sizes and times of the files. A different stamp means that the source has changed.
+        stamp: sizes and times of the files; for a DICOM folder the number of files and the time of the folder. A
+            different stamp means that the source has changed.
         rejection: the reason why the source cannot be used, if the listing already shows one; else empty.
     """
 
@@ -59,7 +60,8 @@ class FoundSources:
 
 
 def find_sources(paths: Sequence[Path], excluded: Path) -> FoundSources:
-    """Find all sources in folders, recursively and through links. A path may also be a file.
+    """Find all sources in folders, recursively and through links. A path may also be a file: files of one folder that
+    are named like channels of a case become one source, as in a folder.
 
     Hidden files and folders are ignored, and so are ``labelsTr`` and ``labelsTs`` beside an ``imagesTr``.
 
@@ -69,20 +71,26 @@ def find_sources(paths: Sequence[Path], excluded: Path) -> FoundSources:
     Raises:
         UserError: a path does not exist, or no path contains a volume.
     """
-    found: dict[str, Source] = {}
+    found: list[Source] = []
     ignored: Counter[str] = Counter()
+    files: dict[str, list[str]] = {}  # folder -> names of the given files in it
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist; give folders or files with volumes")
         absolute = os.path.abspath(path)
-        in_path = [_file_source((absolute,))] if path.is_file() else _search_tree(absolute, excluded, ignored)
-        found.update((source.key, source) for source in in_path)
+        if path.is_file():
+            files.setdefault(os.path.dirname(absolute), []).append(os.path.basename(absolute))
+        else:
+            found += _search_tree(absolute, excluded, ignored)
+    for folder, names in files.items():
+        found += _group_files(folder, names)
     if not found:
         raise UserError(
             f"no volumes in {', '.join(map(str, paths))}; searched for {', '.join(VOLUME_ENDINGS)} and DICOM files; "
             f"found {sum(ignored.values())} other files"
         )
-    return FoundSources([found[key] for key in sorted(found)], ignored)
+    by_key = {source.key: source for source in found}
+    return FoundSources([by_key[key] for key in sorted(by_key)], +ignored)  # + drops the kinds without files
 
 
 def volume_ending(name: str) -> str:
@@ -143,7 +151,7 @@ def _search_tree(root: str, excluded: Path, ignored: Counter[str]) -> Iterator[S
         try:
             inode = _inode(folder)
             with os.scandir(folder) as entries:
-                is_folder = {entry.name: entry.is_dir() for entry in entries}
+                is_folder = {entry.name: _is_folder(entry) for entry in entries}
         except OSError as error:
             yield Source((folder,), "", f"unreadable: {error.strerror}")
             continue
@@ -159,6 +167,13 @@ def _search_tree(root: str, excluded: Path, ignored: Counter[str]) -> Iterator[S
         yield from _search_files(folder, files, ignored)
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def _inode(path: str | Path) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
@@ -169,12 +184,17 @@ def _search_files(folder: str, names: list[str], ignored: Counter[str]) -> Itera
     ignored["hidden"] += len(names) - len(visible)
     volumes = [name for name in visible if volume_ending(name)]
     others = [name for name in visible if not volume_ending(name)]
-    for channels, rejection in _group_channels(volumes):
-        yield _file_source(tuple(os.path.join(folder, name) for name in channels), rejection)
+    yield from _group_files(folder, volumes)
     if any(may_be_dicom(folder, name) for name in others):
         yield Source((folder,), f"{len(others)} files {os.stat(folder).st_mtime_ns}")
         others = [name for name in others if _is_other_file(name)]
     ignored.update(os.path.splitext(name)[1].lower() or "no ending" for name in others)
+
+
+def _group_files(folder: str, names: list[str]) -> Iterator[Source]:
+    """Yield the files of a folder as sources: one for each case, with all its channels."""
+    for channels, rejection in _group_channels(names):
+        yield _file_source(tuple(os.path.join(folder, name) for name in channels), rejection)
 
 
 def _group_channels(names: list[str]) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -187,7 +207,8 @@ def _group_channels(names: list[str]) -> Iterator[tuple[tuple[str, ...], str]]:
     if not any({0, 1} <= {*channels} for channels in cases.values()):
         yield from (((name,), "") for name in names)
         return
-    expected = {*range(max(map(len, cases.values())))}
+    num_channels = Counter(map(len, cases.values())).most_common(1)[0][0]
+    expected = {*range(num_channels)}
     for channels in cases.values():
         missing = sorted(expected - {*channels})
         rejection = f"channels: no {', '.join(f'_{number:04d}' for number in missing)}" if missing else ""

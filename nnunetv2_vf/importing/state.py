@@ -57,8 +57,8 @@ def reject_duplicates(
 ) -> dict[str, list[ReportRow]]:
     """Return the rows of every source, with all but one of the volumes with the same content rejected.
 
-    The volume that is kept is one whose files exist, if possible one that the dataset already has, and of these the
-    first in the order of sources. So the result does not depend on the order in which the sources were imported.
+    One of them is kept: preferably one whose files exist, then one that the dataset already has, then the first in the
+    order of the sources. So the result does not depend on the order in which the sources were imported.
     """
     in_order = [records[source] for source in sorted(records)]
     accepted = [row for record in in_order for row in record.rows if row.case]

@@ -104,7 +104,7 @@ def orthonormalize(direction: np.ndarray, selection: Selection, notes: list[str]
 def _check_size(image: sitk.Image, min_size: int) -> None:
     if image.GetDimension() != 3 or min(image.GetSize()) < min_size:
         size = " x ".join(map(str, image.GetSize()[::-1]))
-        raise RejectedError(f"size: {size} voxels, fewer than {min_size} on a side")
+        raise RejectedError(f"size: {size} voxels; needs 3 axes with at least {min_size} voxels each")
 
 
 def _check_spacing(image: sitk.Image, max_spacing: float) -> None:

@@ -25,7 +25,7 @@ def start_worker() -> None:
 
     The readers' warnings may quote a file's contents. Everything that matters is in the report.
     """
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # there are as many processes as cores
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # the import runs several processes already
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
@@ -44,13 +44,21 @@ def import_source(case_files: CaseFiles, settings: ImportSettings, source: Sourc
                 _import_volume(volume, row, case_files, settings)
             except RejectedError as rejection:
                 row.reason = str(rejection)
+            except CannotWriteError:
+                raise
+            except Exception as error:  # libraries raise anything for unusual images; go on with the next volume
+                row.reason = _describe_error(error)
             row.note = "; ".join(volume.notes)
             rows.append(row)
     except CannotWriteError:
         raise
     except Exception as error:  # readers raise anything for damaged files; the import goes on with the next source
-        rows.append(ReportRow(source.key, reason=f"error: {type(error).__name__}: {error_line(error)}"))
+        rows.append(ReportRow(source.key, reason=_describe_error(error)))
     return rows
+
+
+def _describe_error(error: Exception) -> str:
+    return f"error: {type(error).__name__}: {error_line(error)}"
 
 
 def _import_volume(volume: Volume, row: ReportRow, case_files: CaseFiles, settings: ImportSettings) -> None:
@@ -70,9 +78,10 @@ def _import_volume(volume: Volume, row: ReportRow, case_files: CaseFiles, settin
     row.hu_like = " ".join("yes" if hu_like else "no" for hu_like in facts.hu_like)
     row.linked = settings.link and _can_be_linked(volume, settings.file_ending)
     array = sitk.GetArrayViewFromImage(volume.images[0])
-    mask, mask_note = np.ones(array.shape, dtype=np.uint8), ""
     if settings.mask:
         mask, mask_note = find_body(array, facts.hu_like[0])
+    else:
+        mask, mask_note = np.ones(array.shape, dtype=np.uint8), ""
     volume.notes += filter(None, [mask_note, segmentation_note(array)])
     label = image_on_grid(mask, volume.images[0])
     case_files.write(volume.case, volume.images, label, link_targets=volume.files if row.linked else ())
@@ -81,5 +90,6 @@ def _import_volume(volume: Volume, row: ReportRow, case_files: CaseFiles, settin
 
 def _can_be_linked(volume: Volume, file_ending: str) -> bool:
     """True if the volume's files hold only this volume, need no repair, and have the dataset's ending."""
-    has_ending = [volume_ending(file) == file_ending for file in volume.files]
-    return bool(has_ending) and all(has_ending) and not volume.notes
+    if not volume.files or volume.notes:
+        return False
+    return all(volume_ending(file) == file_ending for file in volume.files)

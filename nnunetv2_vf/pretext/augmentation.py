@@ -54,8 +54,8 @@ def fit_intensity_transform(x: Tensor, percentiles: Tensor, gamma: Tensor, inver
     """Return the transform that augments x: percentile contrast, gamma, inversion, then back to mean and deviation.
 
     The contrast maps intensities linearly in three ranges: [min, v0] to [0, .1], [v0, v1] to [.1, .9], [v1, max] to
-    [.9, 1], where v0 and v1 are the lower and the upper percentile. Gamma is the exponent of the result; inversion
-    replaces u by 1 - u. Constant channels do not change.
+    [.9, 1], where v0 and v1 are the lower and the upper percentile. The result u is raised to the power gamma.
+    Inversion replaces u by 1 - u. Constant channels do not change.
 
     Args:
         x: (..., D, H, W).
@@ -74,7 +74,7 @@ def fit_intensity_transform(x: Tensor, percentiles: Tensor, gamma: Tensor, inver
     mean, unit_mean = (values.mean(1, keepdim=True) for values in (measured, unit))
     std, unit_std = (values.std(1, keepdim=True) for values in (measured, unit))
     gain = torch.where(highest > lowest, std / unit_std, 0.0)
-    gain = torch.where(invert.reshape(-1, 1), -gain, gain)  # after the return to the mean, 1 - u is a change of sign
+    gain = torch.where(invert.reshape(-1, 1), -gain, gain)  # 1 - u: the mean is restored anyway
     return IntensityTransform(curve, gain, offset=mean - gain * unit_mean)
 
 

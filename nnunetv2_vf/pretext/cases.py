@@ -28,7 +28,7 @@ class RejectedCase(NamedTuple):
     """A case from which no sub-volume could be drawn.
 
     Attributes:
-        unusable: True if the case can never be used; False if another draw may succeed.
+        unusable: True if this process will not try the case again; False if another draw may succeed.
     """
 
     case: str
@@ -37,7 +37,7 @@ class RejectedCase(NamedTuple):
 
 
 class RejectedCaseError(Exception):
-    """No sub-volume could be drawn from a case; the fields are those of :class:`RejectedCase`."""
+    """No sub-volume could be drawn from a case; ``reason`` and ``unusable`` are as in :class:`RejectedCase`."""
 
     def __init__(self, reason: str, unusable: bool):
         super().__init__(reason)
@@ -83,7 +83,7 @@ def read_with_retries(read: Callable[[], _Result]) -> _Result:
 
 
 def has_contrast(image: np.ndarray) -> bool:
-    """Return True if a channel of an image (C, D, H, W) has two different finite values; read the whole image.
+    """Return True if a channel of an image (C, D, H, W) has two different finite values. Reads the whole image.
 
     Raises:
         RejectedCaseError: the image cannot be read.

@@ -58,16 +58,17 @@ class FusionDataset(Dataset):
         stream: int,
         channels: int | None = None,
     ):
-        required = 2 if settings.pairing == "different" else 1
-        if len(cases.identifiers) < required:
+        if len(cases.identifiers) < settings.cases_per_sample:
             raise UserError(
-                f"pairing {settings.pairing!r} needs at least {required} cases, not {len(cases.identifiers)}"
+                f"pairing {settings.pairing!r} needs at least {settings.cases_per_sample} cases, not "
+                f"{len(cases.identifiers)}"
             )
         self.cases = cases
         self.settings = settings
         self.stream = stream
         self.subvolumes = SubvolumeSampler(cases, patch_size, settings, channels)
-        # Unusable cases that this process has found. Skipping them saves time and changes no sample.
+        # Cases that this process has found unusable. Skipping them saves time. It changes a sample only if the file
+        # system failed while such a case was read.
         self._unusable: set[str] = set()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -95,7 +96,7 @@ class FusionDataset(Dataset):
         Each case has a random generator of its own, seeded with the sample's key and the number of the attempt. So
         the sample does not depend on how many crops of a rejected case were drawn.
         """
-        crops_per_case = 1 if self.settings.pairing == "different" else 2
+        crops_per_case = 2 // self.settings.cases_per_sample
         subvolumes: list[Tensor] = []
         used: list[str] = []
         rejected: list[RejectedCase] = []
@@ -104,7 +105,7 @@ class FusionDataset(Dataset):
             if case in self._unusable:
                 continue
             try:
-                crops = self.subvolumes.draw(case, crops_per_case, np.random.default_rng((*key, attempt)))
+                crops = self.subvolumes.draw(case, crops_per_case, _case_generator(key, attempt))
             except RejectedCaseError as error:
                 rejected.append(RejectedCase(case, error.reason, error.unusable))
                 if error.unusable:
@@ -115,6 +116,15 @@ class FusionDataset(Dataset):
             if len(subvolumes) == 2:
                 break
         return subvolumes, used, rejected
+
+
+def _case_generator(key: tuple[int, int, int], attempt: int) -> np.random.Generator:
+    """Return the random generator of a sample's attempt with a case.
+
+    The number of the attempt is not simply appended to the key: NumPy fills short seeds up with zeros, so the
+    generator of the first attempt would draw the same numbers as the generator of the sample.
+    """
+    return np.random.default_rng(np.random.SeedSequence(key, spawn_key=(attempt,)))
 
 
 def _shuffle(names: Sequence[str], rng: np.random.Generator) -> Iterator[str]:

@@ -66,8 +66,8 @@ def draw_blocks(patch_size: Sequence[int], settings: VFSettings, rng: np.random.
 
     The sides of a block are uniform in ``block_side``, but not longer than the patch. The grid consists of whole
     blocks and has a random offset. A fraction ``block_foreground`` of the blocks gets a class that is uniform in 1..K,
-    the others get 0. If that is not a whole number of blocks, it is rounded up or down at random, so that the fraction
-    is right on average even for a small patch with few blocks.
+    the others get 0. If this fraction is not a whole number of blocks, the number is rounded up or down at random, so
+    that the fraction is right on average even for a small patch with few blocks.
     """
     patch = np.asarray(patch_size)
     shortest, longest = (np.minimum(side, patch) for side in settings.block_side)

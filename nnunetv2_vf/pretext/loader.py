@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from nnunetv2_vf.pretext.dataset import FusionDataset
 
-_PREFETCHED_BATCHES = 6  # that all workers together prepare in advance
+_PREFETCHED_BATCHES = 6  # batches that all workers together prepare in advance
 
 
 def sample_indices(steps: Iterable[int], global_batch: int, offset: int, batch: int) -> Iterator[range]:
@@ -39,7 +39,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         rejected cases of all samples. If a sample could not be made, only ``rejected``.
     """
     rejected = [case for sample in samples for case in sample.pop("rejected")]
-    if not all(samples):
+    if not all(samples):  # without ``rejected``, a sample that has no sub-volumes is empty
         return {"rejected": rejected}
     cases = [sample.pop("cases") for sample in samples]
     return {"tensors": default_collate(samples), "cases": cases, "rejected": rejected}

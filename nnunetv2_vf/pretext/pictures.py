@@ -18,7 +18,7 @@ from torch import Tensor
 from nnunetv2_vf.pretext.fusion import fit_intensity_transforms, fuse_batch
 from nnunetv2_vf.settings import VFSettings
 
-_PLANES = ("axial", "coronal", "sagittal")  # perpendicular to the axes (z, y, x) of the original image
+_VIEWS = ("along z", "along y", "along x")  # axes of the original image; nnU-Net keeps its orientation
 _VOLUME_TITLES = ("foreground sub-volume", "background sub-volume", "fused volume (network input)")
 _MAP_TITLES = ("fusion map (target)", "prediction")
 
@@ -58,22 +58,22 @@ def make_examples(
     return [Example(*fields) for fields in zip(titles, *images, fusion_maps, predictions, strict=True)]
 
 
-def draw_examples(examples: Sequence[Example], planes: Sequence[str], coefficient_steps: int, path: Path) -> None:
+def draw_examples(examples: Sequence[Example], views: Sequence[str], coefficient_steps: int, path: Path) -> None:
     """Draw the middle slices of each example along all three axes, with a legend of the fusion classes, to a PNG file.
 
     Args:
-        planes: names of the planes perpendicular to the axes (D, H, W), see :func:`plane_names`.
+        views: names of the views along the axes (D, H, W), see :func:`view_names`.
     """
     has_prediction = examples[0].prediction is not None
     titles = [*_VOLUME_TITLES, *(_MAP_TITLES if has_prediction else _MAP_TITLES[:1])]
-    num_rows = len(planes) * len(examples)
+    num_rows = len(views) * len(examples)
     figure = Figure(figsize=(2.6 * len(titles), 2.4 * num_rows + 0.8), layout="constrained")
     grid = figure.subplots(num_rows, len(titles), squeeze=False)
     colormap = _class_colormap(coefficient_steps)
     rows = [(example, axis) for example in examples for axis in range(3)]
     for row, (example, axis) in zip(grid, rows, strict=True):
         _draw_row(row, example, axis, colormap)
-        row[0].set_ylabel(f"{example.title}\n{planes[axis]}" if axis == 0 else planes[axis])
+        row[0].set_ylabel(f"{example.title}\n{views[axis]}" if axis == 0 else views[axis])
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=9)
     for axes in grid.flat:
@@ -154,10 +154,10 @@ def _class_colormap(coefficient_steps: int) -> ListedColormap:
     return ListedColormap(colormaps["viridis"](np.linspace(0, 1, coefficient_steps + 1)))
 
 
-def plane_names(transpose_forward: Sequence[int]) -> list[str]:
-    """Return the names of the planes perpendicular to the axes (D, H, W) of preprocessed volumes.
+def view_names(transpose_forward: Sequence[int]) -> list[str]:
+    """Return the names of the views along the axes (D, H, W) of preprocessed volumes.
 
     Args:
         transpose_forward: from the plans; nnU-Net may have transposed the axes of the original image.
     """
-    return [_PLANES[axis] for axis in transpose_forward]
+    return [_VIEWS[axis] for axis in transpose_forward]

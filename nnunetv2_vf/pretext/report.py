@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nnunetv2_vf.pretext.pictures import class_names, draw_confusion
 
-_COLLAPSED_SHARE = 0.99  # share of voxels predicted as the same class from which on the task counts as collapsed
-_SOLVED_DICE = 0.98  # Dice of the worst class from which on the task counts as solved
+_COLLAPSED_SHARE = 0.99  # collapsed: at least this share of the voxels is predicted as one class
+_SOLVED_DICE = 0.98  # solved: every class has at least this Dice
 
 
 def count_confusion(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
@@ -69,7 +69,7 @@ def write_report(confusion: np.ndarray, samples: int, settings: Mapping[str, Any
         settings: settings of the training, as plain JSON types.
     """
     dice = dice_per_class(confusion)
-    names = class_names(settings["coefficient_steps"])
+    names = class_names(len(confusion) - 1)
     report = {
         "mean_dice": float(np.nanmean(dice)),
         "dice_per_class": dict(zip(names, map(float, dice), strict=True)),

@@ -22,7 +22,7 @@ from nnunetv2_vf.settings import VFSettings
 
 Box = list[list[int]]  # [start, end) in voxels for each axis
 
-_MAX_CROPS = 100  # crops of one case before it is rejected: enough if a fifth of a scan is not air
+_MAX_CROPS = 100  # crops of one case before it is rejected; enough for scans that are four fifths air
 _CROPS_BEFORE_FULL_READ = 20  # after so many crops without contrast, the whole image is checked once
 
 
@@ -51,7 +51,8 @@ class SubvolumeSampler:
         A crop whose channels are all constant (air) is replaced by another one.
 
         Raises:
-            RejectedCaseError: the case cannot be read, has another shape, or too few crops have contrast.
+            RejectedCaseError: the case cannot be read or has another shape or number of channels; a crop has NaN or
+                infinite voxels; or too few crops have contrast.
         """
         image = open_image(self.cases, case, self.channels)
         crops: list[Tensor] = []
@@ -96,9 +97,9 @@ def draw_box(
 ) -> Box:
     """Draw the box of a crop in an image of this shape (D, H, W).
 
-    Along each axis the box is as long as the patch times a scale that is uniform in ``crop_scale``, but not longer
-    than the image. If the image is shorter than the patch, the box is at most as long as the patch and is centred on
-    the image; it then extends beyond the image, as nnU-Net's padding does.
+    Along each axis the box is as long as the patch times a scale that is uniform in ``crop_scale``, but at most as long
+    as the image or the patch, whichever is longer. A box that fits into the image has a random position. A longer one
+    is centred on the image and extends beyond it, as nnU-Net's padding does.
     """
     box = []
     scales = rng.uniform(*crop_scale, size=3)

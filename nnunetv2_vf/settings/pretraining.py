@@ -84,3 +84,8 @@ class VFSettings(TrainingSettings):
     invert_probability: float = setting(
         0.25, "probability that the intensities of both sub-volumes are inverted", low=0, high=1
     )
+
+    @property
+    def cases_per_sample(self) -> int:
+        """The number of cases that the two sub-volumes of a sample come from."""
+        return 2 if self.pairing == "different" else 1

@@ -22,6 +22,8 @@ OPTIMIZER_DEFAULTS: Mapping[str, Mapping[str, float]] = {
     "sgd": {"initial_lr": 1e-2, "weight_decay": 3e-5},
 }
 
+NNUNET_GRADIENT_CLIP = 12.0  # nnU-Net clips every gradient to this norm
+
 _Settings = TypeVar("_Settings", bound="TrainingSettings")
 
 
@@ -137,9 +139,9 @@ class TrainingSettings:
         differences = [f"{name} = {current.get(name)!r} (recorded: {recorded.get(name)!r})" for name in changed]
         restorable = [name for name in changed if name in current and name in recorded]
         variables = [f"{self.prefix}{name}={format_value(recorded[name])}" for name in restorable]
+        remedy = f"Restore them (export {' '.join(variables)}), or start" if variables else "Start"
         raise UserError(
-            f"the settings differ from those of {file}: {'; '.join(differences)}. Restore them (export "
-            f"{' '.join(variables)}), or start a new training without --c"
+            f"the settings differ from those of {file}: {'; '.join(differences)}. {remedy} a new training without --c"
         )
 
     def __str__(self) -> str:

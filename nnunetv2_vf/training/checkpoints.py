@@ -12,7 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_vf.durable_files import is_undamaged, link_or_copy
 from nnunetv2_vf.errors import UserError
 
-# nnU-Net's names, and PREVIOUS: the content of LATEST before it was last replaced.
+# nnU-Net's names; PREVIOUS is ours: the LATEST before the current one.
 LATEST, PREVIOUS, BEST, FINAL = (f"checkpoint_{name}.pth" for name in ("latest", "previous", "best", "final"))
 STATE = "long_training"  # our entry in a checkpoint, which nnU-Net ignores
 
@@ -27,11 +27,11 @@ class Progress(NamedTuple):
 def newest_undamaged(requested: Path, report: Callable[[str], None]) -> Path:
     """Return the furthest undamaged checkpoint among the requested one and those beside it.
 
-    A damaged checkpoint is renamed to ``NAME.damaged``. If the requested one is damaged, the chosen one also gets its
-    name, so that the next checkpoint does not keep a damaged file as the previous one.
+    A damaged checkpoint is renamed to ``NAME.damaged``. If the requested one is damaged, the chosen one is also stored
+    as LATEST, so that every rank finds a checkpoint; never as FINAL, which says that the training is finished.
 
     Args:
-        requested: nnU-Net requests the latest checkpoint if there is one, even if the best one is further.
+        requested: the checkpoint that nnU-Net would load: the final one, else the latest, else the best.
         report: is called with a line for each damaged file, and with the choice if it is not the requested one.
 
     Raises:
@@ -49,10 +49,17 @@ def newest_undamaged(requested: Path, report: Callable[[str], None]) -> Path:
             "without --c"
         )
     chosen = _furthest(undamaged)
-    for path in candidates:
-        if path not in undamaged:
-            moved_to = _set_aside(path, replacement=chosen if path == requested else None)
-            report(f"WARNING: {path} is damaged, renamed to {moved_to.name}")
+    damaged = [path for path in candidates if path not in undamaged]
+    for path in damaged:
+        moved_to = path.with_name(f"{path.name}.damaged")
+        link_or_copy(path, moved_to)
+        report(f"WARNING: {path} is damaged, renamed to {moved_to.name}")
+    if requested in damaged and chosen.name != LATEST:
+        latest = requested.with_name(LATEST)
+        link_or_copy(chosen, latest)
+        damaged = [path for path in damaged if path != latest]
+    for path in damaged:  # only now: at every moment, other ranks find a checkpoint
+        path.unlink()
     if chosen != requested:
         report(f"Continuing from {chosen.name} instead of {requested.name}")
     return chosen
@@ -75,19 +82,8 @@ def _run_and_progress(path: Path) -> tuple[str, Progress]:
     return state.get("run", ""), Progress(checkpoint["current_epoch"], len(state.get("losses", ())))
 
 
-def _set_aside(path: Path, replacement: Path | None) -> Path:
-    """Rename a damaged file. With a replacement, a file of the old name exists at every moment: other ranks read it."""
-    moved_to = path.with_name(f"{path.name}.damaged")
-    link_or_copy(path, moved_to)
-    if replacement is None:
-        path.unlink()
-    else:
-        link_or_copy(replacement, path)
-    return moved_to
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of the user's own training; tensors are read from the disk when they are used.
+    """Read a checkpoint of the user's own training. Tensors stay on the disk until they are used (mmap).
 
     Raises:
         UserError: the file is damaged, or not an nnU-Net checkpoint.

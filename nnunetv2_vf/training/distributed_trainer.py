@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.settings import TrainingSettings
+from nnunetv2_vf.training.random_state import seeded_initialization
 from nnunetv2_vf.training.ranks import Ranks
 
 
@@ -28,8 +29,8 @@ class WeightSource(Protocol):
 class DistributedTrainer(nnUNetTrainer):
     """nnU-Net's trainer, whose ranks may be CPUs and may be spread over several machines.
 
-    nnU-Net takes the rank among all processes for the number of a GPU of this machine. This class gives every rank its
-    own device. A subclass sets :attr:`settings` and :attr:`pretrained_weights` before it calls ``super().__init__``.
+    nnU-Net uses the rank among all processes as the number of a GPU of this machine. Here, every rank gets a GPU of its
+    own machine. A subclass sets :attr:`settings` and :attr:`pretrained_weights` before it calls ``super().__init__``.
     """
 
     settings: TrainingSettings
@@ -54,7 +55,7 @@ class DistributedTrainer(nnUNetTrainer):
         self.continue_training = bool(plans.get("continue_training"))  # nnU-Net stores its flag --c in the plans
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.ranks = Ranks.current()
-        self.device = self.ranks.device(device)
+        self.device = self.ranks.own_device(device)
         if self.device.type == "cpu" and self.is_ddp:
             self.grad_scaler = None
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.ranks.local_size))
@@ -65,12 +66,12 @@ class DistributedTrainer(nnUNetTrainer):
     def initialize(self) -> None:
         """Build network, optimiser and loss as nnU-Net does, then make them parallel.
 
-        nnU-Net would wrap the network and load pretrained weights by the rank among all machines, which is not the
-        number of this rank's GPU. So it runs as if there were one rank, and both are done here.
+        nnU-Net wraps the network and loads pretrained weights with the rank among all machines as the number of the
+        GPU, which is wrong on several machines. So nnU-Net's method runs as if there were one rank; then this method
+        loads the weights and wraps the network.
         """
         is_ddp, self.is_ddp = self.is_ddp, False
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.settings.seed)
+        with seeded_initialization(self.settings.seed):
             super().initialize()
         self.is_ddp = is_ddp
         if is_ddp:
@@ -80,11 +81,11 @@ class DistributedTrainer(nnUNetTrainer):
 
     def _make_parallel(self) -> None:
         self._set_batch_size_and_oversample()
-        self.network = self.ranks.parallel(self.network, self.device)
+        self.network = self.ranks.wrap_in_ddp(self.network, self.device)
         single_rank_loss, self.loss = self.loss, self._build_loss()  # its Dice is now computed over all ranks
         if self.enable_deep_supervision:
             # Under DDP nnU-Net gives the lowest resolution a small weight instead of none, so that each parameter has
-            # a gradient. Our DDP needs no gradient for every parameter.
+            # a gradient. Our DDP accepts parameters without a gradient (find_unused_parameters).
             self.loss.weight_factors = single_rank_loss.weight_factors
 
     def _set_batch_size_and_oversample(self) -> None:
@@ -92,17 +93,18 @@ class DistributedTrainer(nnUNetTrainer):
         # With batch_dice nnU-Net's loss gathers one tensor per rank, all of the same shape.
         is_uneven = batch % ranks > 0 and self.configuration_manager.batch_dice
         if self.is_ddp and (ranks > batch or is_uneven):
-            raise UserError(f"{ranks} ranks cannot share the plans' batch of {batch}; legal: a number that divides it")
+            legal = f"a number of ranks that divides {batch}" if is_uneven else f"at most {batch} ranks"
+            raise UserError(f"{ranks} ranks cannot share the plans' batch of {batch}; legal: {legal}")
         super()._set_batch_size_and_oversample()
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """Return the fold's training and validation cases; the first rank writes the split if there is none yet."""
-        with self.ranks.first_rank_first():
+        with self.ranks.rank_0_first():
             split: tuple[list[str], list[str]] = super().do_split()
         return split
 
     def require_agreement(self, name: str, value: Any) -> None:
-        """Raise UserError if a value differs between ranks: a machine has another environment or other folders."""
+        """Raise UserError if a value differs between ranks, for example because machines have other variables."""
         values = self.ranks.gather(value)
         different = [rank for rank, other in enumerate(values) if other != values[0]]
         if different:

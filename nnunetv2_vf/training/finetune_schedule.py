@@ -1,9 +1,9 @@
 """The fine-tuning schedule: the learning rate of every part of the network in every epoch.
 
 Parts are encoder, decoder and heads. Heads are always new; encoder and decoder may be pretrained. A schedule depends on
-the epoch alone, so a resumed training needs nothing but its number.
+the epoch only, so a resumed training needs only the number of the epoch.
 
-Sources: ``sawtooth`` is the schedule of that name of nnssl's fine-tuning (MIC-DKFZ/nnssl; arXiv 2412.17041): first the
+Sources: ``sawtooth`` is a fine-tuning schedule of nnssl (MIC-DKFZ/nnssl; arXiv 2412.17041): first the
 new parts learn to read the features, then the whole network warms up. Layer-wise decay: BEiT (arXiv 2106.08254).
 """
 
@@ -27,8 +27,9 @@ _POLY_EXPONENT = 0.9  # nnU-Net's
 def relative_learning_rate(settings: FinetuneSettings, part: str, epoch: int) -> float:
     """Return the learning rate of a part (``heads``, ``decoder`` or ``encoder``), relative to the highest one.
 
-    ``sawtooth`` starts with a linear rise over the first ``decoder_fraction`` of the epochs, without the encoder. Then,
-    as in the other schedules from the start: a linear rise over ``warmup_fraction`` of all epochs, then decay.
+    The rate rises linearly for ``warmup_fraction`` of all epochs, then it decays. With ``sawtooth`` another phase comes
+    first: for ``decoder_fraction`` of all epochs, the rate of decoder and heads rises linearly and that of the encoder
+    is 0.
     """
     decoder_only = decoder_only_epochs(settings)
     if part == "encoder" and (settings.schedule == "frozen_encoder" or epoch < decoder_only):
@@ -59,7 +60,7 @@ def _warmup_epochs(settings: FinetuneSettings) -> int:
 
 
 def _to_epochs(fraction: float, settings: FinetuneSettings) -> int:
-    """Return a fraction of all epochs, rounded up (but 0.07 of 100, in floats 7.000000000000001, is 7)."""
+    """Return a fraction of all epochs, rounded up, without float errors: 0.07 of 100 is 7, not 7.000000000000001."""
     return math.ceil(round(fraction * settings.num_epochs, 6))
 
 
@@ -142,7 +143,8 @@ class FinetuneLRScheduler(PolyLRScheduler):
     def freeze_parts_without_rate(self) -> None:
         """Compute gradients only for parts whose learning rate in this epoch is not 0.
 
-        Do not call it before the first epoch: DDP permanently ignores parameters that need no gradient when it is made.
+        Call it only after DDP has wrapped the network: DDP ignores for ever each parameter that needs no gradient at
+        that moment.
         """
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
@@ -150,7 +152,7 @@ class FinetuneLRScheduler(PolyLRScheduler):
 
 
 def describe_schedule(settings: FinetuneSettings) -> str:
-    """Return a line for the log."""
+    """Describe the schedule in one line for the log."""
     decoder_only = decoder_only_epochs(settings)
     trained = {
         "full": "the whole network is trained from the first epoch on",

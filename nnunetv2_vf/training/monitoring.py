@@ -13,7 +13,8 @@ class DataWaitTimer(Iterator[Any]):
     """An iterator over batches that measures how long the device waits for them.
 
     Args:
-        is_device_idle: time counts only if this returns True after a batch has come: a busy device lost no time.
+        is_device_idle: the wait counts only if this returns True when the batch arrives; otherwise the device was still
+            busy and lost no time.
 
     Attributes:
         seconds: an upper bound, since the device may have become idle only during the wait.
@@ -43,10 +44,10 @@ class EpochMeter:
             torch.cuda.reset_peak_memory_stats(device)
 
     def measure(self, samples: int, seconds_waited: float) -> dict[str, float]:
-        """Return the values that ``progress.png`` shows; NaN if unknown.
+        """Return values by their names in :data:`.progress_plot.MONITORED`; NaN if unknown.
 
         Args:
-            samples: the number of training samples in this time.
+            samples: training samples of the epoch, on all ranks together.
             seconds_waited: how long the device waited for data.
         """
         seconds = time.monotonic() - self._start

@@ -30,7 +30,7 @@ class StepMonitor:
 
     Attributes:
         skipped: how many steps of the whole training were skipped.
-        in_a_row: the numbers of the last steps if all of them were skipped.
+        in_a_row: the numbers of the skipped steps since the last step that was taken.
     """
 
     def __init__(self, network: nn.Module):
@@ -51,7 +51,11 @@ class StepMonitor:
             self.check()
 
     def check(self) -> None:
-        """Count the skipped ones among the steps since the last check; raises as :meth:`add`."""
+        """Count the skipped steps since the last check.
+
+        Raises:
+            NotFiniteError: as in :meth:`add`.
+        """
         if not self._unchecked:
             return
         steps, flags = zip(*self._unchecked, strict=True)

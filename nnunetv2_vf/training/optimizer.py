@@ -10,8 +10,7 @@ import torch
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from nnunetv2_vf.settings import TrainingSettings
-
-_NNUNET_CLIP = 12.0  # nnU-Net's train_step clips the gradient to this norm, whatever the optimiser
+from nnunetv2_vf.settings.shared import NNUNET_GRADIENT_CLIP
 
 
 def make_optimizer(parameters: Iterable[Any], settings: TrainingSettings, fused: bool = False) -> Optimizer:
@@ -41,7 +40,7 @@ def make_optimizer(parameters: Iterable[Any], settings: TrainingSettings, fused:
 
 def clip_gradients(optimizer: Optimizer, max_norm: float) -> None:
     """Clip the gradient to ``max_norm`` before every step of the optimiser, after nnU-Net's own clipping to 12."""
-    if max_norm >= _NNUNET_CLIP:
+    if max_norm >= NNUNET_GRADIENT_CLIP:
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 

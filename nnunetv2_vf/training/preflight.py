@@ -1,4 +1,4 @@
-"""Checks before a pretraining run writes its first file: plans, preprocessed cases and the fold."""
+"""Checks before a training writes its first file: plans, preprocessed cases and, for pretraining, the fold."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
@@ -19,7 +20,7 @@ from nnunetv2_vf.settings import VFSettings
 
 _MIN_PATCH_SIDE = 8  # voxels: the shortest side of a fusion box
 _FOLDS = 5
-_MAX_DAMAGED_CASES = 10  # read until one case can be compared with the plans
+_MAX_COMPARED_CASES = 10  # tried until one can be read and has the shape that follows from the plans
 # nnU-Net's own classes and functions that give a case the plans' spacing, so that its shape can be predicted.
 _PREPROCESSOR = "DefaultPreprocessor"
 _RESAMPLING = ("resample_data_or_seg_to_shape", "resample_torch_simple", "resample_torch_fornnunet")
@@ -36,7 +37,7 @@ def check_pretraining(plans: Mapping[str, Any], configuration_name: str, fold: i
     pretraining_configuration(plans_manager, configuration_name)
     cases = preprocessed_cases(plans_manager, configuration_name)
     splits_file = Path(nnUNet_preprocessed) / plans_manager.dataset_name / "splits_final.json"
-    training, validation = _cases_of_fold(cases, fold, splits_file)
+    training, validation = _cases_or_counts_of_fold(cases, fold, splits_file)
 
     missing = sorted({*training, *validation} - {*cases})
     if missing:
@@ -44,11 +45,26 @@ def check_pretraining(plans: Mapping[str, Any], configuration_name: str, fold: i
             f"{len(missing)} cases of {splits_file} are not preprocessed, for example {missing[0]}; run "
             f"nnUNetv2_preprocess again or delete {splits_file}"
         )
-    needed = 2 if settings.pairing == "different" else 1
-    if min(len(training), len(validation)) < needed:
+    if min(len(training), len(validation)) < settings.cases_per_sample:
         raise UserError(
             f"fold {fold} has {len(training)} training and {len(validation)} validation cases; pairing "
-            f"{settings.pairing!r} needs at least {needed} of each; fold 'all' uses all cases for both"
+            f"{settings.pairing!r} needs at least {settings.cases_per_sample} of each; fold 'all' uses all cases for "
+            "both"
+        )
+
+
+def require_gpu(device: torch.device) -> None:
+    """Raise UserError if the device is a GPU and torch finds none."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("torch finds no GPU; train on the CPU with -device cpu, or find out why: nnUNetv2_vf doctor")
+
+
+def require_configuration(plans_manager: PlansManager, name: str) -> None:
+    """Raise UserError if the plans have no such configuration."""
+    legal = plans_manager.available_configurations
+    if name not in legal:
+        raise UserError(
+            f"the plans {plans_manager.plans_name} have no configuration {name!r}; legal: {', '.join(legal)}"
         )
 
 
@@ -81,8 +97,8 @@ def pretraining_configuration(plans_manager: PlansManager, name: str) -> Configu
 def patch_warning(configuration: ConfigurationManager) -> str | None:
     """Return a warning if the patch is as large as the median image.
 
-    Then sub-volumes are padded, and two sub-volumes of one case are often nearly the same. The documentation's page
-    on few labels has how often.
+    Then sub-volumes are padded, and two sub-volumes of one case are often nearly the same.
+    docs/explanation/label-efficiency.md says how often.
     """
     patch = configuration.patch_size
     median = configuration.configuration.get("median_image_size_in_voxels")  # not all plans have it
@@ -96,16 +112,20 @@ def patch_warning(configuration: ConfigurationManager) -> str | None:
     )
 
 
+def preprocessed_folder(plans_manager: PlansManager, configuration: ConfigurationManager) -> Path:
+    """Return the folder with the preprocessed cases of a configuration."""
+    return Path(nnUNet_preprocessed) / plans_manager.dataset_name / configuration.data_identifier
+
+
 def preprocessed_cases(plans_manager: PlansManager, configuration_name: str) -> list[str]:
     """Return the names of the preprocessed cases of a configuration, sorted.
 
     Raises:
-        UserError: there are none, or they have another spacing than the plans (one case is compared), or the first
-            10 are damaged.
+        UserError: there are none, or none of the first 10 can be read and has the shape that the plans give it.
     """
     require_variables(nnUNet_preprocessed)
     configuration = plans_manager.get_configuration(configuration_name)
-    folder = Path(nnUNet_preprocessed) / plans_manager.dataset_name / configuration.data_identifier
+    folder = preprocessed_folder(plans_manager, configuration)
     command = (
         f"nnUNetv2_preprocess -d {convert_dataset_name_to_id(plans_manager.dataset_name)} "
         f"-plans_name {plans_manager.plans_name} -c {configuration_name}"
@@ -118,13 +138,13 @@ def preprocessed_cases(plans_manager: PlansManager, configuration_name: str) -> 
         cases = sorted(dataset_class.get_identifiers(str(folder)))
     except (AssertionError, RuntimeError) as error:
         raise UserError(problem) from error
-    for case in cases[:_MAX_DAMAGED_CASES]:
+    for case in cases[:_MAX_COMPARED_CASES]:
         try:
             image, *_, properties = dataset_class(str(folder), [case]).load_case(case)
             shape = expected = image.shape[1:]
             if _uses_nnunets_resampling(configuration):
                 expected = _resampled_shape(properties, plans_manager, configuration)
-        except Exception:  # damaged: training quarantines it
+        except Exception:  # a damaged case; pretraining puts it into quarantine
             continue
         if shape == expected:
             return cases
@@ -152,8 +172,11 @@ def _resampled_shape(
     return tuple(map(int, compute_new_shape(cropped, spacing, target)))
 
 
-def _cases_of_fold(cases: list[str], fold: int | str, splits_file: Path) -> tuple[list[str], list[str]]:
-    """Return the fold's training and validation cases, or as many of each as the split that nnU-Net will make has."""
+def _cases_or_counts_of_fold(cases: list[str], fold: int | str, splits_file: Path) -> tuple[list[str], list[str]]:
+    """Return the training and validation cases of a fold.
+
+    If nnU-Net has not made the split yet, the lists have the right lengths; which cases they hold does not matter.
+    """
     if fold == "all":
         return cases, cases
     splits = load_json(splits_file) if splits_file.is_file() else []

@@ -11,13 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
-# Logged once per epoch beside nnU-Net's own values: samples per second of the whole batch; share of the time spent
-# waiting for data; peak GPU memory in GB (NaN without a GPU); skipped steps and quarantined cases since the start.
+# Logged once per epoch beside nnU-Net's own values: samples per second on all ranks together; share of the time spent
+# waiting for data; peak GPU memory in GB (NaN without a GPU); skipped steps of the whole training; cases in quarantine
+# since the last start.
 MONITORED = ("samples_per_second", "data_wait_share", "gpu_memory_gb", "skipped_steps", "quarantined_cases")
 
 
 class PlotLogger(LocalLogger):
-    """nnU-Net's logger, but a full disk, on which progress.png cannot be written, does not end the training."""
+    """nnU-Net's logger. If progress.png cannot be written, for example on a full disk, it only warns."""
 
     def plot_progress_png(self, output_folder: str) -> None:
         try:
@@ -52,22 +53,22 @@ class PretrainLogger(PlotLogger):
         losses, dice, seconds, speed, memory, problems, rate = figure.subplots(7, sharex=True)
         losses.plot(epochs, curves["train_losses"], label="training")
         losses.plot(epochs, curves["val_losses"], label="validation (fixed samples)")
-        _label(losses, "loss")
+        _set_y_axis(losses, "loss")
         self._draw_dice(dice, epochs, curves)
         seconds.plot(epochs, curves["epoch_end_timestamps"] - curves["epoch_start_timestamps"])
-        _label(seconds, "seconds per epoch", bottom=0)
+        _set_y_axis(seconds, "seconds per epoch", bottom=0)
         speed.plot(epochs, curves["samples_per_second"], label="samples per second")
-        _label(speed, "samples per second", bottom=0)
+        _set_y_axis(speed, "samples per second", bottom=0)
         waiting = speed.twinx()
         waiting.plot(epochs, 100 * curves["data_wait_share"], "k--", label="waiting for data, %")
-        _label(waiting, "% of the time", bottom=0, top=100)
+        _set_y_axis(waiting, "% of the time", bottom=0, top=100)
         memory.plot(epochs, curves["gpu_memory_gb"])
-        _label(memory, "GPU memory, GB")
+        _set_y_axis(memory, "GPU memory, GB")
         problems.plot(epochs, curves["skipped_steps"], label="skipped steps (not finite)")
-        problems.plot(epochs, curves["quarantined_cases"], label="quarantined cases")
-        _label(problems, "since the start", bottom=0)
+        problems.plot(epochs, curves["quarantined_cases"], label="cases in quarantine\n(since the last start)")
+        _set_y_axis(problems, "number so far", bottom=0)
         rate.plot(epochs, curves["lrs"])
-        _label(rate, "learning rate")
+        _set_y_axis(rate, "learning rate")
         rate.set_xlabel("epoch")
         rate.xaxis.get_major_locator().set_params(integer=True)
 
@@ -83,9 +84,9 @@ class PretrainLogger(PlotLogger):
         for (name, colour), values in zip(self.class_colours.items(), classes, strict=True):
             axes.plot(epochs, values, color=colour, label=name)
         axes.plot(epochs, curves["ema_fg_dice"], "k--", label="mean (moving average)")
-        _label(axes, "pseudo Dice", bottom=0, top=1)
+        _set_y_axis(axes, "pseudo Dice", bottom=0, top=1)
 
 
-def _label(axes: Axes, name: str, bottom: float | None = None, top: float | None = None) -> None:
+def _set_y_axis(axes: Axes, name: str, bottom: float | None = None, top: float | None = None) -> None:
     axes.set_ylabel(name)
     axes.set_ylim(bottom, top)

@@ -26,7 +26,7 @@ class Quarantine:
         self.limit = limit
         self.file = file
 
-    def add(self, case: str, reason: str, unusable: bool = True) -> str | None:
+    def add(self, case: str, reason: str, unusable: bool) -> str | None:
         """Take note of a case that gave no sub-volume; put it into quarantine if it is unusable.
 
         Returns:
@@ -41,7 +41,7 @@ class Quarantine:
         consequence = "quarantined, other cases are used" if unusable else "such sub-volumes are skipped"
         return f"WARNING: case {case} {reason}; {consequence}"
 
-    def require_below_limit(self, num_cases: int) -> None:
+    def require_within_limit(self, num_cases: int) -> None:
         """Raise UserError, and write the list, if too many of a dataset's cases are in quarantine."""
         if len(self.cases) > self.limit * num_cases:
             reasons = "; ".join(f"{case} {reason}" for case, reason in sorted(self.cases.items()))

@@ -7,10 +7,20 @@ Volume Fusion's own samples need none of these: each is a function of the seed a
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+
+
+@contextmanager
+def seeded_initialization(seed: int) -> Iterator[None]:
+    """Draw initial weights from this seed; the random state of the process is kept."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def seed_process(seed: int, rank: int) -> None:

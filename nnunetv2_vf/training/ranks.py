@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 _POLL_SECONDS = 0.05
 
 
-def join(backend: str, **kwargs: Any) -> None:
+def join_process_group(backend: str, **kwargs: Any) -> None:
     """Create the default process group of the ranks that torchrun started.
 
     If a rank dies, torchrun restarts all of them, but keeps the store in which they find one another (torch 2.14). The
@@ -77,7 +77,7 @@ def _find_part(store: dist.Store, rank: int, name: str, timeout: timedelta) -> s
 
 
 def _poll(timeout: timedelta, missing: list[int]) -> Iterator[None]:
-    """Yield repeatedly until the list of missing ranks is empty.
+    """Yield repeatedly until the list of missing ranks is empty; the caller removes those that have come.
 
     Raises:
         TimeoutError: it is not empty in time.
@@ -108,7 +108,10 @@ class Ranks:
 
     @classmethod
     def current(cls) -> Ranks:
-        """Return this process's place in torch's default process group. Every rank has to call this."""
+        """Return this process's place in torch's default process group.
+
+        Every rank has to call this, once: it creates a process group.
+        """
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         rank, size = dist.get_rank(), dist.get_world_size()
@@ -117,11 +120,11 @@ class Ranks:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         return cls(rank, size, local_rank, local_size, dist.new_group(backend="gloo"))
 
-    def device(self, device: torch.device) -> torch.device:
+    def own_device(self, device: torch.device) -> torch.device:
         """Return this rank's own GPU for "cuda", else the device itself."""
         return torch.device(device.type, self.local_rank) if device.type == "cuda" else device
 
-    def parallel(self, network: nn.Module, device: torch.device) -> nn.Module:
+    def wrap_in_ddp(self, network: nn.Module, device: torch.device) -> nn.Module:
         """Wrap a network to average gradients over all ranks; on GPUs, batch norms then use the whole batch."""
         device_ids = None
         if device.type == "cuda":  # torch has no synchronised batch norm for CPUs
@@ -137,7 +140,7 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast_from_first(self, value: Any) -> Any:
         """Return the first rank's value. Every rank has to call this."""
         if self.group is None:
             return value
@@ -145,7 +148,7 @@ class Ranks:
         dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
-    def agree(self, number: int) -> int:
+    def largest(self, number: int) -> int:
         """Return the largest number of all ranks. Every rank has to call this equally often."""
         if self.group is None:
             return number
@@ -154,8 +157,8 @@ class Ranks:
         return int(largest)
 
     @contextmanager
-    def first_rank_first(self) -> Iterator[None]:
-        """Let the first rank finish the context before the others enter it: it writes files that they read."""
+    def rank_0_first(self) -> Iterator[None]:
+        """Let rank 0 finish the context before the others enter it: it writes files that they read."""
         if self.group is not None and self.rank > 0:
             dist.barrier(self.group)
         yield

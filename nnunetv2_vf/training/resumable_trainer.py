@@ -34,18 +34,18 @@ class Action(IntEnum):
 
     CONTINUE = 0
     SAVE = 1
-    SAVE_AND_RESUBMIT = 2  # a cluster's signal: whoever started the training is to start it again
-    SAVE_AND_STOP = 3  # Ctrl-C: the user wants no new start
+    SAVE_AND_RESUBMIT = 2  # a cluster's signal: the exit status asks for a restart
+    SAVE_AND_STOP = 3  # Ctrl-C: the exit status asks for no restart
 
 
 class ResumableTrainer(DistributedTrainer):
-    """nnU-Net's trainer for trainings of weeks: with ``--c`` it continues at the very step at which it stopped.
+    """nnU-Net's trainer for long trainings: with ``--c`` it continues at the step at which it stopped.
 
-    A subclass calls :meth:`between_steps` before every step and appends the loss of every training step to
-    :attr:`epoch_losses`. It keeps further state in checkpoints with :meth:`state` and :meth:`restore`.
+    A subclass calls :meth:`between_steps` before every step, appends the loss of every training step to
+    :attr:`epoch_losses`, and extends :meth:`state` and :meth:`restore` if its checkpoints need more.
 
     Attributes:
-        epoch_losses: the loss of each completed training step of this epoch, before and after an interruption.
+        epoch_losses: losses of the completed training steps of this epoch, including those before an interruption.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ResumableTrainer(DistributedTrainer):
             try:
                 super().run_training()
                 # The final validation, which comes next, does not look for signals.
-                self._exit_if(self.ranks.agree(self._requested_action()))
+                self._exit_if(self.ranks.largest(self._requested_action()))
             except Exception:  # data loaders raise various errors when a signal ends their workers
                 if self.stop_signals.received:
                     self.between_steps()
@@ -81,14 +81,15 @@ class ResumableTrainer(DistributedTrainer):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        self.stop_signals.ignore_death_of_workers()
+        self.stop_signals.report_dead_workers_at_next_batch()
         if self.ranks.rank < len(self._saved_random_states):
             set_random_state(self._saved_random_states[self.ranks.rank], self.device)
         else:
             seed_process(self.settings.seed, self.ranks.rank)
         self._last_save = time.monotonic()
         if self.pretrained_weights is not None and not self.continue_training:
-            # Save before the first step: --c takes no weights, so without a checkpoint it would start without them.
+            # Save before the first step: with --c nnU-Net accepts no -pretrained_weights, so a training killed before
+            # its first checkpoint would start again from random weights.
             self._last_save = -math.inf
 
     def on_train_epoch_start(self) -> None:
@@ -118,8 +119,8 @@ class ResumableTrainer(DistributedTrainer):
     # ------------------------------------------------------------------ saving and stopping between steps
 
     def between_steps(self) -> None:
-        """Save if it is time to, save and exit if a signal came. All ranks agree; call it before every step."""
-        action = self.ranks.agree(self._requested_action())
+        """Save if a save is due; save and exit if a signal came. Every rank has to call this before every step."""
+        action = self.ranks.largest(self._requested_action())
         if action == Action.CONTINUE:
             return
         # save_checkpoint records current_epoch + 1, the epoch to continue with, which is this epoch.
@@ -149,7 +150,7 @@ class ResumableTrainer(DistributedTrainer):
         hint = "nothing is saved (--disable_checkpointing)" if self.disable_checkpointing else "continue with --c"
         self.print_to_log_file(f"{signal_name}: exit in epoch {self.current_epoch}, status {status}; {hint}")
         # Wait for rank 0 to write: when one process exits, torchrun ends the others.
-        self.ranks.agree(Action.CONTINUE)
+        self.ranks.largest(Action.CONTINUE)
         sys.exit(status)
 
     # ------------------------------------------------------------------ checkpoints: hooks for subclasses
@@ -170,7 +171,7 @@ class ResumableTrainer(DistributedTrainer):
     def require_same_run(self, checkpoint: dict[str, Any], file: Path) -> None:
         """Raise UserError if the training must not continue from a checkpoint."""
 
-    def complete(self, checkpoint: dict[str, Any]) -> None:
+    def amend_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Change or add entries of a checkpoint before it is written."""
 
     # ------------------------------------------------------------------ checkpoints: writing and reading
@@ -186,18 +187,18 @@ class ResumableTrainer(DistributedTrainer):
         if self.ranks.rank > 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        with io.BytesIO() as file:  # nnU-Net has no method that builds a checkpoint without writing it
-            super().save_checkpoint(file)
-            file.seek(0)
-            checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+        with io.BytesIO() as buffer:  # nnU-Net has no method that builds a checkpoint without writing it
+            super().save_checkpoint(buffer)
+            buffer.seek(0)
+            checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)
         complete_epochs = checkpoint["current_epoch"]
         checkpoint["logging"] = {name: values[:complete_epochs] for name, values in checkpoint["logging"].items()}
         checkpoint[STATE] = {"run": self._run_id, "random_states": random_states, **state}
-        self.complete(checkpoint)
+        self.amend_checkpoint(checkpoint)
         path = Path(filename)
+        self._last_save = time.monotonic()  # also if writing fails: the next try is due after save_every_minutes
         with self.tolerate_write_failure(path, is_essential=path.name == FINAL):
             write_durably(checkpoint, path, previous=path.with_name(PREVIOUS) if path.name == LATEST else None)
-            self._last_save = time.monotonic()
 
     @contextmanager
     def tolerate_write_failure(self, file: Path, is_essential: bool = False) -> Iterator[None]:
@@ -214,8 +215,7 @@ class ResumableTrainer(DistributedTrainer):
                 raise UserError(
                     f"{message}; the earlier checkpoints are complete: free disk space and continue with --c"
                 ) from error
-            self.print_to_log_file(f"WARNING: {message}; the file that was there before is unchanged")
-            self._last_save = time.monotonic()  # do not try again before the next step
+            self.print_to_log_file(f"WARNING: {message}; the training continues")
 
     @one_line_errors()
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
@@ -228,7 +228,7 @@ class ResumableTrainer(DistributedTrainer):
         # After training nnU-Net also loads the best checkpoint, for --val_best: that one is taken as it is.
         if self.continue_training and not self._is_resumed:
             newest = newest_undamaged(file, self.print_to_log_file) if self.ranks.rank == 0 else None
-            file = self.ranks.from_first(newest)
+            file = self.ranks.broadcast_from_first(newest)
         checkpoint = read_checkpoint(file)
         self.require_same_run(checkpoint, file)
         super().load_checkpoint(str(file))

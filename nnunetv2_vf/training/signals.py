@@ -12,10 +12,10 @@ from types import FrameType, TracebackType
 from typing import Any
 
 EXIT_RESUBMIT = 75  # EX_TEMPFAIL in sysexits.h: the job is not done, start it again
-EXIT_CTRL_C = 128 + signal.SIGINT  # what shells report after Ctrl-C; a loop that restarts on 75 ends
+EXIT_CTRL_C = 128 + signal.SIGINT  # the status of shells after Ctrl-C; scripts that restart on 75 do not restart
 # SLURM sends SIGTERM before it kills a job, and SIGUSR1 if the script asks for it (--signal). Windows has no SIGUSR1.
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
-# A launcher passes on the Ctrl-C that the terminal has already sent: within this time, both are the same one.
+# A launcher passes on the Ctrl-C that the terminal has already sent to all processes. Two within this time are one.
 _SAME_CTRL_C_SECONDS = 1.0
 _CTRL_C_MESSAGE = b"\nCtrl-C: saving before the next step, then exit; press it again to exit at once\n"
 
@@ -26,7 +26,7 @@ class StopSignals:
     A second Ctrl-C raises KeyboardInterrupt.
 
     Attributes:
-        received: the name of the signal that came, None if none did.
+        received: the name of the signal; None if none came. Ctrl-C replaces an earlier signal.
     """
 
     def __init__(self) -> None:
@@ -69,11 +69,11 @@ class StopSignals:
             signal.default_int_handler(signal.SIGINT, frame)  # raises KeyboardInterrupt
 
     @staticmethod
-    def ignore_death_of_workers() -> None:
-        """Report a dead data worker at the next request for a batch, not in the middle of a step.
+    def report_dead_workers_at_next_batch() -> None:
+        """Let torch report a dead data worker at the next request for a batch.
 
-        A signal to a job also ends its data workers. Once torch's loader has workers, it listens for their death and
-        raises an error at any place of the main process.
+        By default, torch raises an error as soon as a worker dies, also in the middle of a step. A signal to a job ends
+        its workers too.
         """
         if hasattr(signal, "SIGCHLD"):  # not on Windows
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)

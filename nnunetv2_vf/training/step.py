@@ -1,8 +1,7 @@
 """The arithmetic of a training step that never waits for its device.
 
-nnU-Net's own step reads the loss from the GPU, and its GradScaler reads whether to step, before the next step is
-prepared. Here both stay on the device: a fused optimiser reads there whether to step, and the loss is read once an
-epoch.
+nnU-Net's own step waits for the GPU twice: for the loss, and for GradScaler's test whether the gradient is finite. Here
+both values stay on the GPU: the fused optimiser reads there whether to step, and the losses are read once an epoch.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from torch.amp import GradScaler, autocast
 from torch.optim import Optimizer
 
 from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.settings.shared import NNUNET_GRADIENT_CLIP
 
-_MAX_GRADIENT_NORM = 12  # nnU-Net's
 _AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -32,8 +31,8 @@ class Precision(NamedTuple):
         """Return the precision that a setting (``auto`` or a name) stands for on a device.
 
         Raises:
-            UserError: the device does not have it. CPUs get fp32 only: with half precision, gradients of torch's
-                convolutions are sometimes NaN there (torch 2.14, maps of a few voxels).
+            UserError: the device does not support this precision. CPUs get fp32 only: with half precision, gradients of
+                torch's convolutions are sometimes NaN there (torch 2.14, maps of a few voxels).
         """
         available = ["fp32"]
         if device.type == "cuda":
@@ -66,7 +65,7 @@ class Precision(NamedTuple):
 
 
 class LossScaler(GradScaler):
-    """A GradScaler that ignores the scale of a checkpoint in another precision, which is always 1."""
+    """The GradScaler for fp16. It ignores a checkpoint's scale of 1: it comes from another precision."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["scale"] != 1.0:
@@ -97,7 +96,7 @@ def take_step(loss: Tensor, network: nn.Module, optimizer: Optimizer, scaler: Gr
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(network.parameters(), _MAX_GRADIENT_NORM)
+    norm = nn.utils.clip_grad_norm_(network.parameters(), NNUNET_GRADIENT_CLIP)
     scaler.step(optimizer)
     scaler.update()
     return norm.isfinite()

@@ -199,7 +199,8 @@ def _compare_axes(metadata: Mapping[str, Any], target: TargetPlans) -> Differenc
 
 
 def _compare_layers(metadata: Mapping[str, Any], target: TargetPlans) -> list[Difference]:
-    consequence = f"the same weights compute something else; plan with the pretrained network: {plan_like_command('FILE', target)}"
+    command = plan_like_command("FILE", target)
+    consequence = f"the same weights compute something else; plan with the pretrained network: {command}"
     differing = network_differences(metadata, target)
     return [
         Difference(name, str(differing[name][0]), str(differing[name][1]), consequence)

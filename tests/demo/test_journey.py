@@ -102,7 +102,7 @@ def two_channels(original: Path, copy: Path) -> None:
     (copy / "dataset.json").write_text(json.dumps({**description, "channel_names": {"0": "CT", "1": "CT"}}))
 
 
-def test_a_user_error_in_a_stock_command_is_one_line_and_exit_status_1(tiny):
+def test_a_user_error_in_a_stock_command_is_one_line_and_exit_status_1(two_epochs):
     environment = {**os.environ, "nnUNet_vf_num_epochs": "zero"}
     command = ["nnUNetv2_train", "7", "3d_fullres", "0", "-tr", "VFPretrainTrainer", "-device", "cpu"]
     command[0] = str(Path(sys.executable).parent / command[0])

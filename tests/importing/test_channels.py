@@ -32,6 +32,26 @@ def test_auto_names_the_channel_from_the_intensities(dataset, data, make, channe
     assert channel_names(dataset) == {"0": channel}
 
 
+def test_names_of_channels_may_follow_the_comma_with_a_space(dataset, data):
+    for channel, make in enumerate((mr, ct)):
+        write_volume(data / f"a_{channel:04d}.nii.gz", make(0))
+    run_import(data, "--channel", "MR, CT")
+    assert channel_names(dataset) == {"0": "MR", "1": "CT"}
+
+
+def test_the_number_of_channels_is_that_of_most_usable_cases(dataset, data):
+    for channel in range(2):
+        write_volume(data / f"complete_{channel:04d}.nii.gz", mr(channel))
+    for number in range(2):
+        write_volume(data / f"incomplete{number}_0001.nii.gz", mr(10 + number))
+    run_import(data, "--channel", "T1,T2")
+    assert read_outcomes(dataset) == {
+        "complete_0000.nii.gz": "accepted",
+        "incomplete0_0001.nii.gz": "channels",
+        "incomplete1_0001.nii.gz": "channels",
+    }
+
+
 def test_a_mixture_is_refused_with_its_counts_unless_the_channel_is_given(dataset, data):
     for number in range(3):
         write_volume(data / f"ct{number}.nii.gz", ct(number))
@@ -39,7 +59,7 @@ def test_a_mixture_is_refused_with_its_counts_unless_the_channel_is_given(datase
     message = import_error(data)
     assert "channel 0 looks like HU (CT) in 3 volumes, but not in 1" in message
     assert "mr.nii.gz is one of the minority" in message
-    assert "--channel CT, or MR" in message
+    assert "a name for each channel, such as --channel CT" in message
     assert not (dataset / "dataset.json").exists()
     assert [row["hu_like"] for row in read_report(dataset)] == ["yes", "yes", "yes", "no"]
     times = image_times(dataset)

@@ -91,6 +91,14 @@ def test_a_damaged_dicom_file_is_reported_beside_its_series(tmp_path):
     assert others.rejection == "unreadable: 1 DICOM files belong to no series"
 
 
+def test_a_series_with_an_illegal_number_does_not_hide_the_other_series(tmp_path):
+    write_dicom(tmp_path, ct(0))
+    write_dicom(tmp_path, ct(1), series=2, slopes=("1", "xxxx"))
+    volumes = read_all(tmp_path)
+    assert [bool(volume.rejection) for volume in volumes] == [False, True]
+    assert volumes[1].rejection.startswith("unreadable: ")
+
+
 def test_files_that_gdcm_cannot_list_do_not_hide_the_series_beside_them(tmp_path):
     write_dicom(tmp_path, ct(0))
     write_dicom(tmp_path, ct(1), series=2, tags={"0008|0060": "RTDOSE"})  # lacks tags that a dose must have

@@ -217,7 +217,7 @@ def test_the_dataset_has_the_given_file_ending(dataset, data, ending):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--part_id", "2", "--num_parts", "2"], ["--part_id is 2", "0 to num_parts - 1"]),
+        (["--part_id", "2", "--num_parts", "2"], ["--part_id is 2", "with --num_parts 2 it must be 0 to 1"]),
         (["-np", "0"], ["-np is 0"]),
         (["-d", "0"], ["-d is 0", "1 to 999"]),
         (["-n", "a/b"], ["-n is 'a/b'", "letters"]),

@@ -31,13 +31,31 @@ def test_volumes_of_every_format_are_found_in_all_folders_sorted_by_path(tmp_pat
     create_files(tmp_path, "5.mhd", "notes.txt", "5.raw", "table.csv", ".hidden.nii.gz")
     result = find(tmp_path)
     assert file_names(result.sources) == [["5.mhd"], ["1.nii"], ["2.nrrd"], ["3.NII.GZ"], ["4.mha"]]
-    assert dict(+result.ignored) == {".txt": 1, ".raw": 1, ".csv": 1, "hidden": 1}
+    assert dict(result.ignored) == {".txt": 1, ".raw": 1, ".csv": 1, "hidden": 1}
 
 
 def test_a_path_may_be_a_file_and_no_source_is_found_twice(tmp_path):
     create_files(tmp_path, "1.nii.gz", "2.nii.gz")
     assert file_names(find(tmp_path / "2.nii.gz").sources) == [["2.nii.gz"]]
     assert len(find(tmp_path, tmp_path / "2.nii.gz", tmp_path).sources) == 2
+
+
+def test_given_files_are_grouped_into_cases_like_those_of_a_folder(tmp_path):
+    create_files(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz", "b_0001.nii.gz")
+    sources = find(*sorted(tmp_path.iterdir())).sources
+    assert file_names(sources) == [["a_0000.nii.gz", "a_0001.nii.gz"], ["b_0000.nii.gz", "b_0001.nii.gz"]]
+
+
+def test_one_case_with_an_additional_channel_does_not_reject_the_others(tmp_path):
+    create_files(tmp_path, *(f"{case}_{channel:04d}.nii.gz" for case in "abc" for channel in range(2)))
+    create_files(tmp_path, "a_0002.nii.gz")
+    assert not any(source.rejection for source in find(tmp_path).sources)
+
+
+def test_a_link_to_itself_does_not_hide_the_files_beside_it(tmp_path):
+    create_files(tmp_path, "1.nii.gz")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert file_names(find(tmp_path).sources) == [["1.nii.gz"]]
 
 
 def test_links_are_followed_and_circles_of_links_end(tmp_path):

@@ -23,7 +23,10 @@ from nnunetv2_vf.importing.volumes import check_volume
 @pytest.mark.parametrize("shape", [(15, 24, 28), (20, 15, 28), (20, 24, 15)])
 def test_a_volume_with_a_side_that_is_too_short_is_rejected(tmp_path, shape):
     path = write_volume(tmp_path / "a.nii.gz", ct(0, shape))
-    assert check_only_volume(path) == f"size: {' x '.join(map(str, shape))} voxels, fewer than 16 on a side"
+    assert (
+        check_only_volume(path)
+        == f"size: {' x '.join(map(str, shape))} voxels; needs 3 axes with at least 16 voxels each"
+    )
     assert check_only_volume(path, min_size=15) == "fine"
 
 

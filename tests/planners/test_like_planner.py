@@ -82,8 +82,8 @@ def plans_of(plans_file: Path, name: str) -> dict:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_the_plans_of_any_target_get_the_pretrained_network(made_up, pretrained, capsys, network, target):
-    plans_file = made_up(*TARGETS[target])
+def test_the_plans_of_any_target_get_the_pretrained_network(empty_dataset, pretrained, capsys, network, target):
+    plans_file = empty_dataset(*TARGETS[target])
     path = pretrained(network)
     main(["plan", "-d", "42", "--like", str(path), "-gpu_memory_target", "6"])
     name = {"U-Net": "VFPlans", "PCT-Net": "PCTNetPlans"}[network]
@@ -112,8 +112,8 @@ def test_the_plans_of_any_target_get_the_pretrained_network(made_up, pretrained,
     assert f"nnUNetv2_train 42 3d_fullres 0 -p {name} -tr VFFinetuneTrainer -pretrained_weights {path}\n" in out
 
 
-def test_a_unet_gets_about_the_patch_that_nnunet_plans(made_up, pretrained):
-    plans_file = made_up(*TARGETS["isotropic"])
+def test_a_unet_gets_about_the_patch_that_nnunet_plans(empty_dataset, pretrained):
+    plans_file = empty_dataset(*TARGETS["isotropic"])
     plan_experiment_dataset("Dataset042_Made")
     stock = plans_of(plans_file, "nnUNetPlans")["configurations"]["3d_fullres"]
     main(["plan", "-d", "42", "--like", str(pretrained(architecture=stock["architecture"]))])
@@ -122,8 +122,8 @@ def test_a_unet_gets_about_the_patch_that_nnunet_plans(made_up, pretrained):
     assert ours["batch_size"] == stock["batch_size"]
 
 
-def test_everything_except_the_network_is_as_nnunet_plans_it(made_up, pretrained):
-    plans_file = made_up(*TARGETS["anisotropic"])
+def test_everything_except_the_network_is_as_nnunet_plans_it(empty_dataset, pretrained):
+    plans_file = empty_dataset(*TARGETS["anisotropic"])
     main(["plan", "-d", "42", "--like", str(pretrained())])
     plan_experiment_dataset("Dataset042_Made")
     ours, stock = (plans_of(plans_file, name) for name in ("VFPlans", "nnUNetPlans"))
@@ -138,8 +138,10 @@ def test_everything_except_the_network_is_as_nnunet_plans_it(made_up, pretrained
     ("own", "expected"),
     [((5.0, 0.7, 0.7), [4.0, 0.9, 0.8]), ((0.7, 0.7, 5.0), [0.9, 0.8, 4.0]), ((0.7, 5.0, 0.7), [0.9, 4.0, 0.8])],
 )
-def test_the_coarsest_pretrained_spacing_is_used_along_the_targets_coarsest_axis(made_up, pretrained, own, expected):
-    plans_file = made_up(own, (100, 100, 100))
+def test_the_coarsest_pretrained_spacing_is_used_along_the_targets_coarsest_axis(
+    empty_dataset, pretrained, own, expected
+):
+    plans_file = empty_dataset(own, (100, 100, 100))
     main(["plan", "-d", "42", "--like", str(pretrained()), "--spacing", "pretrained"])
     plans = PlansManager(plans_of(plans_file, "VFPlans"))
     assert list(plans.get_configuration("3d_fullres").spacing) == [4.0, 0.9, 0.8]  # as the network sees it
@@ -147,15 +149,15 @@ def test_the_coarsest_pretrained_spacing_is_used_along_the_targets_coarsest_axis
     assert plans.transpose_forward[0] == int(np.argmax(own))
 
 
-def test_an_isotropic_pretrained_spacing_is_used(made_up, pretrained):
-    plans_file = made_up((0.7, 0.7, 5.0), (100, 100, 100))
+def test_an_isotropic_pretrained_spacing_is_used(empty_dataset, pretrained):
+    plans_file = empty_dataset((0.7, 0.7, 5.0), (100, 100, 100))
     path = pretrained(spacing=(1.0, 1.0, 1.0))
     main(["plan", "-d", "42", "--like", str(path), "--spacing", "pretrained"])
     assert plans_of(plans_file, "VFPlans")["configurations"]["3d_fullres"]["spacing"] == [1.0, 1.0, 1.0]
 
 
-def test_the_pretrained_normalisation_comes_with_its_statistics(made_up, pretrained, capsys):
-    plans_file = made_up(*TARGETS["tiny"], channels=("MR", "MR", "CT"))
+def test_the_pretrained_normalisation_comes_with_its_statistics(empty_dataset, pretrained, capsys):
+    plans_file = empty_dataset(*TARGETS["tiny"], channels=("MR", "MR", "CT"))
     main(["plan", "-d", "42", "--like", str(pretrained()), "--normalization", "pretrained"])
     plans = plans_of(plans_file, "VFPlans")
     assert plans["configurations"]["3d_fullres"]["normalization_schemes"] == ["CTNormalization"] * 3
@@ -165,8 +167,8 @@ def test_the_pretrained_normalisation_comes_with_its_statistics(made_up, pretrai
     assert "-pretrained_weights vf_pretrained_for_42.pth" in out
 
 
-def test_the_targets_normalisation_is_the_default_and_the_difference_is_printed(made_up, pretrained, capsys):
-    plans_file = made_up(*TARGETS["tiny"], channels=("T1",))
+def test_the_targets_normalisation_is_the_default_and_the_difference_is_printed(empty_dataset, pretrained, capsys):
+    plans_file = empty_dataset(*TARGETS["tiny"], channels=("T1",))
     main(["plan", "-d", "42", "--like", str(pretrained())])
     assert plans_of(plans_file, "VFPlans")["configurations"]["3d_fullres"]["normalization_schemes"] == [
         "ZScoreNormalization"
@@ -177,8 +179,8 @@ def test_the_targets_normalisation_is_the_default_and_the_difference_is_printed(
     assert "spacing: 4 x 0.9 x 0.8 mm in pretraining, 1 x 1 x 1 mm here" in out
 
 
-def test_weights_without_a_described_network_are_refused(made_up, tmp_path):
-    made_up(*TARGETS["tiny"])
+def test_weights_without_a_described_network_are_refused(empty_dataset, tmp_path):
+    empty_dataset(*TARGETS["tiny"])
     torch.save({"network_weights": unet().state_dict()}, tmp_path / "bare.pth")
     with pytest.raises(SystemExit, match="does not record which network"):
         main(["plan", "-d", "42", "--like", str(tmp_path / "bare.pth")])
@@ -216,8 +218,8 @@ def test_weights_without_a_described_network_are_refused(made_up, tmp_path):
         ),
     ],
 )
-def test_errors_are_one_line_and_no_plans_are_written(made_up, pretrained, vf, arguments, message):
-    plans_file = made_up(*TARGETS["tiny"])
+def test_errors_are_one_line_and_no_plans_are_written(empty_dataset, pretrained, vf, arguments, message):
+    plans_file = empty_dataset(*TARGETS["tiny"])
     like = [] if "--like" in arguments else ["--like", str(pretrained(**vf))]
     with pytest.raises(SystemExit, match=f"^nnUNetv2_vf: error: .*{message}"):
         main(["plan", "-d", "42", *like, *arguments])
@@ -225,7 +227,7 @@ def test_errors_are_one_line_and_no_plans_are_written(made_up, pretrained, vf, a
 
 
 @pytest.mark.parametrize("option", ["--spacing", "--normalization"])
-def test_pretrained_spacing_and_normalisation_need_like(made_up, option):
-    made_up(*TARGETS["tiny"])
+def test_pretrained_spacing_and_normalisation_need_like(empty_dataset, option):
+    empty_dataset(*TARGETS["tiny"])
     with pytest.raises(SystemExit, match=f"{option} pretrained needs --like FILE"):
         main(["plan", "-d", "42", option, "pretrained"])

@@ -27,9 +27,9 @@ CASES = {  # spacing in mm, median shape in voxels, cases, resolution mode
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_plans_are_legal_and_fit_the_memory_target(made_up, name):
+def test_plans_are_legal_and_fit_the_memory_target(empty_dataset, name):
     spacing, shape, cases, mode = CASES[name]
-    plans_file = made_up(spacing, shape, cases)
+    plans_file = empty_dataset(spacing, shape, cases)
     main(["plan", "-d", "42", "-gpu_memory_target", "6"])
     plan = json.loads(plans_file.read_text())["configurations"]["3d_fullres"]
     divisor = total_stride(MODES[mode])
@@ -45,9 +45,9 @@ def test_plans_are_legal_and_fit_the_memory_target(made_up, name):
         assert measure_step(build, 1, larger[-1], 2).total > 0.9 * 6 * GIB
 
 
-def test_everything_except_the_network_is_as_nnunet_plans_it(made_up):
+def test_everything_except_the_network_is_as_nnunet_plans_it(empty_dataset):
     spacing, shape, cases, _ = CASES["anisotropic"]
-    plans_file = made_up(spacing, shape, cases)
+    plans_file = empty_dataset(spacing, shape, cases)
     main(["plan", "-d", "Dataset042_Made"])
     ours = json.loads(plans_file.read_text())
     plan_experiment_dataset("Dataset042_Made")
@@ -65,9 +65,9 @@ def test_everything_except_the_network_is_as_nnunet_plans_it(made_up):
         assert without(plan, *changed) == without(stock["configurations"][name], *changed)
 
 
-def test_a_larger_memory_target_gives_a_larger_patch(made_up):
+def test_a_larger_memory_target_gives_a_larger_patch(empty_dataset):
     spacing, shape, cases, _ = CASES["large"]
-    plans_file = made_up(spacing, shape, cases)
+    plans_file = empty_dataset(spacing, shape, cases)
     voxels = []
     for target in (4, 12):
         main(["plan", "-d", "42", "-gpu_memory_target", str(target), "-overwrite_plans_name", f"Plans{target}"])
@@ -77,8 +77,8 @@ def test_a_larger_memory_target_gives_a_larger_patch(made_up):
     assert voxels[1] > 2 * voxels[0]
 
 
-def test_the_target_spacing_can_be_set_and_the_next_commands_are_printed(made_up, capsys):
-    plans_file = made_up((1.0, 1.0, 1.0), (40, 60, 60))
+def test_the_target_spacing_can_be_set_and_the_next_commands_are_printed(empty_dataset, capsys):
+    plans_file = empty_dataset((1.0, 1.0, 1.0), (40, 60, 60))
     main(["plan", "-d", "42", "-overwrite_target_spacing", "4", "1", "1"])
     plans = PlansManager(str(plans_file))
     assert list(plans.get_configuration("3d_fullres").spacing) == [4.0, 1.0, 1.0]
@@ -105,21 +105,21 @@ def test_the_target_spacing_can_be_set_and_the_next_commands_are_printed(made_up
         (["-d", "42", "-overwrite_target_spacing", "1", "0", "1"], "three positive numbers"),
     ],
 )
-def test_errors_are_one_line_and_no_plans_are_written(made_up, arguments, message):
-    plans_file = made_up((1.0, 1.0, 1.0), (40, 60, 60))
+def test_errors_are_one_line_and_no_plans_are_written(empty_dataset, arguments, message):
+    plans_file = empty_dataset((1.0, 1.0, 1.0), (40, 60, 60))
     with pytest.raises(SystemExit, match=f"^nnUNetv2_vf: error: .*{message}"):
         main(["plan", *arguments])
     assert not plans_file.exists()
 
 
-def test_a_missing_fingerprint_names_the_command_that_makes_it(made_up):
-    made_up((1.0, 1.0, 1.0), (40, 60, 60), fingerprint=False)
+def test_a_missing_fingerprint_names_the_command_that_makes_it(empty_dataset):
+    empty_dataset((1.0, 1.0, 1.0), (40, 60, 60), fingerprint=False)
     with pytest.raises(SystemExit, match="nnUNetv2_extract_fingerprint -d 42"):
         main(["plan", "-d", "42"])
 
 
-def test_two_dimensional_images_get_only_nnunets_2d_plan(made_up, capsys):
-    made_up((999.0, 1.0, 1.0), (1, 256, 256))
+def test_two_dimensional_images_get_only_nnunets_2d_plan(empty_dataset, capsys):
+    empty_dataset((999.0, 1.0, 1.0), (1, 256, 256))
     main(["plan", "-d", "42"])
     assert "only the configuration 2d" in capsys.readouterr().out
 

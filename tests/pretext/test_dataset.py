@@ -11,7 +11,7 @@ import torch
 from preprocessed_cases import noise, save_cases
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.pretext.dataset import TRAINING, VALIDATION, FusionDataset
+from nnunetv2_vf.pretext.dataset import TRAINING, VALIDATION, FusionDataset, _case_generator
 from nnunetv2_vf.settings import VFSettings
 
 PATCH = (12, 14, 16)
@@ -33,6 +33,13 @@ def test_a_sample_depends_on_seed_and_index_only(cases):
     assert are_equal(first[3], second[3])
     assert not are_equal(first[3], first[4])
     assert not are_equal(first[3], FusionDataset(cases, PATCH, VFSettings(seed=2), TRAINING)[3])
+
+
+def test_crops_and_fusion_map_are_drawn_independently():
+    """NumPy fills short seeds up with zeros: the generators of the sample and of its first case must differ."""
+    key = (0, TRAINING, 3)
+    of_sample, of_case = np.random.default_rng(key), _case_generator(key, attempt=0)
+    assert not np.array_equal(of_sample.random(4), of_case.random(4))
 
 
 def test_validation_samples_do_not_depend_on_the_seed(cases):

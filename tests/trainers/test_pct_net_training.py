@@ -17,7 +17,7 @@ TRAINING = (str(DATASET_ID), "3d_fullres", 0)
 
 
 @pytest.mark.parametrize("trainer_name", ["nnUNetTrainer", "nnUNetTrainerNoDeepSupervision"])
-def test_stock_trainers_train_pct_net(tiny, pct_plans, trainer_name):
+def test_stock_trainers_train_pct_net(two_epochs, pct_plans, trainer_name):
     trainer = get_trainer_from_args(*TRAINING, trainer_name, pct_plans, device=CPU)
     trainer.on_train_start()
     before = [p.detach().clone() for p in trainer.network.decoder.seg_layers[-1].parameters()]
@@ -30,7 +30,7 @@ def test_stock_trainers_train_pct_net(tiny, pct_plans, trainer_name):
     trainer.on_train_end()
 
 
-def test_pretrain_then_finetune_then_predict(tiny, pct_plans, tmp_path):
+def test_pretrain_then_finetune_then_predict(two_epochs, pct_plans, tmp_path):
     results = tmp_path / "results" / DATASET
     run_training(*TRAINING, "VFPretrainTrainer", pct_plans, device=CPU)
     artifact_file = results / f"VFPretrainTrainer__{pct_plans}__3d_fullres" / "fold_0" / "vf_pretrained.pth"
@@ -39,7 +39,7 @@ def test_pretrain_then_finetune_then_predict(tiny, pct_plans, tmp_path):
 
     run_training(*TRAINING, "VFFinetuneTrainer", pct_plans, pretrained_weights=str(artifact_file), device=CPU)
     model = results / f"VFFinetuneTrainer__{pct_plans}__3d_fullres"
-    case = sorted((tiny / "raw" / DATASET / "imagesTr").iterdir())[0]
+    case = sorted((two_epochs / "raw" / DATASET / "imagesTr").iterdir())[0]
     images, predicted = tmp_path / "images", tmp_path / "predicted"
     images.mkdir()
     predicted.mkdir()
@@ -50,7 +50,7 @@ def test_pretrain_then_finetune_then_predict(tiny, pct_plans, tmp_path):
     assert (predicted / (case.name.removesuffix("_0000.nii.gz") + ".nii.gz")).is_file()
 
 
-def test_pct_net_is_fine_tuned_with_its_own_recipe(tiny, pct_plans, monkeypatch):
+def test_pct_net_is_fine_tuned_with_its_own_recipe(two_epochs, pct_plans, monkeypatch):
     monkeypatch.setenv("nnUNet_vf_finetune_num_epochs", "100")
     trainer = get_trainer_from_args(*TRAINING, "VFFinetuneTrainer", pct_plans, device=CPU)
     trainer.initialize()
@@ -69,7 +69,7 @@ def test_pct_net_is_fine_tuned_with_its_own_recipe(tiny, pct_plans, monkeypatch)
     assert any((a != b).any() for a, b in zip(before, trainer.network.parameters(), strict=True))
 
 
-def test_every_value_of_the_recipe_can_be_set(tiny, pct_plans, monkeypatch):
+def test_every_value_of_the_recipe_can_be_set(two_epochs, pct_plans, monkeypatch):
     monkeypatch.setenv("nnUNet_vf_finetune_optimizer", "sgd")
     monkeypatch.setenv("nnUNet_vf_finetune_warmup_fraction", "0")
     trainer = get_trainer_from_args(*TRAINING, "VFFinetuneTrainer", pct_plans, device=CPU)

@@ -17,10 +17,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def old_plans(own_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def old_plans(copied_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The old plans beside the preprocessed cases, and the schedule of the old trainings."""
     for plans in ("nnUNetPlans", "PCTNetPlans"):
-        shutil.copy(OLD / "plans" / f"{plans}.json", own_dataset)
+        shutil.copy(OLD / "plans" / f"{plans}.json", copied_dataset)
     for prefix in ("nnUNet_vf_", "nnUNet_vf_finetune_"):
         for name, value in {"num_epochs": 3, "iterations_per_epoch": 2, "val_iterations_per_epoch": 1}.items():
             monkeypatch.setenv(f"{prefix}{name}", str(value))

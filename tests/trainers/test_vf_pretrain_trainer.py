@@ -11,21 +11,16 @@ import torch
 from conftest import DATASET_ID, NUM_CASES, edit_json, fold_folder, pretrain, shrink_network
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
-from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint, run_training
+from nnunetv2.run.run_training import get_trainer_from_args, run_training
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from trainings import make_trainer
 
 from nnunetv2_vf.training.ranks import Ranks
 from nnunetv2_vf.training.step import Precision
 from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, read_artifact
 
 CPU = torch.device("cpu")
-
-
-def new_trainer(fold: int | str = 0, continue_training: bool = False):
-    return get_trainer_from_args(
-        str(DATASET_ID), "3d_fullres", fold, "VFPretrainTrainer", continue_training=continue_training, device=CPU
-    )
 
 
 # ---------------------------------------------------------------- a whole run
@@ -97,7 +92,7 @@ def test_the_artifact_rebuilds_the_network_and_records_its_origin(finished):
 
 
 @pytest.mark.parametrize("file", [ARTIFACT_NAME, "checkpoint_final.pth"])
-def test_stock_pretrained_weights_transfer_everything_but_the_heads(finished, tiny, file):
+def test_stock_pretrained_weights_transfer_everything_but_the_heads(finished, two_epochs, file):
     trainer = get_trainer_from_args(str(DATASET_ID), "3d_fullres", 0, "nnUNetTrainer", device=CPU)
     trainer.initialize()
     before = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
@@ -107,7 +102,7 @@ def test_stock_pretrained_weights_transfer_everything_but_the_heads(finished, ti
         assert torch.equal(tensor, before[name] if ".seg_layers." in name else pretrained[name]), name
 
 
-def test_val_repeats_the_report_of_the_finished_training(tiny, folder, monkeypatch):
+def test_val_repeats_the_report_of_the_finished_training(two_epochs, folder, monkeypatch):
     pretrain()
     for name in ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
         monkeypatch.delenv(f"nnUNet_vf_{name}")  # --val takes the settings of the checkpoint
@@ -122,35 +117,35 @@ def test_val_repeats_the_report_of_the_finished_training(tiny, folder, monkeypat
 # ---------------------------------------------------------------- the pretext task inside nnU-Net's training
 
 
-def test_the_network_predicts_fusion_classes_for_any_labels(own_dataset, monkeypatch):
+def test_the_network_predicts_fusion_classes_for_any_labels(copied_dataset, monkeypatch):
     def regions_and_ignore(dataset_json):
         dataset_json["labels"] = {"background": 0, "organs": [1, 2, 3], "heart": [2, 3], "ignore": 4}
         dataset_json["regions_class_order"] = [1, 2]
 
-    edit_json(own_dataset / "dataset.json", regions_and_ignore)
+    edit_json(copied_dataset / "dataset.json", regions_and_ignore)
     monkeypatch.setenv("nnUNet_vf_coefficient_steps", "3")
-    trainer = new_trainer()
+    trainer = make_trainer()
     trainer.initialize()
     assert trainer.label_manager.num_segmentation_heads == 4
     assert not trainer.label_manager.has_regions
     assert not trainer.label_manager.has_ignore_label
     assert trainer.network(torch.zeros(1, 1, 16, 16, 24))[0].shape[1] == 4
-    stored = json.loads((own_dataset / "dataset.json").read_text())
+    stored = json.loads((copied_dataset / "dataset.json").read_text())
     assert stored["labels"]["ignore"] == 4, "the dataset itself is not changed"
 
 
-def test_several_channels_share_one_map(own_dataset, folder):
-    edit_json(own_dataset / "dataset.json", lambda d: d.update(channel_names={"0": "CT", "1": "PET", "2": "T1"}))
+def test_several_channels_share_one_map(copied_dataset, folder):
+    edit_json(copied_dataset / "dataset.json", lambda d: d.update(channel_names={"0": "CT", "1": "PET", "2": "T1"}))
     for case in range(NUM_CASES):
-        replace_image(own_dataset, f"torso_{case:04d}", lambda data: np.concatenate([data, -data, data**2]))
+        replace_image(copied_dataset, f"torso_{case:04d}", lambda data: np.concatenate([data, -data, data**2]))
     pretrain()
     vf = read_artifact(folder / ARTIFACT_NAME)["vf"]
     assert vf["num_input_channels"] == 3
 
 
-def test_the_validation_loss_is_computed_under_autocast(tiny, monkeypatch):
+def test_the_validation_loss_is_computed_under_autocast(two_epochs, monkeypatch):
     """Outside it, the half-precision cross-entropy of a CUDA training overflows."""
-    trainer = new_trainer()
+    trainer = make_trainer()
     trainer.initialize()
     trainer.precision = Precision("bf16", "cpu")
     loss, under_autocast = trainer.loss, []
@@ -167,12 +162,12 @@ def test_the_validation_loss_is_computed_under_autocast(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize(("batch", "ranks"), [(2, 2), (5, 2), (5, 3), (7, 4)])
-def test_ranks_share_every_batch_as_nnunet_splits_it(own_dataset, monkeypatch, batch, ranks):
+def test_ranks_share_every_batch_as_nnunet_splits_it(copied_dataset, monkeypatch, batch, ranks):
     def enlarge(plans):
         plans["configurations"]["3d_fullres"]["batch_size"] = batch
 
-    edit_json(own_dataset / "nnUNetPlans.json", enlarge)
-    trainer = new_trainer()
+    edit_json(copied_dataset / "nnUNetPlans.json", enlarge)
+    trainer = make_trainer()
     trainer.is_ddp = True
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)  # nnU-Net asks these
     indices = []
@@ -184,14 +179,14 @@ def test_ranks_share_every_batch_as_nnunet_splits_it(own_dataset, monkeypatch, b
     assert sorted(indices) == list(range(batch, 3 * batch))
 
 
-def test_class_0_counts_in_the_loss(tiny):
-    trainer = new_trainer()
+def test_class_0_counts_in_the_loss(two_epochs):
+    trainer = make_trainer()
     trainer.initialize()
     assert trainer.loss.loss.dc.do_bg
 
 
-def test_there_is_a_fusion_map_for_every_output_of_the_network(tiny):
-    trainer = new_trainer()
+def test_there_is_a_fusion_map_for_every_output_of_the_network(two_epochs):
+    trainer = make_trainer()
     trainer.initialize()
     train, _ = trainer.get_dataloaders()
     batch = next(train)
@@ -202,9 +197,9 @@ def test_there_is_a_fusion_map_for_every_output_of_the_network(tiny):
     assert torch.equal(targets[0][:, 0], batch["tensors"]["fusion_map"])
 
 
-def test_validation_samples_are_the_same_in_every_epoch_and_run(tiny, monkeypatch):
+def test_validation_samples_are_the_same_in_every_epoch_and_run(two_epochs, monkeypatch):
     def fixed_samples() -> list[dict]:
-        trainer = new_trainer()
+        trainer = make_trainer()
         trainer.initialize()
         _, validation = trainer.get_dataloaders()
         return [batch["tensors"] for batch in validation]
@@ -218,17 +213,17 @@ def test_validation_samples_are_the_same_in_every_epoch_and_run(tiny, monkeypatc
     assert not torch.equal(samples[0]["foreground"], samples[1]["foreground"])
 
 
-def test_the_network_learns_the_pretext_task(tiny, monkeypatch):
+def test_the_network_learns_the_pretext_task(two_epochs, monkeypatch):
     for name, value in {"num_epochs": 2, "iterations_per_epoch": 20, "initial_lr": 0.01}.items():
         monkeypatch.setenv(f"nnUNet_vf_{name}", str(value))
-    trainer = new_trainer()
+    trainer = make_trainer()
     trainer.run_training()
     losses = trainer.logger.get_value("train_losses", step=None)
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, monkeypatch, workers):
+def test_a_resumed_run_equals_an_uninterrupted_one(two_epochs, tmp_path, monkeypatch, workers):
     monkeypatch.setenv("nnUNet_n_proc_DA", str(workers))
     monkeypatch.setenv("nnUNet_vf_num_epochs", "3")
     monkeypatch.setenv("nnUNet_vf_save_every", "2")
@@ -236,13 +231,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, monkeypatch, 
     def run(results: str, stop_after: int | None) -> Path:
         monkeypatch.setenv("nnUNet_results", str(tmp_path / results))
         torch.manual_seed(0)  # the same first weights
-        trainer = new_trainer()
+        trainer = make_trainer()
         if stop_after is not None:
             monkeypatch.setattr(trainer, "on_epoch_start", stopping(trainer, stop_after))
             with pytest.raises(KeyboardInterrupt):
                 trainer.run_training()
-            trainer = new_trainer(continue_training=True)
-            maybe_load_checkpoint(trainer, continue_training=True, validation_only=False)
+            trainer = make_trainer(continue_training=True)
             assert trainer.current_epoch == stop_after
         trainer.run_training()
         return fold_folder(tmp_path / results)
@@ -270,7 +264,7 @@ def stopping(trainer, epoch: int):
 # ---------------------------------------------------------------- flags, folds, plans
 
 
-def test_fold_all_and_disabled_checkpointing(tiny, tmp_path):
+def test_fold_all_and_disabled_checkpointing(two_epochs, tmp_path):
     pretrain("all", disable_checkpointing=True)
     names = {path.name for path in fold_folder(tmp_path / "results", "all").iterdir()}
     assert not {name for name in names if name.endswith(".pth")}
@@ -278,7 +272,7 @@ def test_fold_all_and_disabled_checkpointing(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"fusion_map": "blocks", "pairing": "different"}, {"optimizer": "sgd"}])
-def test_other_fusion_maps_pairings_and_optimizers_train(tiny, folder, monkeypatch, settings):
+def test_other_fusion_maps_pairings_and_optimizers_train(two_epochs, folder, monkeypatch, settings):
     monkeypatch.setenv("nnUNet_vf_val_iterations_per_epoch", "10")  # enough for every class to occur
     for name, value in settings.items():
         monkeypatch.setenv(f"nnUNet_vf_{name}", value)
@@ -288,10 +282,10 @@ def test_other_fusion_maps_pairings_and_optimizers_train(tiny, folder, monkeypat
 
 
 @pytest.mark.parametrize("planner", ["nnUNetPlannerResEncM", "nnUNetPlannerResEncL", "nnUNetPlannerResEncXL"])
-def test_residual_encoder_plans_train(own_dataset, planner, monkeypatch):
+def test_residual_encoder_plans_train(copied_dataset, planner, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # the planner sets as many threads
     plans_name = plan_experiments([DATASET_ID], planner)
-    plans_file = own_dataset / f"{plans_name}.json"
+    plans_file = copied_dataset / f"{plans_name}.json"
     shrink_network(plans_file)
     edit_json(
         plans_file, lambda plans: plans["configurations"]["3d_fullres"].update(data_identifier="nnUNetPlans_3d_fullres")
@@ -299,9 +293,9 @@ def test_residual_encoder_plans_train(own_dataset, planner, monkeypatch):
     run_training(str(DATASET_ID), "3d_fullres", 0, "VFPretrainTrainer", plans_name, device=CPU)
 
 
-def test_settings_are_read_from_the_plans(own_dataset):
-    edit_json(own_dataset / "nnUNetPlans.json", lambda plans: plans.update(volume_fusion={"seed": 11}))
-    assert new_trainer().settings.seed == 11
+def test_settings_are_read_from_the_plans(copied_dataset):
+    edit_json(copied_dataset / "nnUNetPlans.json", lambda plans: plans.update(volume_fusion={"seed": 11}))
+    assert make_trainer().settings.seed == 11
 
 
 # ---------------------------------------------------------------- unusable volumes
@@ -320,11 +314,11 @@ def replace_image(dataset: Path, case: str, change) -> None:
     nnUNetDatasetBlosc2.save_case(data, seg, properties, str(folder / case), (1, 8, 8, 8), (1, 8, 8, 8))
 
 
-def test_nan_and_constant_volumes_are_skipped_and_reported_once(own_dataset, folder, monkeypatch):
+def test_nan_and_constant_volumes_are_skipped_and_reported_once(copied_dataset, folder, monkeypatch):
     monkeypatch.setenv("nnUNet_vf_iterations_per_epoch", "12")
     monkeypatch.setenv("nnUNet_vf_quarantine_limit", "0.2")
-    fill_with(own_dataset, "torso_0000", np.nan)
-    fill_with(own_dataset, "torso_0001", 0.0)
+    fill_with(copied_dataset, "torso_0000", np.nan)
+    fill_with(copied_dataset, "torso_0001", 0.0)
     pretrain("all")
     folder = folder.parent / "fold_all"
     log = next(folder.glob("training_log*.txt")).read_text()
@@ -334,10 +328,10 @@ def test_nan_and_constant_volumes_are_skipped_and_reported_once(own_dataset, fol
     assert np.isfinite(losses).all()
 
 
-def test_a_dataset_without_any_usable_volume_stops_with_one_line(own_dataset, tmp_path, monkeypatch):
+def test_a_dataset_without_any_usable_volume_stops_with_one_line(copied_dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_vf_quarantine_limit", "1")
     for case in range(NUM_CASES):
-        fill_with(own_dataset, f"torso_{case:04d}", 1.0)
+        fill_with(copied_dataset, f"torso_{case:04d}", 1.0)
     with pytest.raises(SystemExit, match="no usable sub-volume"):
         pretrain("all")
     suffixes = {path.suffix for path in (tmp_path / "results").rglob("fold_all/*")}
@@ -347,7 +341,7 @@ def test_a_dataset_without_any_usable_volume_stops_with_one_line(own_dataset, tm
 # ---------------------------------------------------------------- --c
 
 
-def test_continuing_with_other_settings_is_refused_with_names_and_values(tiny, folder, monkeypatch):
+def test_continuing_with_other_settings_is_refused_with_names_and_values(two_epochs, folder, monkeypatch):
     pretrain()
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.pth")}
     monkeypatch.setenv("nnUNet_vf_num_epochs", "5")
@@ -360,25 +354,25 @@ def test_continuing_with_other_settings_is_refused_with_names_and_values(tiny, f
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.pth")} == before
 
 
-def test_continuing_from_a_file_that_is_not_a_checkpoint_is_refused(tiny, folder):
+def test_continuing_from_a_file_that_is_not_a_checkpoint_is_refused(two_epochs, folder):
     pretrain()
     torch.save({"weights": 1}, folder / "checkpoint_final.pth")
     with pytest.raises(SystemExit, match="is damaged or not an nnU-Net checkpoint"):
         pretrain(continue_training=True)
 
 
-def test_continuing_with_other_plans_is_refused(own_dataset, folder):
+def test_continuing_with_other_plans_is_refused(copied_dataset, folder):
     pretrain()
 
     def enlarge(plans):
         plans["configurations"]["3d_fullres"]["batch_size"] = 3
 
-    edit_json(own_dataset / "nnUNetPlans.json", enlarge)
+    edit_json(copied_dataset / "nnUNetPlans.json", enlarge)
     with pytest.raises(SystemExit, match=r"with other plans \(different: batch_size\)"):
         pretrain(continue_training=True)
 
 
-def test_the_checkpoint_of_another_trainer_is_refused(tiny, folder):
+def test_the_checkpoint_of_another_trainer_is_refused(two_epochs, folder):
     pretrain()
     checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
     torch.save({**checkpoint, "trainer_name": "nnUNetTrainer"}, folder / "checkpoint_final.pth")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainings import before_step, make_trainer
+from trainings import make_trainer, run_before_step
 
 from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, read_artifact
 
@@ -19,13 +20,9 @@ from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, read_artifact
 
 def test_a_step_with_a_non_finite_loss_is_skipped_and_counted(three_epochs, folder):
     trainer = make_trainer()
-    loss, calls = trainer._build_loss, iter(range(100))
     trainer.initialize()
-
-    def sometimes_nan(*args):
-        return loss_function(*args) * (float("nan") if next(calls) in (1, 2) else 1.0)
-
-    loss_function, trainer.loss = loss(), sometimes_nan
+    loss, calls = trainer.loss, itertools.count()
+    trainer.loss = lambda *args: loss(*args) * (float("nan") if next(calls) in (1, 2) else 1.0)
     trainer.run_training()
     logged = torch.load(folder / "checkpoint_final.pth", weights_only=False)["logging"]
     assert logged["skipped_steps"] == [2, 2, 2]
@@ -33,11 +30,11 @@ def test_a_step_with_a_non_finite_loss_is_skipped_and_counted(three_epochs, fold
     assert all(t.isfinite().all() for t in read_artifact(folder / ARTIFACT_NAME)["network_weights"].values())
 
 
-def test_twenty_skipped_steps_in_a_row_stop_the_training_and_save_their_samples(tiny, folder, monkeypatch):
+def test_twenty_skipped_steps_in_a_row_stop_the_training_and_save_their_samples(two_epochs, folder, monkeypatch):
     monkeypatch.setenv("nnUNet_vf_iterations_per_epoch", "30")
     trainer = make_trainer()
     trainer.initialize()
-    loss, calls = trainer.loss, iter(range(100))
+    loss, calls = trainer.loss, itertools.count()
     trainer.loss = lambda *args: loss(*args) * (float("nan") if next(calls) >= 3 else 1.0)
     with pytest.raises(SystemExit, match=r"20 steps in a row .* from step 3 on; .*not_finite_0\.pth has"):
         trainer.run_training()
@@ -52,9 +49,9 @@ def test_twenty_skipped_steps_in_a_row_stop_the_training_and_save_their_samples(
 
 
 @pytest.fixture
-def forty_cases(own_dataset, monkeypatch) -> Path:
+def forty_cases(copied_dataset, monkeypatch) -> Path:
     """A folder of 40 preprocessed cases: four copies of each of the ten cases of the dataset."""
-    folder = own_dataset / "nnUNetPlans_3d_fullres"
+    folder = copied_dataset / "nnUNetPlans_3d_fullres"
     for file in list(folder.iterdir()):
         for copy in "bcd":
             shutil.copy(file, folder / file.name.replace("torso_", f"torso{copy}_"))
@@ -67,7 +64,7 @@ def test_a_training_goes_on_with_one_damaged_case_in_twenty(forty_cases, folder,
     trainer = make_trainer(fold="all")
     truncated, deleted = forty_cases / "torso_0003.b2nd", forty_cases / "torsob_0005.b2nd"
     truncated.write_bytes(truncated.read_bytes()[:500])
-    before_step(trainer, 3, deleted.unlink)
+    run_before_step(trainer, 3, deleted.unlink)
     trainer.run_training()
     log = next((folder.parent / "fold_all").glob("training_log*.txt")).read_text()
     for case in ("torso_0003", "torsob_0005"):
@@ -93,7 +90,7 @@ def test_a_training_starts_although_its_first_case_is_damaged(forty_cases, folde
     assert (folder.parent / "fold_all" / "checkpoint_final.pth").is_file()
 
 
-def test_an_error_in_a_data_worker_is_raised_with_the_traceback_of_the_worker(tiny, monkeypatch):
+def test_an_error_in_a_data_worker_is_raised_with_the_traceback_of_the_worker(two_epochs, monkeypatch):
     def fail(*_: object) -> None:
         raise ZeroDivisionError("in the worker")
 
@@ -103,7 +100,7 @@ def test_an_error_in_a_data_worker_is_raised_with_the_traceback_of_the_worker(ti
         make_trainer().run_training()
 
 
-def test_a_killed_data_worker_is_reported(tiny, monkeypatch):
+def test_a_killed_data_worker_is_reported(two_epochs, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
     monkeypatch.setattr("nnunetv2_vf.pretext.dataset.draw_fusion_map", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid\(s\) \d+\) exited unexpectedly"):

@@ -1,10 +1,8 @@
-"""Checkpoints: written whole or not at all, and the newest undamaged one is found."""
+"""The newest undamaged checkpoint is found."""
 
 from __future__ import annotations
 
 import os
-import resource
-import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 
 from nnunetv2_vf.durable_files import is_undamaged, write_durably
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.training.checkpoints import BEST, LATEST, PREVIOUS, STATE, newest_undamaged, read_checkpoint
+from nnunetv2_vf.training.checkpoints import BEST, FINAL, LATEST, PREVIOUS, STATE, newest_undamaged, read_checkpoint
 
 
 def content(epoch: int) -> dict:
@@ -38,78 +36,6 @@ def latest(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_new_file_replaces_the_old_one_which_keeps_its_second_name(latest):
-    assert epoch_of(latest) == 2
-    assert epoch_of(latest.with_name(PREVIOUS)) == 1
-    assert {path.name for path in latest.parent.iterdir()} == {LATEST, PREVIOUS}
-    assert torch.equal(
-        torch.load(latest, weights_only=True)["network_weights"]["w"], content(2)["network_weights"]["w"]
-    )
-
-
-def test_a_file_system_without_hard_links_keeps_the_previous_checkpoint_too(latest, monkeypatch):
-    def refuse(*_: object) -> None:
-        raise PermissionError("no hard links here")
-
-    monkeypatch.setattr(Path, "hardlink_to", refuse)
-    write_durably(content(3), latest, previous=latest.with_name(PREVIOUS))
-    assert (epoch_of(latest), epoch_of(latest.with_name(PREVIOUS))) == (3, 2)
-    assert newest_undamaged(latest, print) == latest
-
-
-def test_a_full_disk_leaves_all_files_unchanged(latest):
-    """A limit on file sizes acts like a full disk: the kernel refuses to write more."""
-    before = {path.name: path.read_bytes() for path in latest.parent.iterdir()}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    previous_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            write_durably(content(3), latest, previous=latest.with_name(PREVIOUS))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, previous_handler)
-    assert {path.name: path.read_bytes() for path in latest.parent.iterdir()} == before
-
-
-@pytest.mark.parametrize("step", ["write", "fsync", "link", "replace"])
-def test_a_process_killed_while_writing_leaves_an_undamaged_file(latest, monkeypatch, step):
-    """The process exits without any clean-up, right before each step that changes the disk."""
-    functions = {
-        "write": (Path, "open"),
-        "fsync": (os, "fsync"),
-        "link": (Path, "hardlink_to"),
-        "replace": (Path, "replace"),
-    }
-    owner, name = functions[step]
-    process = os.fork()
-    if process == 0:
-        monkeypatch.setattr(owner, name, lambda *_, **__: os._exit(9))
-        write_durably(content(3), latest, previous=latest.with_name(PREVIOUS))
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
-    assert epoch_of(latest) == 2
-    assert is_undamaged(latest.with_name(PREVIOUS))
-    write_durably(content(4), latest, previous=latest.with_name(PREVIOUS))  # the remains do not disturb it
-    assert (epoch_of(latest), epoch_of(latest.with_name(PREVIOUS))) == (4, 2)
-    assert {path.name for path in latest.parent.iterdir()} == {LATEST, PREVIOUS}
-
-
-def test_damage_at_any_position_is_found(latest):
-    undamaged = latest.read_bytes()
-    assert is_undamaged(latest)
-    for position in range(100, len(undamaged), 97):
-        damaged = bytearray(undamaged)
-        damaged[position : position + 16] = bytes(byte ^ 255 for byte in damaged[position : position + 16])
-        latest.write_bytes(damaged)
-        # a change in the unused padding between the members of the archive does no harm
-        assert not is_undamaged(latest) or torch.load(latest, weights_only=True)["network_weights"]["w"].eq(2).all()
-    for length in (0, 1, 100, len(undamaged) // 2, len(undamaged) - 1):
-        latest.write_bytes(undamaged[:length])
-        assert not is_undamaged(latest)
-    assert not is_undamaged(latest.with_name("missing"))
-
-
 def test_the_newest_undamaged_checkpoint_is_chosen(latest):
     messages: list[str] = []
     assert newest_undamaged(latest, messages.append) == latest
@@ -127,6 +53,16 @@ def test_the_newest_undamaged_checkpoint_is_chosen(latest):
         f"WARNING: {best} is damaged, renamed to {BEST}.damaged",
         f"Continuing from {PREVIOUS} instead of {LATEST}",
     ]
+
+
+def test_a_damaged_final_checkpoint_is_not_replaced_by_an_unfinished_one(tmp_path):
+    final, best = tmp_path / FINAL, tmp_path / BEST
+    write_durably(content(1000), final)
+    write_durably(content(800), best)
+    final.write_bytes(final.read_bytes()[:-10])
+    assert newest_undamaged(final, print) == best
+    assert epoch_of(tmp_path / LATEST) == 800  # other ranks find it
+    assert not final.exists()
 
 
 def test_if_all_checkpoints_are_damaged_none_is_renamed(latest):

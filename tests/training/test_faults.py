@@ -41,7 +41,7 @@ def wait_until(condition, event: str, process=None) -> None:
 # ---------------------------------------------------------------- kill -9
 
 
-def test_fifty_kills_at_random_moments_lose_nothing(tiny, tmp_path, monkeypatch, capsys):
+def test_fifty_kills_at_random_moments_lose_nothing(two_epochs, tmp_path, monkeypatch, capsys):
     """A checkpoint is written before every step, so that many kills happen while one is written."""
     for name, value in {"num_epochs": 150, "iterations_per_epoch": 4, "save_every_minutes": 0}.items():
         monkeypatch.setenv(f"nnUNet_vf_{name}", str(value))
@@ -136,9 +136,9 @@ def children(process: int) -> list[int]:
 
 
 @pytest.mark.parametrize("victim", [None, 0, 1])
-def test_two_hosts_train_as_one_process_and_survive_a_kill(own_dataset, two_hosts, tmp_path, monkeypatch, victim):
+def test_two_hosts_train_as_one_process_and_survive_a_kill(copied_dataset, two_hosts, tmp_path, monkeypatch, victim):
     """The killed rank is restarted, and all go on from the newest checkpoint to the same end."""
-    edit_json(own_dataset / "nnUNetPlans.json", lambda p: p["configurations"]["3d_fullres"].update(batch_size=4))
+    edit_json(copied_dataset / "nnUNetPlans.json", lambda p: p["configurations"]["3d_fullres"].update(batch_size=4))
     settings = {"num_epochs": 6, "iterations_per_epoch": 10, "optimizer": "sgd", "initial_lr": 1e-4}
     for name, value in {**settings, "save_every_minutes": 0}.items():
         monkeypatch.setenv(f"nnUNet_vf_{name}", str(value))
@@ -185,7 +185,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_training_survives_a_full_disk(tiny, small_disk, tmp_path, monkeypatch):
+def test_a_training_survives_a_full_disk(two_epochs, small_disk, tmp_path, monkeypatch):
     for name, value in {"num_epochs": 60, "iterations_per_epoch": 4, "save_every_minutes": 0.005}.items():
         monkeypatch.setenv(f"nnUNet_vf_{name}", str(value))
     monkeypatch.setenv("nnUNet_results", str(small_disk))

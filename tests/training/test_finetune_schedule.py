@@ -15,7 +15,7 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args, run_training
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import nn
-from trainings import assert_same_training, before_step, make_trainer, send, stops_early
+from trainings import assert_same_training, make_trainer, run_before_step, run_until_signal, sender_of
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.network_parts import HEADS, part_of
@@ -119,7 +119,7 @@ def test_layer_decay_lowers_the_rate_from_stage_to_stage():
 
 
 @pytest.mark.parametrize("network", PLANS_OF_NETWORKS)
-def test_layer_decay_lowers_the_rate_from_stage_to_stage_of_each_network(artifacts, tiny, monkeypatch, network):
+def test_layer_decay_lowers_the_rate_from_stage_to_stage_of_each_network(artifacts, two_epochs, monkeypatch, network):
     trainer = trainer_of(PLANS_OF_NETWORKS[network], artifacts[network], monkeypatch)
     stages = len(trainer.configuration_manager.network_arch_init_kwargs["features_per_stage"])
     groups = parameter_groups(trainer.bare_network(), FinetuneSettings(layer_decay=0.5))
@@ -176,7 +176,7 @@ def test_a_network_without_an_encoder_takes_only_the_schedule_full():
 
 
 @pytest.fixture
-def schedule_of(tiny, monkeypatch):
+def schedule_of(two_epochs, monkeypatch):
     """Return a function that sets a schedule of 4 epochs; a decoder-only phase has 2 of them."""
 
     def choose(schedule: str, **settings) -> None:
@@ -367,8 +367,8 @@ def test_a_training_interrupted_in_any_phase_ends_like_an_uninterrupted_one(
         if step is None:
             trainer.run_training()
         else:
-            before_step(trainer, step, send(signal.SIGTERM))
-            assert stops_early(trainer)
+            run_before_step(trainer, step, sender_of(signal.SIGTERM))
+            assert run_until_signal(trainer)
             torch.manual_seed(step)  # a new process has other random numbers
             np.random.seed(step)  # noqa: NPY002
             monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "--c"])
@@ -400,7 +400,7 @@ def test_a_training_killed_before_its_first_checkpoint_restarts_from_the_pretrai
         trainer.run_training()
 
     def killed(trainer) -> None:
-        before_step(trainer, 1, lambda: (_ for _ in ()).throw(ConnectionError))  # stands for any sudden end
+        run_before_step(trainer, 1, lambda: (_ for _ in ()).throw(ConnectionError))  # stands for any sudden end
         with pytest.raises(ConnectionError):
             trainer.run_training()
         monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "--c"])

@@ -23,69 +23,69 @@ def assert_refused(folder: Path, *parts: str, **kwargs) -> None:
     assert not folder.exists(), "files were left"
 
 
-def test_2d_is_refused(tiny, folder):
+def test_2d_is_refused(two_epochs, folder):
     assert_refused(folder, "'2d'", "3d_fullres", configuration="2d")
 
 
-def test_an_unknown_configuration_is_refused(tiny, folder):
+def test_an_unknown_configuration_is_refused(two_epochs, folder):
     assert_refused(folder, "'3d_fulres'", "3d_fullres", configuration="3d_fulres")
 
 
-def test_a_wrong_setting_is_refused(tiny, folder, monkeypatch):
+def test_a_wrong_setting_is_refused(two_epochs, folder, monkeypatch):
     monkeypatch.setenv("nnUNet_vf_pairing", "triple")
     assert_refused(folder, "nnUNet_vf_pairing", "'triple'", "same or different")
 
 
 @pytest.mark.parametrize("state", ["unset", "empty"])
-def test_missing_variables_are_named(tiny, folder, monkeypatch, state):
+def test_missing_variables_are_named(two_epochs, folder, monkeypatch, state):
     monkeypatch.delenv("nnUNet_results") if state == "unset" else monkeypatch.setenv("nnUNet_results", "")
     assert_refused(folder, "nnUNet_results is not set", "export nnUNet_results=")
 
 
-def test_a_tiny_patch_is_refused(own_dataset, folder):
+def test_a_tiny_patch_is_refused(copied_dataset, folder):
     def shrink(plans):
         plans["configurations"]["3d_fullres"]["patch_size"] = [7, 16, 24]
 
-    edit_json(own_dataset / "nnUNetPlans.json", shrink)
+    edit_json(copied_dataset / "nnUNetPlans.json", shrink)
     assert_refused(folder, "(7, 16, 24)", "at least 8 voxels")
 
 
-def test_a_cascade_is_refused(own_dataset, folder):
+def test_a_cascade_is_refused(copied_dataset, folder):
     def add_cascade(plans):
         plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
 
-    edit_json(own_dataset / "nnUNetPlans.json", add_cascade)
+    edit_json(copied_dataset / "nnUNetPlans.json", add_cascade)
     assert_refused(folder, "'3d_cascade_fullres'", "3d_fullres", configuration="3d_cascade_fullres")
 
 
-def test_too_few_cases_are_refused(own_dataset, folder):
-    for path in (own_dataset / "nnUNetPlans_3d_fullres").iterdir():
+def test_too_few_cases_are_refused(copied_dataset, folder):
+    for path in (copied_dataset / "nnUNetPlans_3d_fullres").iterdir():
         if int(path.name.split("_")[1][:4]) >= 3:
             path.unlink()
-    (own_dataset / "splits_final.json").unlink(missing_ok=True)
+    (copied_dataset / "splits_final.json").unlink(missing_ok=True)
     assert_refused(folder, "3 preprocessed cases", "fold 'all'")
 
 
-def test_pairing_different_needs_two_training_and_two_validation_cases(own_dataset, folder, monkeypatch):
+def test_pairing_different_needs_two_training_and_two_validation_cases(copied_dataset, folder, monkeypatch):
     cases = [f"torso_{i:04d}" for i in range(3)]
-    (own_dataset / "splits_final.json").write_text(json.dumps([{"train": cases[:2], "val": cases[2:]}]))
+    (copied_dataset / "splits_final.json").write_text(json.dumps([{"train": cases[:2], "val": cases[2:]}]))
     monkeypatch.setenv("nnUNet_vf_pairing", "different")
     assert_refused(folder, "2 training and 1 validation", "'different'")
 
 
-def test_a_split_with_missing_cases_is_refused(own_dataset, folder):
-    (own_dataset / "splits_final.json").write_text(json.dumps([{"train": ["torso_0001"], "val": ["gone"]}]))
+def test_a_split_with_missing_cases_is_refused(copied_dataset, folder):
+    (copied_dataset / "splits_final.json").write_text(json.dumps([{"train": ["torso_0001"], "val": ["gone"]}]))
     assert_refused(folder, "1 cases", "gone", "not preprocessed")
 
 
-def test_a_dataset_that_is_not_preprocessed_is_refused(own_dataset, folder):
-    for path in (own_dataset / "nnUNetPlans_3d_fullres").iterdir():
+def test_a_dataset_that_is_not_preprocessed_is_refused(copied_dataset, folder):
+    for path in (copied_dataset / "nnUNetPlans_3d_fullres").iterdir():
         path.unlink()
     assert_refused(folder, "no preprocessed cases", "nnUNetv2_preprocess")
 
 
-def test_foreign_files_among_the_preprocessed_cases_are_refused(own_dataset, folder):
-    (own_dataset / "nnUNetPlans_3d_fullres" / "notes.txt").touch()
+def test_foreign_files_among_the_preprocessed_cases_are_refused(copied_dataset, folder):
+    (copied_dataset / "nnUNetPlans_3d_fullres" / "notes.txt").touch()
     assert_refused(
         folder,
         "files that are not preprocessed cases",
@@ -94,19 +94,19 @@ def test_foreign_files_among_the_preprocessed_cases_are_refused(own_dataset, fol
 
 
 @pytest.mark.parametrize(("median", "is_reported"), [([35.0, 50, 35], True), ([35, 50, 64], False), (None, False)])
-def test_a_patch_as_large_as_the_median_image_is_reported(own_dataset, median, is_reported):
-    plan = json.loads((own_dataset / "nnUNetPlans.json").read_text())["configurations"]["3d_fullres"]
+def test_a_patch_as_large_as_the_median_image_is_reported(copied_dataset, median, is_reported):
+    plan = json.loads((copied_dataset / "nnUNetPlans.json").read_text())["configurations"]["3d_fullres"]
     del plan["median_image_size_in_voxels"]
     plan |= {"patch_size": [40, 56, 40], **({"median_image_size_in_voxels": median} if median else {})}
     warning = patch_warning(ConfigurationManager(plan))
     assert ("(40x56x40) is as large as the median image (35x50x35)" in warning) if is_reported else warning is None
 
 
-def test_the_training_log_warns_of_a_patch_as_large_as_the_median_image(own_dataset, folder):
+def test_the_training_log_warns_of_a_patch_as_large_as_the_median_image(copied_dataset, folder):
     def shrink(plans):
         plans["configurations"]["3d_fullres"]["median_image_size_in_voxels"] = [16, 16, 24]
 
-    edit_json(own_dataset / "nnUNetPlans.json", shrink)
+    edit_json(copied_dataset / "nnUNetPlans.json", shrink)
     pretrain()
     (log,) = folder.rglob("training_log*")
     assert "WARNING: the patch (16x16x24) is as large as the median image" in log.read_text()

@@ -6,18 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import DATASET, DATASET_ID, edit_json
+from conftest import DATASET, edit_json
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from trainings import make_trainer
 
 from nnunetv2_vf.training.preflight import preprocessed_cases
-
-
-def make_trainer(monkeypatch, name: str, configuration: str = "3d_fullres"):
-    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train"])
-    return get_trainer_from_args(str(DATASET_ID), configuration, 0, name, device=torch.device("cpu"))
 
 
 def change_configuration(dataset: Path, **changes) -> None:
@@ -26,36 +20,36 @@ def change_configuration(dataset: Path, **changes) -> None:
 
 
 @pytest.mark.parametrize("name", ["VFFinetuneTrainer", "VFPretrainTrainer"])
-def test_a_training_without_preprocessed_cases_writes_nothing(own_dataset, tmp_path, monkeypatch, name):
-    change_configuration(own_dataset, data_identifier="nowhere")
+def test_a_training_without_preprocessed_cases_writes_nothing(copied_dataset, tmp_path, monkeypatch, name):
+    change_configuration(copied_dataset, data_identifier="nowhere")
     with pytest.raises(SystemExit, match=r"no preprocessed cases in .*: nnUNetv2_preprocess -d 7 -plans_name nnUNet"):
-        make_trainer(monkeypatch, name)
+        make_trainer(name)
     assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize("name", ["VFFinetuneTrainer", "VFPretrainTrainer"])
-def test_cases_that_were_preprocessed_for_other_plans_are_rejected(own_dataset, tmp_path, monkeypatch, name):
-    change_configuration(own_dataset, spacing=[20.0, 20.0, 20.0])
+def test_cases_that_were_preprocessed_for_other_plans_are_rejected(copied_dataset, tmp_path, monkeypatch, name):
+    change_configuration(copied_dataset, spacing=[20.0, 20.0, 20.0])
     with pytest.raises(SystemExit, match=r"preprocessed for other plans: .* preprocess again: nnUNetv2_preprocess"):
-        make_trainer(monkeypatch, name)
+        make_trainer(name)
     assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(
     "changes", [{"resampling_fn_data": "no_resampling_hack"}, {"preprocessor_name": "SomeonesPreprocessor"}]
 )
-def test_the_shape_of_cases_is_not_checked_if_nnunet_does_not_resample_them(own_dataset, changes):
-    change_configuration(own_dataset, spacing=[4.0, 4.0, 4.0], **changes)
-    plans = PlansManager((own_dataset / "nnUNetPlans.json").as_posix())
+def test_the_shape_of_cases_is_not_checked_if_nnunet_does_not_resample_them(copied_dataset, changes):
+    change_configuration(copied_dataset, spacing=[4.0, 4.0, 4.0], **changes)
+    plans = PlansManager((copied_dataset / "nnUNetPlans.json").as_posix())
     assert len(preprocessed_cases(plans, "3d_fullres")) == 10
 
 
-def test_2d_plans_can_be_fine_tuned_without_weights(tiny, own_dataset, monkeypatch):
-    plans = PlansManager((own_dataset / "nnUNetPlans.json").as_posix())
+def test_2d_plans_can_be_fine_tuned_without_weights(two_epochs, copied_dataset, monkeypatch):
+    plans = PlansManager((copied_dataset / "nnUNetPlans.json").as_posix())
     configuration = plans.get_configuration("2d")
-    folder = own_dataset / configuration.data_identifier
+    folder = copied_dataset / configuration.data_identifier
     folder.mkdir()
-    raw = tiny / "raw" / DATASET
+    raw = two_epochs / "raw" / DATASET
     labels = min((raw / "labelsTr").iterdir())
     case = labels.name.removesuffix(".nii.gz")
     image = raw / "imagesTr" / f"{case}_0000.nii.gz"
@@ -64,4 +58,5 @@ def test_2d_plans_can_be_fine_tuned_without_weights(tiny, own_dataset, monkeypat
         str(folder / case), [str(image)], str(labels), plans, configuration, dataset_json
     )
     assert preprocessed_cases(plans, "2d") == [case]
-    assert make_trainer(monkeypatch, "VFFinetuneTrainer", "2d").pretrained_weights is None
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train"])
+    assert make_trainer("VFFinetuneTrainer", configuration="2d").pretrained_weights is None

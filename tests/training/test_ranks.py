@@ -44,7 +44,7 @@ def test_no_rank_reads_a_value_of_an_earlier_start(size):
 
 def test_the_remains_of_an_aborted_start_are_ignored():
     store = dist.HashStore()
-    store.set("answer", json.dumps(["start_of_the_dead", "their name"]))
+    store.set("publication", json.dumps(["start_of_the_dead", "their name"]))
     store.set("name_of_1", "their name")
     assert start(store, 2, slowest=0) == ["slowest: 0"] * 2
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATASET, DATASET_ID, THREE_EPOCHS, fold_folder
-from trainings import assert_same_training, before_step, make_trainer, send, stops_early
+from trainings import assert_same_training, make_trainer, run_before_step, run_until_signal, sender_of
 
 from nnunetv2_vf.training.distributed_trainer import weights_digest
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
@@ -63,7 +63,7 @@ def test_a_training_stopped_by_a_signal_resumes_without_loss(
 ):
     """PCT-Net has dropout: the random numbers must continue too."""
     trainer = make_trainer(plans=pct_plans)
-    before_step(trainer, step, send(number))
+    run_before_step(trainer, step, sender_of(number))
     with pytest.raises(SystemExit) as exit_info:
         trainer.run_training()
     assert exit_info.value.code == EXIT_RESUBMIT == 75
@@ -80,10 +80,10 @@ def test_many_signals_and_frequent_checkpoints_do_not_change_the_result(
     exits = 0
     while not (fold_folder(tmp_path / "results") / "checkpoint_final.pth").is_file():
         trainer = make_trainer(continue_training=exits > 0)
-        before_step(
-            trainer, 2, send(signal.SIGTERM)
+        run_before_step(
+            trainer, 2, sender_of(signal.SIGTERM)
         )  # with 1 it would never end: a resumed validation starts at its first step
-        exits += stops_early(trainer)
+        exits += run_until_signal(trainer)
     assert exits >= 6
     assert_same_training(uninterrupted["nnUNetPlans"], checkpoint(tmp_path / "results"))
 
@@ -128,7 +128,7 @@ def test_the_command_exits_with_the_status_for_resubmission(
 
 def test_fine_tuning_stops_at_a_signal_too(three_epochs, tmp_path):
     trainer = make_trainer("VFFinetuneTrainer")
-    before_step(trainer, 5, send(signal.SIGTERM))  # the second step of the second epoch
+    run_before_step(trainer, 5, sender_of(signal.SIGTERM))  # the second step of the second epoch
     with pytest.raises(SystemExit) as exit_info:
         trainer.run_training()
     assert exit_info.value.code == EXIT_RESUBMIT
@@ -171,10 +171,10 @@ def test_a_signal_after_the_last_step_skips_the_final_validation(three_epochs, t
 
     def on_train_end() -> None:
         original()
-        send(signal.SIGTERM)()
+        sender_of(signal.SIGTERM)()
 
     trainer.on_train_end = on_train_end
-    assert stops_early(trainer)
+    assert run_until_signal(trainer)
     assert list((tmp_path / "results").rglob("checkpoint_final.pth"))
 
 
@@ -237,7 +237,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(
 ):
     monkeypatch.setenv("nnUNet_vf_save_every_minutes", "0")
     trainer = make_trainer()
-    before_step(trainer, 8, send(signal.SIGTERM))
+    run_before_step(trainer, 8, sender_of(signal.SIGTERM))
     with pytest.raises(SystemExit):
         trainer.run_training()
     latest = folder / "checkpoint_latest.pth"
@@ -267,8 +267,8 @@ def test_a_training_goes_on_while_the_disk_is_full(three_epochs, folder, monkeyp
     monkeypatch.setenv("nnUNet_vf_save_every_minutes", "0")
     trainer = make_trainer()
     with monkeypatch.context() as patch:
-        before_step(trainer, 7, lambda: full_disk(folder, patch))
-        before_step(trainer, 15, patch.undo)
+        run_before_step(trainer, 7, lambda: full_disk(folder, patch))
+        run_before_step(trainer, 15, patch.undo)
         trainer.run_training()
     log = next(folder.glob("training_log*.txt")).read_text()
     assert log.count("WARNING") >= 8
@@ -279,7 +279,7 @@ def test_a_training_goes_on_while_the_disk_is_full(three_epochs, folder, monkeyp
 def test_a_final_checkpoint_that_cannot_be_written_is_an_error(three_epochs, folder, monkeypatch):
     trainer = make_trainer()
     with monkeypatch.context() as patch:
-        before_step(trainer, 17, lambda: full_disk(folder, patch))
+        run_before_step(trainer, 17, lambda: full_disk(folder, patch))
         with pytest.raises(SystemExit, match=r"checkpoint_final\.pth was not written.*--c"):
             trainer.run_training()
     assert not (folder / "checkpoint_final.pth").exists()
@@ -291,7 +291,7 @@ def test_disable_checkpointing_writes_no_checkpoint_at_a_signal_either(three_epo
     monkeypatch.setenv("nnUNet_vf_save_every_minutes", "0")
     trainer = make_trainer()
     trainer.disable_checkpointing = True
-    before_step(trainer, 9, send(signal.SIGTERM))
+    run_before_step(trainer, 9, sender_of(signal.SIGTERM))
     with pytest.raises(SystemExit):
         trainer.run_training()
     output = capsys.readouterr().out

@@ -16,7 +16,7 @@ def artifact(artifacts: dict[str, Path]) -> Path:
 
 
 @pytest.fixture
-def target(own_dataset: Path) -> TargetPlans:
+def target(copied_dataset: Path) -> TargetPlans:
     return load_target(str(DATASET_ID), "nnUNetPlans", "3d_fullres")
 
 

@@ -31,7 +31,7 @@ def adapt(file: Path, output: Path, *options: str) -> dict:
     return read_artifact(output)["vf"]["adapted"]
 
 
-def test_weights_are_adapted_to_plans_with_flat_kernels_and_another_stage(artifact, own_dataset, output, capsys):
+def test_weights_are_adapted_to_plans_with_flat_kernels_and_another_stage(artifact, copied_dataset, output, capsys):
     def change(plans):
         plans["plans_name"] = "OtherPlans"
         kwargs = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
@@ -41,8 +41,8 @@ def test_weights_are_adapted_to_plans_with_flat_kernels_and_another_stage(artifa
         kwargs["kernel_sizes"][0] = [1, 3, 3]
         kwargs["strides"][1] = [1, 2, 2]
 
-    shutil.copy(own_dataset / "nnUNetPlans.json", own_dataset / "OtherPlans.json")
-    edit_json(own_dataset / "OtherPlans.json", change)
+    shutil.copy(copied_dataset / "nnUNetPlans.json", copied_dataset / "OtherPlans.json")
+    edit_json(copied_dataset / "OtherPlans.json", change)
     record = adapt(artifact, output, "-p", "OtherPlans")
     printed = capsys.readouterr().out
     assert "kernel 3x3x3 -> 1x3x3" in printed
@@ -60,7 +60,7 @@ def test_weights_are_adapted_to_plans_with_flat_kernels_and_another_stage(artifa
     assert torch.equal(network.get_parameter(name), adapted["network_weights"][name])
 
 
-def test_a_checkpoint_of_nnunet_is_adapted(own_dataset, output, monkeypatch):
+def test_a_checkpoint_of_nnunet_is_adapted(copied_dataset, output, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_train"])
     run = (str(DATASET_ID), "3d_fullres", 0, "nnUNetTrainer")
     trainer = get_trainer_from_args(*run, device=torch.device("cpu"))
@@ -70,7 +70,7 @@ def test_a_checkpoint_of_nnunet_is_adapted(own_dataset, output, monkeypatch):
     assert 0 < adapt(checkpoint, output, "--encoder-only")["transferred_share"] < 1
 
 
-def test_tensors_that_were_left_at_random_stay_recorded_when_adapted_again(artifact, own_dataset, output, capsys):
+def test_tensors_that_were_left_at_random_stay_recorded_when_adapted_again(artifact, copied_dataset, output, capsys):
     again = output.with_name("again.pth")
     first = adapt(artifact, output, "--encoder-only")
     capsys.readouterr()
@@ -92,24 +92,24 @@ def test_tensors_that_were_left_at_random_stay_recorded_when_adapted_again(artif
         ("U-Net", ["-o", "/nowhere/adapted.pth"], "the folder /nowhere does not exist; make it: mkdir -p /nowhere"),
     ],
 )
-def test_a_wrong_argument_is_rejected_in_one_line(artifacts, own_dataset, output, network, options, message):
-    (own_dataset / "BrokenPlans.json").write_text("{bad")
+def test_a_wrong_argument_is_rejected_in_one_line(artifacts, copied_dataset, output, network, options, message):
+    (copied_dataset / "BrokenPlans.json").write_text("{bad")
     with pytest.raises(SystemExit, match=f"^nnUNetv2_vf: error: .*{message}"):
         adapt(artifacts[network], output, *options)
     assert not output.exists()
 
 
-def test_other_features_are_rejected_unless_partial_is_given(artifact, own_dataset, output):
+def test_other_features_are_rejected_unless_partial_is_given(artifact, copied_dataset, output):
     def widen(plans):
         plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"][-1] *= 2
 
-    edit_json(own_dataset / "nnUNetPlans.json", widen)
+    edit_json(copied_dataset / "nnUNetPlans.json", widen)
     with pytest.raises(SystemExit, match=r"have other features than in .* in the file, .* in the plans.*--partial"):
         adapt(artifact, output)
     assert 0 < adapt(artifact, output, "--partial")["transferred_share"] < 1
 
 
-def test_random_tensors_are_the_same_every_time_and_the_random_state_is_kept(artifact, own_dataset, output):
+def test_random_tensors_are_the_same_every_time_and_the_random_state_is_kept(artifact, copied_dataset, output):
     state = torch.get_rng_state()
     again = output.with_name("again.pth")
     for file in (output, again):

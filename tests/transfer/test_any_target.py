@@ -86,18 +86,20 @@ def write(array: np.ndarray, spacing, path: Path) -> None:
 
 
 @pytest.mark.parametrize("index", range(len(TARGETS)), ids=[f"{c}ch-{s[0]:g}mm-{max(n)}" for c, s, n in TARGETS])
-def test_an_artifact_is_transferred_to_the_target_and_trained(index, tiny, artifacts, tmp_path, monkeypatch, capsys):
+def test_an_artifact_is_transferred_to_the_target_and_trained(
+    index, two_epochs, artifacts, tmp_path, monkeypatch, capsys
+):
     channels, spacing, shape = TARGETS[index]
     dataset_id = 50 + index
-    folder = tiny / "preprocessed" / f"Dataset{dataset_id:03d}_Target"
-    write_target(tiny / "raw", dataset_id, channels, spacing, shape)
+    folder = two_epochs / "preprocessed" / f"Dataset{dataset_id:03d}_Target"
+    write_target(two_epochs / "raw", dataset_id, channels, spacing, shape)
     write_fingerprint(folder, channels, spacing, shape)
     for network, artifact in artifacts.items():
         plans = f"Like{network}"
         monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # planning divides by it
         main(["plan", "-d", str(dataset_id), "--like", str(artifact), "-overwrite_plans_name", plans])
         if network == "U-Net":
-            preprocess(tiny / "raw" / folder.name, load_target(str(dataset_id), plans, "3d_fullres"), folder)
+            preprocess(two_epochs / "raw" / folder.name, load_target(str(dataset_id), plans, "3d_fullres"), folder)
         else:  # with equal spacing and normalisation, the preprocessed data are the same
 
             def share_data(content: dict) -> None:

@@ -46,25 +46,25 @@ def test_a_residual_encoder_unet_becomes_an_artifact(tmp_path, capsys):
     network.load_state_dict(artifact["network_weights"])
 
 
-def test_a_target_is_planned_with_res_enc_l(tmp_path, made_up, capsys):
+def test_a_target_is_planned_with_res_enc_l(tmp_path, empty_dataset, capsys):
     weights = zero_weights(RES_ENC_L, 5)
     torch.save(nnssl_checkpoint("ResEncL", weights, (160, 160, 160)), tmp_path / "checkpoint_final.pth")
     main(["convert", str(tmp_path / "checkpoint_final.pth"), "-o", str(tmp_path / "out.pth")])
-    plans_file = made_up((1.0, 1.0, 1.0), (160, 200, 180))
+    plans_file = empty_dataset((1.0, 1.0, 1.0), (160, 200, 180))
     main(["plan", "-d", "42", "--like", str(tmp_path / "out.pth"), "--normalization", "pretrained"])
     plan = json.loads(plans_file.with_name("VFPlans.json").read_text())["configurations"]["3d_fullres"]
     assert plan["architecture"]["arch_kwargs"]["n_blocks_per_stage"] == [1, 3, 4, 6, 6, 6]
     assert plan["normalization_schemes"] == ["ZScoreNormalization"]
 
 
-def test_primus_m_becomes_an_artifact_but_no_target_is_planned_with_it(tmp_path, made_up, capsys):
+def test_primus_m_becomes_an_artifact_but_no_target_is_planned_with_it(tmp_path, empty_dataset, capsys):
     weights = zero_weights(primus_m([32, 32, 32]), 5, deep_supervision=None)
     assert {"down_projection.proj.weight", "eva.pos_embed", "mask_token"} <= weights.keys()
     torch.save(nnssl_checkpoint("PrimusM", weights), tmp_path / "checkpoint_final.pth")
     main(["convert", str(tmp_path / "checkpoint_final.pth"), "-o", str(tmp_path / "out.pth")])
     main(["info", str(tmp_path / "out.pth")])
     assert "network: Primus, " in capsys.readouterr().out
-    made_up((1.0, 1.0, 1.0), (160, 200, 180))
+    empty_dataset((1.0, 1.0, 1.0), (160, 200, 180))
     with pytest.raises(SystemExit, match="Primus, which is two-dimensional or takes patches of one size"):
         main(["plan", "-d", "42", "--like", str(tmp_path / "out.pth")])
 
@@ -136,7 +136,7 @@ def test_the_plan_in_an_artifact_has_nnssls_fields_and_names_existing_weights(ar
 
 @pytest.mark.filterwarnings("ignore:Network class .* not found:UserWarning")  # nnU-Net's, of bare names: it finds them
 @pytest.mark.parametrize("name", ["U-Net", "ResEnc-M"])
-def test_nnunets_nnssl_commands_accept_an_artifact(artifacts, name, tiny, own_dataset, monkeypatch):
+def test_nnunets_nnssl_commands_accept_an_artifact(artifacts, name, two_epochs, copied_dataset, monkeypatch):
     """Only with nnU-Net's development version (commit 0e49508); 2.8.1 does not have these commands."""
     like_nnssl = pytest.importorskip("nnunetv2.experiment_planning.like_nnssl")
     from nnunetv2.run.run_training_from_pretrained import get_trainer_from_args
@@ -144,7 +144,7 @@ def test_nnunets_nnssl_commands_accept_an_artifact(artifacts, name, tiny, own_da
     artifact, base = str(artifacts[name]), {"U-Net": "nnUNetPlans", "ResEnc-M": "nnUNetResEncUNetMPlans"}[name]
     like_nnssl.preprocess_like_nnssl(7, "like", artifact, "like_pretrained", None, 1, False)
     like_nnssl.plan_like_dynamic(7, "like", artifact, base, 1)
-    (planned,) = own_dataset.glob("ptPlans__like*.json")
+    (planned,) = copied_dataset.glob("ptPlans__like*.json")
     trainers = {planned.stem: "PretrainedTrainer", "ptPlans_dynamic__like": "DynamicPretrainedTrainer"}
     for plans, trainer_name in trainers.items():
         trainer = get_trainer_from_args("7", "3d_fullres", "all", trainer_name, plans, device=torch.device("cpu"))

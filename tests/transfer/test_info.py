@@ -35,11 +35,13 @@ def test_an_artifact_is_described(artifacts, capsys):
     assert lines[-1] == f"use: nnUNetv2_vf plan -d ID --like {artifacts['ResEnc-M']}"
 
 
-def test_an_adapted_artifact_is_described(artifacts, tiny, tmp_path, capsys):
+def test_an_adapted_artifact_is_described(artifacts, two_epochs, tmp_path, capsys):
     out = tmp_path / "adapted.pth"
     main(["adapt", str(artifacts["U-Net"]), "-d", "7", "-o", str(out), "--encoder-only"])
     lines = describe(capsys, out)
-    assert re.search(r"pretrained with Volume Fusion, adapted to other plans: \d\d\.\d% of them kept", lines[0])
+    assert re.search(
+        r"pretrained with Volume Fusion, adapted to other plans \(\d\d\.\d% of the weights kept\)", lines[0]
+    )
     assert f"adapted: for 3d_fullres of nnUNetPlans of {DATASET}, encoder only, from vf_pretrained.pth" in lines
     assert lines[-1] == (
         f"use: nnUNetv2_train {DATASET} 3d_fullres FOLD -p nnUNetPlans -tr VFFinetuneTrainer -pretrained_weights {out}"
@@ -47,7 +49,7 @@ def test_an_adapted_artifact_is_described(artifacts, tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("trainer", ["nnUNetTrainer", "VFFinetuneTrainer"])
-def test_a_checkpoint_of_nnunet_is_described(tiny, own_dataset, tmp_path, capsys, monkeypatch, trainer):
+def test_a_checkpoint_of_nnunet_is_described(two_epochs, copied_dataset, tmp_path, capsys, monkeypatch, trainer):
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_train"])
     training = get_trainer_from_args(str(DATASET_ID), "3d_fullres", 0, trainer, device=torch.device("cpu"))
     training.on_train_start()

@@ -57,20 +57,20 @@ def make_trainer(monkeypatch, *options: str, continue_training: bool = False):
 
 
 def test_weights_that_do_not_fit_end_the_training_before_anything_is_written(
-    artifacts, own_dataset, tmp_path, monkeypatch
+    artifacts, copied_dataset, tmp_path, monkeypatch
 ):
     with pytest.raises(SystemExit, match=r"^nnUNetv2_vf: error: .* does not fit 3d_fullres of nnUNetPlans.*--like"):
         make_trainer(monkeypatch, "-pretrained_weights", str(artifacts["PCT-Net"]))
     assert not (tmp_path / "results").exists()
 
 
-def test_a_missing_file_ends_the_training_before_anything_is_written(own_dataset, tmp_path, monkeypatch):
+def test_a_missing_file_ends_the_training_before_anything_is_written(copied_dataset, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"^nnUNetv2_vf: error: no file /nowhere.pth"):
         make_trainer(monkeypatch, "-pretrained_weights", "/nowhere.pth")
     assert not (tmp_path / "results").exists()
 
 
-def test_differences_are_logged_and_checkpoints_record_the_weights(artifact, own_dataset, tmp_path, monkeypatch):
+def test_differences_are_logged_and_checkpoints_record_the_weights(artifact, copied_dataset, tmp_path, monkeypatch):
     edited = tmp_path / "edited.pth"
     content = torch.load(artifact, weights_only=True)
     content["vf"]["channel_names"] = {"0": "T1"}
@@ -92,7 +92,7 @@ def test_differences_are_logged_and_checkpoints_record_the_weights(artifact, own
     assert record["pretrained"]["dataset"] == DATASET
 
 
-def test_a_continued_training_keeps_the_record(artifact, own_dataset, monkeypatch):
+def test_a_continued_training_keeps_the_record(artifact, copied_dataset, monkeypatch):
     trainer = make_trainer(monkeypatch, "-pretrained_weights", str(artifact))
     trainer.on_train_start()
     folder = Path(trainer.output_folder)

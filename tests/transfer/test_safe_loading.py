@@ -24,7 +24,7 @@ def hostile(entry: dict, canary: Path) -> dict:
     return entry
 
 
-def test_a_command_in_an_artifact_is_not_run(artifacts, tiny, own_dataset, tmp_path):
+def test_a_command_in_an_artifact_is_not_run(artifacts, two_epochs, copied_dataset, tmp_path):
     canary, path = tmp_path / "ran", tmp_path / "evil.pth"
     content = torch.load(artifacts["U-Net"], weights_only=True)
     content["vf"]["architecture"] = hostile(content["vf"]["architecture"], canary)
@@ -95,7 +95,9 @@ def test_a_path_in_a_checkpoint_is_not_opened(tmp_path, capsys):
         {"network_weights": {}, "vf": {"architecture": {"network_class_name": "x"}}},
     ],
 )
-def test_malformed_contents_are_reported_in_one_line(artifacts, tiny, own_dataset, tmp_path, monkeypatch, content):
+def test_malformed_contents_are_reported_in_one_line(
+    artifacts, two_epochs, copied_dataset, tmp_path, monkeypatch, content
+):
     path = tmp_path / "odd.pth"
     torch.save(content, path)
     for command in (["plan", "--like", str(path)], ["adapt", str(path), "-o", str(tmp_path / "out.pth")]):

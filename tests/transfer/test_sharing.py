@@ -44,7 +44,7 @@ def export_fine_tuned_model(plans: str, weights: Path, zip_file: Path, monkeypat
 
 @pytest.mark.parametrize(("network", "blocked"), [("U-Net", ["nnunetv2_vf"]), ("PCT-Net", [])])
 def test_plain_nnunet_installs_a_fine_tuned_model_and_predicts_with_it(
-    network, blocked, tiny, own_dataset, artifacts, tmp_path, monkeypatch
+    network, blocked, two_epochs, copied_dataset, artifacts, tmp_path, monkeypatch
 ):
     """Predict without the trainers' variable and, for a U-Net, without this package."""
     plans = PLANS_OF_NETWORKS[network]
@@ -54,7 +54,7 @@ def test_plain_nnunet_installs_a_fine_tuned_model_and_predicts_with_it(
     monkeypatch.setenv("nnUNet_results", str(results))
     install_model_from_zip_file(str(zip_file))
 
-    image = min((tiny / "raw" / DATASET / "imagesTr").iterdir())
+    image = min((two_epochs / "raw" / DATASET / "imagesTr").iterdir())
     images, predicted = tmp_path / "images", tmp_path / "predicted"
     images.mkdir()
     shutil.copy(image, images)
@@ -99,7 +99,7 @@ def test_a_rewritten_card_keeps_what_the_author_filled_in(artifacts, tmp_path):
     assert [path.name for path in Path(tmp_path).iterdir()] == [CARD_NAME]
 
 
-def test_a_subclass_with_a_network_of_its_own_keeps_its_name_in_checkpoints(tiny, own_dataset, monkeypatch):
+def test_a_subclass_with_a_network_of_its_own_keeps_its_name_in_checkpoints(two_epochs, copied_dataset, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_train"])
     run = (str(DATASET_ID), "3d_fullres", 0, "VFFinetuneTrainer")
     trainer = get_trainer_from_args(*run, device=torch.device("cpu"))
