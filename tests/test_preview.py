@@ -35,9 +35,7 @@ def test_unusable_cases_are_named_and_skipped(copied_dataset, tmp_path, capsys):
 def test_a_dataset_without_a_usable_case_is_an_error(copied_dataset, tmp_path):
     for number in range(NUM_CASES):
         make_constant(copied_dataset / "nnUNetPlans_3d_fullres", f"torso_{number:04d}")
-    with pytest.raises(
-        SystemExit, match=r"no usable sub-volume found in .*; check the images, .* of torso_\d{4}"
-    ):
+    with pytest.raises(SystemExit, match=r"no usable sub-volume found in .*; check the images, .* of torso_\d{4}"):
         main(["preview", "-d", str(DATASET_ID), "-o", str(tmp_path / "preview.png")])
     assert not (tmp_path / "preview.png").exists()
 

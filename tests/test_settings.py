@@ -208,8 +208,11 @@ def test_the_error_for_changed_settings_shows_how_to_restore_them():
 
 
 @pytest.mark.parametrize("settings", [VFSettings, FinetuneSettings])
-def test_the_documentation_lists_every_setting_with_its_default(settings):
+def test_the_documentation_lists_every_setting_with_its_default_and_description(settings):
     sections = (DOCS / "reference" / "settings.md").read_text().split("\n## ")
     (section,) = [section for section in sections if f"`{settings.prefix}<setting>`" in section]
     for f in fields(settings):
-        assert f"| `{f.name}` | {format_value(f.default)} |" in section, f.name
+        (row,) = [
+            line for line in section.splitlines() if line.startswith(f"| `{f.name}` | {format_value(f.default)} |")
+        ]
+        assert f"| {f.metadata['description']}" in row

@@ -25,15 +25,15 @@ _MAX_WARMUP = 0.9  # largest fraction of the epochs before the learning rate dec
 _SAWTOOTH_WARMUP = 0.1  # without a warm-up, the second phase of the sawtooth would start at the full learning rate
 
 _SCHEDULE_DESCRIPTION = (
-    "full: train everything; sawtooth: train decoder and heads first, then everything; encoder_only: keep only the "
-    "pretrained encoder, decoder and heads start from new weights; frozen_encoder: do not train the encoder"
+    "full: train everything; sawtooth: train decoder and heads first, then everything; encoder_only: decoder and heads "
+    "start with new weights; frozen_encoder: do not train the encoder"
 )
 _KERNEL_NORMS_DESCRIPTION = (
-    "fresh: scale pretrained kernels before an instance norm (U-Nets) to the norm of newly initialised ones, so that "
-    "they learn as fast; the output of the network changes by rounding only; pretrained: do not scale them"
+    "fresh: scale pretrained kernels before an instance norm (U-Nets) to the norm of new ones, so that they learn as "
+    "fast; the output of the network changes by rounding only; pretrained: leave them as they are"
 )
 _FRESH_STAGES_DESCRIPTION = (
-    "number of last decoder stages, counted from the output, that start from new weights, as the heads do"
+    "number of decoder stages, counted from the output, that start with new weights, as the heads do"
 )
 
 
@@ -48,7 +48,7 @@ class FinetuneSettings(TrainingSettings):
     section: ClassVar[str] = "volume_fusion_finetune"
 
     optimizer: str = setting("sgd", OPTIMIZER_DESCRIPTION, choices=OPTIMIZERS)
-    initial_lr: float = setting(1e-2, "highest learning rate, before it decays", low=1e-12, high=10)
+    initial_lr: float = setting(1e-2, "highest learning rate; it decays during the training", low=1e-12, high=10)
     weight_decay: float = setting(3e-5, "weight decay", low=0, high=1)
     seed: int = setting(
         0, "seed of the initial weights, dropout and, without worker processes, nnU-Net's augmentation", low=0
@@ -57,24 +57,24 @@ class FinetuneSettings(TrainingSettings):
         "full", _SCHEDULE_DESCRIPTION, choices=("full", "sawtooth", "encoder_only", "frozen_encoder")
     )
     decoder_fraction: float = setting(
-        0.1, "sawtooth: fraction of the epochs in which only decoder and heads are trained", low=0, high=_MAX_WARMUP
+        0.1, "sawtooth: share of the epochs in which only decoder and heads are trained", low=0, high=_MAX_WARMUP
     )
     warmup_fraction: float = setting(
         0.0,
-        "fraction of the epochs in which the learning rate rises linearly, before it decays",
+        "share of the epochs in which the learning rate rises linearly, before it decays",
         low=0,
         high=_MAX_WARMUP,
     )
-    decay: str = setting("poly", "decay of the learning rate; poly: as in nnU-Net", choices=("poly", "cosine"))
+    decay: str = setting("poly", "how the learning rate decays; poly: as in nnU-Net", choices=("poly", "cosine"))
     layer_decay: float = setting(
-        1.0, "factor from the learning rate of one stage of the network to that of the stage before it", low=0.1, high=1
+        1.0, "factor on the learning rate from each stage of the network to the stage before it", low=0.1, high=1
     )
     kernel_norms: str = setting("fresh", _KERNEL_NORMS_DESCRIPTION, choices=("fresh", "pretrained"))
     fresh_decoder_stages: int = setting(0, _FRESH_STAGES_DESCRIPTION, low=0)
     gradient_clip: float = setting(12.0, "largest norm of the gradient; nnU-Net's own limit is 12", low=1e-6, high=12)
     mirroring: str = setting(
         "on",
-        "mirror images in training and prediction; set it to off if left and right differ",
+        "mirror images in training and prediction; off where left and right are different classes",
         choices=("on", "off"),
     )
 

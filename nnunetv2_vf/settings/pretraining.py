@@ -25,7 +25,7 @@ class VFSettings(TrainingSettings):
     section: ClassVar[str] = "volume_fusion"
 
     optimizer: str = setting("adam", OPTIMIZER_DESCRIPTION, choices=OPTIMIZERS)
-    initial_lr: float = setting(1e-3, "highest learning rate, before it decays", low=1e-12, high=10)
+    initial_lr: float = setting(1e-3, "highest learning rate; it decays during the training", low=1e-12, high=10)
     weight_decay: float = setting(1e-5, "weight decay", low=0, high=1)
     precision: str = setting(
         "auto", _PRECISION_DESCRIPTION, choices=("auto", "bf16", "fp16", "tf32", "fp32"), can_change=True
@@ -45,41 +45,39 @@ class VFSettings(TrainingSettings):
         0, "samples per batch on each rank; 0: the batch size of the plans, split among the ranks", low=0, high=4096
     )
     quarantine_limit: float = setting(
-        0.05, "largest fraction of unusable cases; with more of them the training stops", low=0, high=1, can_change=True
+        0.05, "share of the cases that may be unusable before the training stops", low=0, high=1, can_change=True
     )
 
     # The pretext task
     coefficient_steps: int = setting(
-        4, "K: the fusion coefficients are 0, 1/K, ..., 1, one class for each", low=1, high=100
+        4, "K: the fusion coefficients are 0, 1/K, ..., 1, and each is a class", low=1, high=100
     )
     fusion_map: str = setting(
         "boxes",
-        "layout of the fusion coefficients: overlapping boxes, or a grid of blocks",
+        "shape of the regions with one coefficient; boxes: random boxes (2023 paper); blocks: a grid (2025 paper)",
         choices=("boxes", "blocks"),
     )
     pairing: str = setting(
         "same",
-        "whether both sub-volumes come from the same case or from different cases",
+        "same: take both sub-volumes from one case; different: take them from two cases",
         choices=("same", "different"),
     )
     box_count: tuple[int, int] = setting((10, 40), "boxes: number of boxes", low=1, high=1000)
     box_min_side: int = setting(8, "boxes: shortest side in voxels", low=1)
-    box_max_fraction: float = setting(0.625, "boxes: longest side as a fraction of the patch", low=0.01, high=1)
+    box_max_fraction: float = setting(0.625, "boxes: longest side, as a fraction of the patch", low=0.01, high=1)
     block_side: tuple[int, int] = setting((8, 32), "blocks: side in voxels", low=1)
-    block_foreground: float = setting(0.7, "blocks: fraction of blocks with a non-zero class", low=0, high=1)
+    block_foreground: float = setting(0.7, "blocks: share of the blocks whose class is not 0", low=0, high=1)
 
     # Crops and augmentation
     crop_scale: tuple[float, float] = setting(
         (0.7, 1.5), "size of a crop relative to the patch, drawn for each axis", low=0.1, high=10
     )
     flip_probability: float = setting(0.5, "probability of a flip, for each axis", low=0, high=1)
-    contrast_probability: float = setting(1.0, "probability of the percentile contrast", low=0, high=1)
-    contrast_lower: tuple[float, float] = setting(
-        (0.1, 2.0), "lower percentile of the percentile contrast", low=0, high=50
+    contrast_probability: float = setting(
+        1.0, "probability of the contrast change between two percentiles", low=0, high=1
     )
-    contrast_upper: tuple[float, float] = setting(
-        (98.0, 99.9), "upper percentile of the percentile contrast", low=50, high=100
-    )
+    contrast_lower: tuple[float, float] = setting((0.1, 2.0), "contrast change: lower percentile", low=0, high=50)
+    contrast_upper: tuple[float, float] = setting((98.0, 99.9), "contrast change: upper percentile", low=50, high=100)
     gamma: tuple[float, float] = setting((0.7, 1.5), "exponent of the gamma correction", low=0.1, high=10)
     invert_probability: float = setting(
         0.25, "probability that the intensities of both sub-volumes are inverted", low=0, high=1

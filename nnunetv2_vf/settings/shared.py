@@ -45,10 +45,10 @@ class TrainingSettings:
     initial_lr: float
     weight_decay: float
     seed: int
-    save_every: int = setting(50, "epochs between two writes of checkpoint_latest.pth", low=1, can_change=True)
+    save_every: int = setting(50, "epochs between two checkpoints", low=1, can_change=True)
     save_every_minutes: float = setting(
         30.0,
-        "minutes between two writes of checkpoint_latest.pth, if that is sooner than save_every",
+        "minutes between two checkpoints; one is also written after save_every epochs",
         low=0,
         high=1e6,
         can_change=True,
