@@ -105,9 +105,9 @@ def build_network(plan: ConfigurationManager, file: str | None) -> nn.Module:
         deep_supervision=True,
     )
     if file is not None:
-        fates = transfer_weights(read_artifact(Path(file))["network_weights"], network)
-        if transferred_share(fates) < 1:
-            missing = next(fate for fate in fates if fate.outcome == RANDOM and HEADS not in fate.name)
+        outcomes = transfer_weights(read_artifact(Path(file))["network_weights"], network)
+        if transferred_share(outcomes) < 1:
+            missing = next(outcome for outcome in outcomes if outcome.kind == RANDOM and HEADS not in outcome.name)
             raise UserError(
                 f"{file} belongs to another network than the plans: {missing.name} does not fit; see --plans"
             )

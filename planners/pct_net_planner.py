@@ -84,7 +84,8 @@ def pct_net_architecture(mode: int) -> dict[str, Any]:
 
 
 def _describe_plans(plans: dict[str, Any], name: str) -> str:
-    modes = {resolution_mode(plan["spacing"]) for key, plan in plans["configurations"].items() if key.startswith("3d")}
+    planned_here = [plan for plan in plans["configurations"].values() if "estimated_training_memory_gb" in plan]
+    modes = {resolution_mode(plan["spacing"]) for plan in planned_here}
     remark = f", resolution mode {' and '.join(map(str, sorted(modes)))}"
     dataset_id = convert_dataset_name_to_id(plans["dataset_name"])
     fold = f"$nnUNet_results/{plans['dataset_name']}/VFPretrainTrainer__{name}__3d_fullres/fold_all"

@@ -140,7 +140,6 @@ def test_the_flags_of_nnunetv2_train_are_parsed_in_any_order(two_epochs, order):
         (["-tr", "nnUNetTrainer"], "-tr nnUNetTrainer cannot train on several machines; legal: VFPretrainTrainer"),
         (["-tr", "NoTrainer"], "nnU-Net finds no trainer NoTrainer"),
         (["-num_gpus", "2"], "-num_gpus 2 has no effect with torchrun; use torchrun's --nproc-per-node"),
-        (["-device", "mps"], "argument -device: invalid choice: 'mps' (choose from"),
     ],
 )
 def test_illegal_arguments_are_reported_in_one_line(two_epochs, monkeypatch, capsys, arguments, message):
@@ -149,6 +148,12 @@ def test_illegal_arguments_are_reported_in_one_line(two_epochs, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", ["distributed.py", "7", "3d_fullres", "0", *arguments])
     with pytest.raises(SystemExit, match=re.escape(message)):
         distributed.main()
+
+
+def test_a_device_that_cannot_train_on_several_ranks_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        distributed.parse_arguments(["7", "3d_fullres", "0", "-device", "mps"])
+    assert "argument -device: invalid choice: 'mps' (choose from" in capsys.readouterr().err
 
 
 def test_a_start_without_torchrun_shows_the_torchrun_command(monkeypatch):

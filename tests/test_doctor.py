@@ -80,6 +80,7 @@ def test_an_illegal_setting_is_a_failure(healthy, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["-d", "99"], "no dataset 99"),
+        (["-d", "DatasetLiver"], "'DatasetLiver' is not a dataset; legal: an id such as 7, or a full name"),
         (["-d", "7", "-p", "NoPlans"], "no plans"),
         (["-d", "7", "-c", "2d"], "configuration '2d' of .*; legal: 3d_fullres"),
         (["-w", "/nowhere.pth"], "no file /nowhere.pth"),
@@ -152,4 +153,5 @@ def test_an_unsupported_version_is_a_failure(healthy, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "version", lambda package: {"nnunetv2": "2.5", "torch": "2.9.1"}[package])
     code, lines = examined(capsys)
     assert code == 1
-    assert any(line.startswith("FAIL nnunetv2 2.5, which does not work: pip install 'nnunetv2") for line in lines)
+    start = "FAIL nnunetv2 2.5 is not supported; install a supported version: pip install 'nnunetv2"
+    assert any(line.startswith(start) for line in lines)

@@ -81,9 +81,9 @@ def test_an_input_size_that_strides_do_not_divide_is_refused():
         ({"features_per_stage": (4, 8, 8, 16, 30)}, "num_heads = .* must divide"),
         ({"depths": (2, 2)}, "depths = .*needs 3 values"),
         ({"norm_op": nn.GroupNorm}, "norm_op = .*BatchNorm3d"),
-        ({"window_sizes": (0, 6, 6)}, "got 0 as a number of .*legal: 1 and more"),
-        ({"num_heads": (0, 8, 16)}, "got 0 as a number of .*legal: 1 and more"),
-        ({"drop_path": 1.0}, "dropout probabilities .*legal: from 0 to below 1"),
+        ({"window_sizes": (0, 6, 6)}, "window_sizes: PCTNet got 0, 6, 6; legal: 1 and more"),
+        ({"num_heads": (0, 8, 16)}, "num_heads: PCTNet got 0, 8, 16; legal: 1 and more"),
+        ({"drop_path": 1.0}, "drop_path: PCTNet got 1.0; legal: from 0 to below 1"),
     ],
 )
 def test_illegal_arguments_are_refused_with_the_legal_values(arguments, message):

@@ -36,6 +36,19 @@ def test_a_wrong_setting_is_reported_in_one_line(two_epochs, monkeypatch):
         make_trainer("VFFinetuneTrainer")
 
 
+def test_an_unknown_configuration_is_reported_with_the_legal_ones(two_epochs):
+    with pytest.raises(SystemExit, match="have no configuration '3d_hires'; legal: 2d, 3d_fullres"):
+        make_trainer("VFFinetuneTrainer", configuration="3d_hires")
+
+
+@pytest.mark.parametrize("trainer", ["VFPretrainTrainer", "VFFinetuneTrainer"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_training_on_a_gpu_that_does_not_exist_writes_nothing(two_epochs, tmp_path, trainer):
+    with pytest.raises(SystemExit, match="torch finds no GPU; train on the CPU with -device cpu"):
+        get_trainer_from_args(str(DATASET_ID), "3d_fullres", 0, trainer, device=torch.device("cuda"))
+    assert not (tmp_path / "results").exists()
+
+
 def test_a_training_validates_and_records_its_settings(two_epochs, tmp_path):
     run_training(str(DATASET_ID), "3d_fullres", 0, "VFFinetuneTrainer", device=CPU)
     folder = tmp_path / "results" / DATASET / "VFFinetuneTrainer__nnUNetPlans__3d_fullres"

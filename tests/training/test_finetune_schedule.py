@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DATASET, DATASET_ID, PLANS_OF_NETWORKS
+from conftest import DATASET, DATASET_ID, PLANS_OF_NETWORKS, edit_json
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args, run_training
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
@@ -420,6 +420,15 @@ def test_continuing_with_another_schedule_is_refused(schedule_of, tmp_path, monk
     with pytest.raises(SystemExit, match=r"schedule = 'full' \(recorded: 'sawtooth'\).* --c"):
         train(continue_training=True)
     train(only_run_validation=True)  # with the settings of the checkpoint
+
+
+def test_continuing_with_other_plans_is_refused(schedule_of, copied_dataset):
+    schedule_of("full")
+    train()
+    plans_file = copied_dataset / "nnUNetPlans.json"
+    edit_json(plans_file, lambda plans: plans["configurations"]["3d_fullres"].update(batch_size=3))
+    with pytest.raises(SystemExit, match=r"with other plans \(different: batch_size\)"):
+        train(continue_training=True)
 
 
 @pytest.mark.parametrize(

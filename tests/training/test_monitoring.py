@@ -53,7 +53,7 @@ def test_monitored_values_reach_the_log_the_progress_plot_and_nnunets_loggers(th
     trainer.logger.loggers.append(backend)
     trainer.run_training()
     log = next(folder.glob("training_log*.txt")).read_text()
-    assert log.count("samples/s, ") == log.count("cases quarantined") == 3
+    assert log.count("samples/s, ") == log.count("cases in quarantine since the last start") == 3
     assert (folder / "progress.png").stat().st_size > 10_000
     for name in ("samples_per_second", "data_wait_share", "gpu_memory_gb", "skipped_steps", "quarantined_cases"):
         assert [step for step, _ in backend.logged[name]] == [0, 1, 2]

@@ -61,7 +61,7 @@ INDEX = TABLE.replace("bias_table", "index")
         ({"embeddings.1.proj.bias": "text"}, 1, "unexpected embeddings.1.proj.bias"),
         ({"embeddings.2.note": "text"}, 1, "unexpected embeddings.2.note"),
         ({3: torch.ones(1)}, 1, "unexpected 3"),
-        ({"embeddings.1.proj.bias": torch.full((4,), torch.nan)}, 1, "unexpected embeddings.1.proj.bias"),
+        ({"embeddings.1.proj.bias": torch.full((4,), torch.nan)}, 1, "NaN or infinity in embeddings.1.proj.bias"),
         ({"embeddings.1.proj.bias": torch.ones(5)}, 1, r"encoder.stem.bias \(5,\) float32 \(expected \(4,\)"),
         ({"embeddings.1.proj.bias": torch.ones(4).long()}, 1, r"encoder.stem.bias \(4,\) int64 \(expected \(4,\)"),
         ({"pyramid_ct.up4.up.0.bias": None}, 1, r"decoder.ups.0.up.0.bias missing \(expected \(32,\)"),

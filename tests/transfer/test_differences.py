@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from nnunetv2_vf.transfer.artifact import read_artifact
-from nnunetv2_vf.transfer.differences import find_differences
+from nnunetv2_vf.transfer.differences import describe_differences, find_differences
 
 
 @pytest.fixture
@@ -58,7 +58,26 @@ def test_a_difference_names_both_values_and_its_consequence(metadata, target, as
 def test_a_suggested_command_names_the_dataset_and_the_option(metadata, target):
     metadata["spacing"] = [2 * mm for mm in metadata["spacing"]]
     (found,) = find_differences(metadata, target)
-    assert found.consequence.endswith("nnUNetv2_vf plan -d 7 --like FILE --spacing pretrained")
+    assert found.consequence.endswith("add --spacing pretrained to nnUNetv2_vf plan -d 7 --like FILE")
+
+
+def test_only_recorded_aspects_are_called_equal(metadata, target):
+    for key in ("channel_names", "plans"):
+        del metadata[key]
+    assert describe_differences(metadata, target) == ["normalisation, spacing: as in pretraining"]
+
+
+def test_layers_are_compared_even_if_the_preprocessing_is_not_recorded(metadata, target):
+    del metadata["normalization_schemes"]
+    change_architecture(metadata, norm_op="torch.nn.modules.batchnorm.BatchNorm3d")
+    assert aspects(metadata, target) == ["spacing and normalisation", "norm_op"]
+
+
+def test_crop_scales_that_are_not_recorded_are_not_mentioned(metadata, target):
+    metadata["spacing"] = [2 * mm for mm in metadata["spacing"]]
+    del metadata["settings"]
+    (found,) = find_differences(metadata, target)
+    assert "crop scales" not in found.consequence
 
 
 def test_channels_in_another_order_are_a_difference(metadata, change_target):

@@ -80,7 +80,7 @@ def test_stock_pretrained_weights_loads_an_artifact_into_the_network_of_the_plan
 def test_adapt_transfers_an_artifact_to_the_plans_of_pretraining(tmp_path, capsys, name):
     output = tmp_path / "adapted.pth"
     main(["adapt", str(old_artifact(name)), "-d", "7", "-p", PLANS[name], "-o", str(output)])
-    assert "channels, normalisation, spacing and axis order are as in pretraining" in capsys.readouterr().out
+    assert "channels, normalisation, spacing, axis order: as in pretraining" in capsys.readouterr().out
     before, after = (read_artifact(file) for file in (old_artifact(name), output))
     assert after["vf"]["adapted"]["transferred_share"] == 1
     for tensor_name, tensor in before["network_weights"].items():

@@ -42,7 +42,7 @@ def have_same_weights(network: nn.Module, other: nn.Module) -> bool:
 @ALL_NETWORKS
 def test_an_equal_network_takes_all_weights_unchanged(make):
     pretrained, target = make(), make()
-    assert {outcome.outcome for outcome in transfer_weights(pretrained.state_dict(), target)} == {TRANSFERRED}
+    assert {outcome.kind for outcome in transfer_weights(pretrained.state_dict(), target)} == {TRANSFERRED}
     assert have_same_weights(pretrained, target)
 
 
@@ -53,7 +53,7 @@ def test_a_network_with_more_channels_gives_the_same_output_for_equal_channels(m
     image = torch.randn(1, 1, 16, 16, 32)
     output, expected = predict(four_channels, image.expand(-1, 4, -1, -1, -1)), predict(one_channel, image)
     torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
-    changed = [(outcome.outcome, outcome.detail) for outcome in outcomes if outcome.outcome != TRANSFERRED]
+    changed = [(outcome.kind, outcome.detail) for outcome in outcomes if outcome.kind != TRANSFERRED]
     assert changed == [(ADAPTED, "input channels 1 -> 4")]
     assert transferred_share(outcomes) == 1
 
@@ -70,7 +70,7 @@ def test_all_names_of_the_encoder_get_the_weights():
 
 def test_longer_kernels_keep_the_output_and_changing_them_back_restores_the_network():
     flat, full, restored = unet(kernels=FLAT_KERNELS), unet(), unet(kernels=FLAT_KERNELS)
-    assert {outcome.outcome for outcome in transfer_weights(flat.state_dict(), full)} == {TRANSFERRED, ADAPTED}
+    assert {outcome.kind for outcome in transfer_weights(flat.state_dict(), full)} == {TRANSFERRED, ADAPTED}
     image = torch.randn(1, 1, 16, 16, 16)
     torch.testing.assert_close(predict(full, image), predict(flat, image), atol=1e-4, rtol=1e-4)
     transfer_weights(full.state_dict(), restored)
@@ -95,7 +95,7 @@ def test_stages_keep_their_level_in_a_deeper_network():
         assert have_same_weights(three.decoder.stages[1 - level], four.decoder.stages[2 - level])
         assert have_same_weights(three.decoder.transpconvs[1 - level], four.decoder.transpconvs[2 - level])
         assert have_same_weights(three.decoder.seg_layers[1 - level], four.decoder.seg_layers[2 - level])
-    random = {outcome.name for outcome in outcomes if outcome.outcome == RANDOM}
+    random = {outcome.name for outcome in outcomes if outcome.kind == RANDOM}
     assert random
     new = ("encoder.stages.3", "decoder.stages.0", "decoder.transpconvs.0", "decoder.seg_layers.0")
     assert all(name.startswith(new) for name in random)
@@ -107,10 +107,10 @@ def test_additional_residual_blocks_stay_random_and_surplus_ones_are_dropped():
     two_blocks, three_blocks = residual_unet(), residual_unet()
     three_blocks.encoder.stages[2].blocks.append(copy.deepcopy(three_blocks.encoder.stages[2].blocks[1]))
     outcomes = transfer_weights(two_blocks.state_dict(), three_blocks)
-    random = [outcome.name for outcome in outcomes if outcome.outcome == RANDOM]
+    random = [outcome.name for outcome in outcomes if outcome.kind == RANDOM]
     assert {name.rpartition("blocks.")[2][:2] for name in random} == {"2."}
     outcomes = transfer_weights(three_blocks.state_dict(), residual_unet())
-    assert {outcome.outcome for outcome in outcomes} == {TRANSFERRED}
+    assert {outcome.kind for outcome in outcomes} == {TRANSFERRED}
 
 
 # ---------------------------------------------------------------- PCT-Net
@@ -148,7 +148,7 @@ def test_tensors_with_other_features_keep_their_values():
     narrow, wide = unet(features=4), unet(features=8)
     before = copy.deepcopy(wide)
     outcomes = transfer_weights(narrow.state_dict(), wide)
-    assert {outcome.outcome for outcome in outcomes if not outcome.fits} == {RANDOM}
+    assert {outcome.kind for outcome in outcomes if not outcome.fits} == {RANDOM}
     assert transferred_share(outcomes) == 0
     assert have_same_weights(wide.encoder, before.encoder)
 
@@ -163,7 +163,7 @@ def test_encoder_only_leaves_the_decoder_unchanged(make):
     assert own
     for name in own:
         assert torch.equal(target.decoder.get_parameter(name), before.decoder.get_parameter(name))
-    assert {outcome.detail for outcome in outcomes if outcome.outcome == RANDOM} == {"decoder"}
+    assert {outcome.detail for outcome in outcomes if outcome.kind == RANDOM} == {"decoder"}
 
 
 def test_the_rows_of_the_table_add_up_to_the_network_without_its_heads():
