@@ -12,7 +12,7 @@ from conftest import DATASET, DATASET_ID
 from nnunetv2.run.run_training import run_training
 
 OLD = Path(__file__).parents[1] / "data" / "version_0_1_0"
-# Largest differences of the losses: other processors round otherwise, and the samples of pretraining have changed since.
+# Largest differences of the losses. Other processors round otherwise; the samples of pretraining have changed since.
 TOLERANCES = {"VFPretrainTrainer": 5e-2, "VFFinetuneTrainer": 1e-2}
 CPU = torch.device("cpu")
 
