@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint docs clean
+.PHONY: demo test test-slow lint docs package_as_installed clean
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2
@@ -13,14 +13,20 @@ test-slow: .venv/installed
 demo: .venv/installed
 	$(BIN)/nnUNetv2_vf demo
 
-lint: .venv/installed
+# mypy and lint-imports check the package as it is in the wheel, with trainers and planners inside it.
+lint: .venv/installed package_as_installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	cd build/package && ../../$(BIN)/mypy --cache-dir ../../.mypy_cache
+	cd build/package && PYTHONPATH=. ../../$(BIN)/lint-imports --no-cache
 
-docs: .venv/installed
+docs: .venv/installed package_as_installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+package_as_installed:
+	rm -rf build/package && mkdir -p build/package
+	cp -r nnunetv2_vf pyproject.toml build/package
+	cp -r trainers planners build/package/nnunetv2_vf
 
 clean:
 	rm -rf .venv build dist site *.egg-info
