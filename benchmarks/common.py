@@ -31,7 +31,11 @@ Seconds = dict[str, list[float]]  # contender -> seconds of each of its runs
 
 
 def make_parser(
-    description: str | None, device: bool = False, peers: Sequence[str] = (), output: bool = False
+    description: str | None,
+    device: bool = False,
+    peers: Sequence[str] = (),
+    output: bool = False,
+    work: bool = False,
 ) -> argparse.ArgumentParser:
     """Return a parser whose help is the docstring of the script, with the options that the benchmarks share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,6 +44,9 @@ def make_parser(
     if peers:
         what = f"folder with the checkouts to compare with: {', '.join(peers)}; default: none"
         parser.add_argument("--peers", type=Path, metavar="FOLDER", help=what)
+    if work:
+        what = "for datasets, trainings and predictions; finished steps are not repeated"
+        parser.add_argument("--work", type=Path, required=True, metavar="FOLDER", help=what)
     if output:
         parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file; default: in benchmarks/results")
     return parser

@@ -45,11 +45,8 @@ ARMS = ("pretrained", "scratch")
 
 
 def main() -> None:
-    parser = make_parser(__doc__, device=True, output=True)
+    parser = make_parser(__doc__, device=True, output=True, work=True)
     parser.add_argument("data", type=Path, metavar="DATA")
-    parser.add_argument(
-        "--work", type=Path, required=True, metavar="FOLDER", help="for data, trainings and predictions"
-    )
     parser.add_argument("--network", default="unet", choices=[*PLANS])
     parser.add_argument("--arms", nargs="+", default=[*ARMS], choices=ARMS)
     args = parser.parse_args()

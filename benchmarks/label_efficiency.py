@@ -70,11 +70,8 @@ class Cell:
 
 def main() -> None:
     config = json.loads(CONFIG.read_text())
-    parser = make_parser(__doc__, device=True)
+    parser = make_parser(__doc__, device=True, work=True)
     parser.add_argument("data", type=Path, metavar="DATA")
-    parser.add_argument(
-        "--work", type=Path, required=True, metavar="FOLDER", help="for data, trainings and predictions"
-    )
     parser.add_argument("--plans", nargs="+", default=[*config["plans"]], choices=[*config["plans"]])
     parser.add_argument("--arms", nargs="+", default=[*config["arms"]], choices=[*config["arms"]])
     parser.add_argument("--labels", nargs="+", type=int, default=config["labels"], help="numbers of labelled cases")

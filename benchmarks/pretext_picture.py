@@ -38,10 +38,9 @@ CLASSES = 5
 
 
 def main() -> None:
-    parser = make_parser(__doc__, device=True, output=True)
+    parser = make_parser(__doc__, device=True, output=True, work=True)
     parser.set_defaults(device="cuda")
     parser.add_argument("data", type=Path, metavar="DATA")
-    parser.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="for data and training")
     parser.add_argument("--epochs", type=int, default=26, help=f"of {ITERATIONS_PER_EPOCH} iterations")
     args = parser.parse_args()
     workspace = Workspace(args.work, processes=max(1, (os.cpu_count() or 1) - 2))

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.run.run_training import run_training
+from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunetv2_vf.errors import OneLineArgumentParser, UserError, one_line_errors
@@ -69,7 +70,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("dataset_name_or_id", help="dataset id or name")
     parser.add_argument("configuration", help="for example 3d_fullres")
     parser.add_argument("fold", help="0 to 4, or all")
-    parser.add_argument("-tr", default="nnUNetTrainer", help="VFPretrainTrainer or VFFinetuneTrainer")
+    parser.add_argument("-tr", required=True, help="VFPretrainTrainer or VFFinetuneTrainer")
     parser.add_argument("-p", default="nnUNetPlans", help="name of the plans; default: %(default)s")
     parser.add_argument("-pretrained_weights", help="read by the trainers, if the training has no checkpoint yet")
     parser.add_argument("-num_gpus", type=int, default=1, help="must be 1: torchrun sets the number of processes")
@@ -124,9 +125,9 @@ def _is_continued(args: argparse.Namespace) -> bool:
 
 def _has_checkpoint(args: argparse.Namespace) -> bool:
     """True if the fold's folder holds a checkpoint. torchrun does not tell whether a start is the first one."""
-    run = f"{args.tr}__{args.p}__{args.configuration}"
-    folder = Path(nnUNet_results) / dataset_name(args.dataset_name_or_id) / run / f"fold_{args.fold}"
-    return any((folder / name).is_file() for name in (FINAL, LATEST, BEST))
+    name = dataset_name(args.dataset_name_or_id)
+    folder = Path(get_output_folder(name, args.tr, args.p, args.configuration, args.fold))
+    return any((folder / checkpoint).is_file() for checkpoint in (FINAL, LATEST, BEST))
 
 
 if __name__ == "__main__":

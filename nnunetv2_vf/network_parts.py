@@ -1,4 +1,4 @@
-"""The part of a network that a weight belongs to, told from its name: encoder, decoder or heads.
+"""The part of a network that a weight belongs to, found from its name: encoder, decoder or heads.
 
 nnU-Net's networks and ours use the same names: ``encoder.``, ``decoder.``, and ``decoder.seg_layers.`` for the heads,
 which are the last convolutions, one per deep supervision output. nnU-Net transfers all pretrained weights except the

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
 
 from nnunetv2_vf.errors import UserError
+
+if TYPE_CHECKING:  # it imports torch, which an import of volumes does not need
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 _DATASET_NAME = re.compile(r"Dataset\d{3}_[^/]+")
 _PLAN_COMMANDS = {  # plans name -> the command that makes such plans
@@ -43,6 +46,18 @@ def dataset_name(dataset: str) -> str:
             f"{dataset!r} is not a dataset; legal: an id such as 7, or a full name such as Dataset007_Liver"
         )
     return name
+
+
+def legal_configurations(plans_manager: PlansManager) -> list[str]:
+    """Return the configurations that can be pretrained: 3D, and not the second stage of a cascade.
+
+    That stage has additional input channels, which are segmentations.
+    """
+    return [
+        name
+        for name in plans_manager.available_configurations
+        if name.startswith("3d") and plans_manager.get_configuration(name).previous_stage_name is None
+    ]
 
 
 def plans_file(dataset: str, plans_name: str) -> Path:

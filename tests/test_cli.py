@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from conftest import DATASET_ID
 from nnunetv2_vf.cli import main
 from nnunetv2_vf.nnunet_commands import trainer_path
 
+DOCS = Path(__file__).parents[1] / "docs"
 SUBCOMMANDS = ("env", "import", "plan", "preview", "convert", "adapt", "info", "doctor", "demo")
 
 
@@ -124,3 +126,13 @@ def test_planning_refuses_zero_augmentation_processes(nnunet, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     with pytest.raises(SystemExit, match="nnUNet_n_proc_DA=0 is for training; nnU-Net's planning divides by it"):
         main(["plan", "-d", "7"])
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_the_documentation_lists_every_option(capsys, name):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    flags = set(re.findall(r"^  (--?\w[\w-]*)", capsys.readouterr().out, flags=re.MULTILINE)) - {"-h"}
+    sections = (DOCS / "reference" / "command-line.md").read_text().split("\n## ")
+    (section,) = [section for section in sections if section.startswith(f"{name}\n")]
+    assert not [flag for flag in flags if f"`{flag}" not in section]

@@ -145,20 +145,20 @@ def test_the_flags_of_nnunetv2_train_are_parsed_in_any_order(two_epochs, order):
 def test_illegal_arguments_are_reported_in_one_line(two_epochs, monkeypatch, capsys, arguments, message):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
-    monkeypatch.setattr(sys, "argv", ["distributed.py", "7", "3d_fullres", "0", *arguments])
+    monkeypatch.setattr(sys, "argv", ["distributed.py", "7", "3d_fullres", "0", "-tr", "VFPretrainTrainer", *arguments])
     with pytest.raises(SystemExit, match=re.escape(message)):
         distributed.main()
 
 
 def test_a_device_that_cannot_train_on_several_ranks_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
-        distributed.parse_arguments(["7", "3d_fullres", "0", "-device", "mps"])
+        distributed.parse_arguments(["7", "3d_fullres", "0", "-tr", "VFPretrainTrainer", "-device", "mps"])
     assert "argument -device: invalid choice: 'mps' (choose from" in capsys.readouterr().err
 
 
 def test_a_start_without_torchrun_shows_the_torchrun_command(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(sys, "argv", ["distributed.py", "7", "3d_fullres", "0"])
+    monkeypatch.setattr(sys, "argv", ["distributed.py", "7", "3d_fullres", "0", "-tr", "VFPretrainTrainer"])
     with pytest.raises(SystemExit, match="start it with torchrun: torchrun --nproc-per-node 2"):
         distributed.main()
 

@@ -23,7 +23,7 @@ from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.pretext.cases import RejectedCase
 from nnunetv2_vf.pretext.dataset import TRAINING, VALIDATION, FusionDataset
 from nnunetv2_vf.pretext.fusion import fuse_batch
-from nnunetv2_vf.pretext.loader import collate, make_loader, sample_indices
+from nnunetv2_vf.pretext.loader import RankShare, collate, describe_batches, make_loader
 from nnunetv2_vf.pretext.pictures import class_colours, draw_examples, make_examples, view_names
 from nnunetv2_vf.pretext.report import count_confusion, pretext_warning, write_report
 from nnunetv2_vf.settings import VFSettings
@@ -166,21 +166,14 @@ class VFPretrainTrainer(ResumableTrainer):
         if stream == VALIDATION:
             workers = (workers + 1) // 2
         pin_memory = self.device.type == "cuda"
-        return make_loader(self._samples(stream), self._batches(steps), workers, pin_memory=pin_memory)
-
-    def _batches(self, steps: Iterable[int]) -> Iterable[range]:
-        """Return the sample indices of this rank's share of each step's batch.
-
-        If nnU-Net cannot split a batch evenly, the first ranks get one sample more.
-        """
-        rank, ranks, batch = self.ranks.rank, self.ranks.size, self._global_batch
-        offset = batch // ranks * rank + min(rank, batch % ranks)
-        return sample_indices(steps, batch, offset, self.batch_size)
+        return make_loader(self._samples(stream), self._share.batches(steps), workers, pin_memory=pin_memory)
 
     @property
-    def _global_batch(self) -> int:
-        """Number of samples per step on all ranks together."""
-        return self.settings.batch_per_gpu * self.ranks.size or self.configuration_manager.batch_size
+    def _share(self) -> RankShare:
+        """This rank's share of each batch. If a batch cannot be split evenly, the first ranks get one sample more."""
+        rank, ranks = self.ranks.rank, self.ranks.size
+        batch = self.settings.batch_per_gpu * ranks or self.configuration_manager.batch_size
+        return RankShare(batch, batch // ranks * rank + min(rank, batch % ranks), self.batch_size)
 
     def _set_batch_size_and_oversample(self) -> None:
         if self.settings.batch_per_gpu:
@@ -206,7 +199,7 @@ class VFPretrainTrainer(ResumableTrainer):
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         self._epoch_meter = EpochMeter(self.device)
-        self.dataloader_train.seconds = 0.0
+        self.dataloader_train.reset()
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         super().on_train_epoch_end(train_outputs)
@@ -254,16 +247,9 @@ class VFPretrainTrainer(ResumableTrainer):
         try:
             yield
         except NotFiniteError as error:
-            samples = self._samples(TRAINING)
-            indices = list(self._batches(error.steps))
             file = Path(self.output_folder) / f"not_finite_{self.ranks.rank}.pth"
-            content = {
-                "steps": error.steps,
-                "sample_indices": [list(batch) for batch in indices],
-                "cases": [[samples[index].get("cases") for index in batch] for batch in indices],
-                "first_batch": collate([samples[index] for index in indices[0]]),
-            }
-            torch.save(content, file)
+            batches = describe_batches(self._samples(TRAINING), self._share.batches(error.steps))
+            torch.save({"steps": error.steps, **batches}, file)
             raise UserError(
                 f"{error}, from step {error.steps[0]} on; {file} has their samples. Continue from the last checkpoint "
                 "(--c) with nnUNet_vf_precision=fp32, or train again with a lower nnUNet_vf_initial_lr"
@@ -271,7 +257,7 @@ class VFPretrainTrainer(ResumableTrainer):
 
     def _log_monitored(self) -> None:
         values = self._epoch_meter.measure(
-            self.num_iterations_per_epoch * self._global_batch, self.dataloader_train.seconds
+            self.num_iterations_per_epoch * self._share.batch, self.dataloader_train.seconds
         )
         values |= {"skipped_steps": self.step_monitor.skipped, "quarantined_cases": len(self.quarantine.cases)}
         for name, value in values.items():
@@ -384,7 +370,7 @@ class VFPretrainTrainer(ResumableTrainer):
             confusion = sum(self._evaluate(batch)["confusion"] for batch in loader).cpu().numpy()
         confusion = sum(self.ranks.gather(confusion))
         if self.ranks.rank == 0:
-            samples = self.num_val_iterations_per_epoch * self._global_batch
+            samples = self.num_val_iterations_per_epoch * self._share.batch
             report = write_report(confusion, samples, self.settings.as_dict(), Path(self.output_folder))
             dice = {**report["dice_per_class"], "mean": report["mean_dice"]}
             lines = "\n".join(f"  {name}: Dice {value:.4f}" for name, value in dice.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import faulthandler
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, default_collate
@@ -15,20 +15,34 @@ from nnunetv2_vf.pretext.dataset import FusionDataset
 _PREFETCHED_BATCHES = 6  # batches that all workers together prepare in advance
 
 
-def sample_indices(steps: Iterable[int], global_batch: int, offset: int, batch: int) -> Iterator[range]:
-    """Yield the indices of this rank's samples for each step.
+class RankShare(NamedTuple):
+    """A rank's share of the samples. All ranks together use the samples [t * batch, (t + 1) * batch) in step t.
 
-    All ranks together use the samples [t * global_batch, (t + 1) * global_batch) in step t.
-
-    Args:
-        steps: numbers of the steps.
-        global_batch: number of samples per step on all ranks together.
-        offset: position of this rank's first sample in the global batch.
-        batch: number of samples per step on this rank.
+    Attributes:
+        batch: number of samples per step on all ranks together.
+        first: position of this rank's first sample in the batch.
+        size: number of samples per step on this rank.
     """
-    for step in steps:
-        start = step * global_batch + offset
-        yield range(start, start + batch)
+
+    batch: int
+    first: int
+    size: int
+
+    def batches(self, steps: Iterable[int]) -> Iterator[range]:
+        """Yield the indices of this rank's samples for each step."""
+        for step in steps:
+            start = step * self.batch + self.first
+            yield range(start, start + self.size)
+
+
+def describe_batches(dataset: FusionDataset, batches: Iterable[Sequence[int]]) -> dict[str, Any]:
+    """Return indices and cases of the samples of batches, and the first batch itself, to look into a failure."""
+    indices = [list(batch) for batch in batches]
+    return {
+        "sample_indices": indices,
+        "cases": [[dataset[index].get("cases") for index in batch] for batch in indices],
+        "first_batch": collate([dataset[index] for index in indices[0]]),
+    }
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

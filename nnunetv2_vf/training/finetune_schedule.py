@@ -93,7 +93,7 @@ def _check_parts(network: str, distances: Mapping[str, int], settings: FinetuneS
     if differs_by_part and not any(name.startswith(ENCODER_PREFIX) for name in distances):
         raise UserError(
             f"schedule {settings.schedule!r}, fresh_decoder_stages={fresh} and layer_decay={settings.layer_decay:g} "
-            f"need a network with an attribute 'encoder', which {network} has not; legal for it: full, 0 and 1 "
+            f"need a network with an attribute 'encoder', which {network} does not have; legal for it: full, 0 and 1 "
             "(nnUNet_vf_finetune_schedule, nnUNet_vf_finetune_fresh_decoder_stages, nnUNet_vf_finetune_layer_decay)"
         )
     stages = max((distance for name, distance in distances.items() if part_of(name) == "decoder"), default=0)
@@ -143,7 +143,7 @@ class FinetuneLRScheduler(PolyLRScheduler):
     def freeze_parts_without_rate(self) -> None:
         """Compute gradients only for parts whose learning rate in this epoch is not 0.
 
-        Call it only after DDP has wrapped the network: DDP ignores for ever each parameter that needs no gradient at
+        Call it only after DDP has wrapped the network: DDP ignores permanently each parameter that needs no gradient at
         that moment.
         """
         for group in self.optimizer.param_groups:

@@ -25,6 +25,10 @@ class DataWaitTimer(Iterator[Any]):
         self._is_device_idle = is_device_idle
         self.seconds = 0.0
 
+    def reset(self) -> None:
+        """Start to count from 0."""
+        self.seconds = 0.0
+
     def __next__(self) -> Any:
         start = time.monotonic()
         try:

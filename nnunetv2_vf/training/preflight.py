@@ -15,7 +15,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_t
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.nnunet_folders import require_variables
+from nnunetv2_vf.nnunet_folders import legal_configurations, require_variables
 from nnunetv2_vf.settings import VFSettings
 
 _MIN_PATCH_SIDE = 8  # voxels: the shortest side of a fusion box
@@ -75,7 +75,7 @@ def pretraining_configuration(plans_manager: PlansManager, name: str) -> Configu
         UserError: the plans have no such configuration, or it is 2D, the second stage of a cascade, or has a patch
             shorter than 8 voxels on a side.
     """
-    usable = [n for n in plans_manager.available_configurations if n.startswith("3d") and "cascade" not in n]
+    usable = legal_configurations(plans_manager)
     hint = f"use one of: {', '.join(usable) or 'none, these plans have no 3D configuration'}"
     if name not in plans_manager.available_configurations:
         raise UserError(f"the plans {plans_manager.plans_name} have no configuration {name!r}; {hint}")

@@ -12,7 +12,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.nnunet_folders import plans_file
+from nnunetv2_vf.nnunet_folders import legal_configurations, plans_file
 from nnunetv2_vf.transfer.metadata import read_channel_names
 
 
@@ -54,12 +54,6 @@ class TargetPlans:
         return f"{self.configuration_name} of {self.plans_manager.plans_name} of {self.plans_manager.dataset_name}"
 
 
-def _can_be_pretrained(plans_manager: PlansManager, configuration_name: str) -> bool:
-    """Return True for 3D configurations other than the second stage of a cascade."""
-    configuration = plans_manager.get_configuration(configuration_name)
-    return configuration_name.startswith("3d") and configuration.previous_stage_name is None
-
-
 def load_target(dataset: str, plans_name: str, configuration_name: str) -> TargetPlans:
     """Read a dataset's plans.
 
@@ -73,7 +67,7 @@ def load_target(dataset: str, plans_name: str, configuration_name: str) -> Targe
     path = plans_file(dataset, plans_name)
     try:
         plans_manager = PlansManager(path.as_posix())
-        legal = [name for name in plans_manager.available_configurations if _can_be_pretrained(plans_manager, name)]
+        legal = legal_configurations(plans_manager)
         target = TargetPlans(plans_manager, configuration_name, load_json(path.with_name("dataset.json").as_posix()))
     except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: no JSON
         raise UserError(f"{path}, or dataset.json beside it, cannot be read: {error!r}; plan again") from error

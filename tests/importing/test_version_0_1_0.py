@@ -20,7 +20,7 @@ from unlabelled_data import (
 )
 
 FILES = Path(__file__).parents[1] / "data" / "version_0_1_0" / "import"
-OLD_SOURCES = "/tmp/legacy/import_sources"  # the path at which version 0.1.0 found the sources
+OLD_SOURCES = "/data/import_sources"  # the path at which version 0.1.0 found the sources
 
 
 @pytest.fixture

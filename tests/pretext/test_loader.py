@@ -11,7 +11,7 @@ import torch
 from preprocessed_cases import save_cases
 
 from nnunetv2_vf.pretext.dataset import TRAINING, FusionDataset
-from nnunetv2_vf.pretext.loader import collate, make_loader, sample_indices
+from nnunetv2_vf.pretext.loader import RankShare, collate, make_loader
 from nnunetv2_vf.settings import VFSettings
 
 PATCH = (12, 14, 16)
@@ -23,7 +23,7 @@ def samples(cases) -> FusionDataset:
 
 
 def load_batches(samples: FusionDataset, steps: range, workers: int) -> list[dict[str, Any]]:
-    indices = sample_indices(steps, global_batch=2, offset=0, batch=2)
+    indices = RankShare(batch=2, first=0, size=2).batches(steps)
     return list(make_loader(samples, indices, workers, pin_memory=False))
 
 
@@ -39,8 +39,8 @@ def test_batches_do_not_depend_on_workers_or_on_a_resume(samples):
 
 
 def test_ranks_share_every_global_batch():
-    global_batches = [list(batch) for batch in sample_indices(range(3, 6), 5, 0, 5)]
-    shares = [list(sample_indices(range(3, 6), 5, offset, size)) for offset, size in ((0, 2), (2, 2), (4, 1))]
+    global_batches = [list(batch) for batch in RankShare(5, 0, 5).batches(range(3, 6))]
+    shares = [list(RankShare(5, first, size).batches(range(3, 6))) for first, size in ((0, 2), (2, 2), (4, 1))]
     assert global_batches == [[i for share in step for i in share] for step in zip(*shares, strict=True)]
     assert global_batches[0] == [15, 16, 17, 18, 19]
 

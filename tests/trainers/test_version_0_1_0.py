@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import DATASET, DATASET_ID
 from nnunetv2.run.run_training import run_training
+from trainings import assert_same_optimizer, make_trainer
 
 OLD = Path(__file__).parents[1] / "data" / "version_0_1_0"
 # Largest differences of the losses. Other processors round otherwise; the samples of pretraining have changed since.
@@ -37,9 +38,15 @@ def fold_with(checkpoint: str, trainer: str, results: Path) -> Path:
 
 @pytest.mark.parametrize("trainer", TOLERANCES)
 def test_an_interrupted_training_continues_at_its_step(old_plans, tmp_path, trainer):
-    """It was interrupted in the second of three epochs, and ends with the losses of an uninterrupted one."""
+    """It was interrupted in the second of three epochs; all that its checkpoint holds is restored."""
     folder = fold_with("interrupted", trainer, tmp_path / "results")
-    run_training(str(DATASET_ID), "3d_fullres", 0, trainer, continue_training=True, device=CPU)
+    checkpoint = torch.load(folder / "checkpoint_latest.pth", weights_only=False)
+    training = make_trainer(trainer, continue_training=True)
+    weights = training.bare_network().state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in checkpoint["network_weights"].items())
+    assert_same_optimizer(training.optimizer.state_dict(), checkpoint["optimizer_state"])
+    assert training.epoch_losses == [float(loss) for loss in checkpoint["long_training"]["losses"]]
+    training.run_training()
     resumed, uninterrupted = (
         torch.load(file / "checkpoint_final.pth", weights_only=False) for file in (folder, OLD / "finished" / trainer)
     )

@@ -175,7 +175,7 @@ def test_ranks_share_every_batch_as_nnunet_splits_it(copied_dataset, monkeypatch
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         trainer.ranks = Ranks(rank, ranks)
         trainer._set_batch_size_and_oversample()
-        indices += [i for step in trainer._batches(range(1, 3)) for i in step]
+        indices += [i for step in trainer._share.batches(range(1, 3)) for i in step]
     assert sorted(indices) == list(range(batch, 3 * batch))
 
 

@@ -167,7 +167,7 @@ def test_a_network_without_an_encoder_takes_only_the_schedule_full():
     for settings in ({"schedule": "sawtooth"}, {"fresh_decoder_stages": 1}, {"layer_decay": 0.9}):
         with pytest.raises(
             UserError,
-            match="need a network with an attribute 'encoder', which Sequential has not; legal for it: full, 0 and 1",
+            match="an attribute 'encoder', which Sequential does not have; legal for it: full, 0 and 1",
         ):
             parameter_groups(network, FinetuneSettings(**settings))
 

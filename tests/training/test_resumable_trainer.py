@@ -80,9 +80,8 @@ def test_many_signals_and_frequent_checkpoints_do_not_change_the_result(
     exits = 0
     while not (fold_folder(tmp_path / "results") / "checkpoint_final.pth").is_file():
         trainer = make_trainer(continue_training=exits > 0)
-        run_before_step(
-            trainer, 2, sender_of(signal.SIGTERM)
-        )  # with 1 it would never end: a resumed validation starts at its first step
+        # With step 1 it would never end: a resumed validation starts at its first step.
+        run_before_step(trainer, 2, sender_of(signal.SIGTERM))
         exits += run_until_signal(trainer)
     assert exits >= 6
     assert_same_training(uninterrupted["nnUNetPlans"], checkpoint(tmp_path / "results"))
