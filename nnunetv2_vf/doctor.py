@@ -66,8 +66,8 @@ def examine(
             target = load_target(dataset, plans_name, configuration_name)
         except UserError as error:
             yield Finding(FAIL, str(error))
-            return
-        yield from _errors_as_findings(_check_dataset(target))
+        else:
+            yield from _errors_as_findings(_check_dataset(target))
     if weights is not None:
         yield from _errors_as_findings(_check_weights(weights, target))
 
@@ -179,7 +179,7 @@ def _check_weights(file: Path, target: TargetPlans | None) -> Iterator[Finding]:
     pretrained = read_pretrained(file)
     yield Finding(OK, f"{file} can be read")
     if target is None:
-        yield Finding(NOTE, "no dataset to compare the weights with; name one: -d ID -p PLANS")
+        yield Finding(NOTE, "no plans to compare the weights with; name them: -d ID -p PLANS")
         return
     with malformed_file_errors(file):
         require_fit(file, pretrained, target)

@@ -40,7 +40,11 @@ def dataset_name(dataset: str) -> str:
     try:
         name: str = maybe_convert_to_dataset_name(dataset)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"no dataset {dataset}: {error}") from error
+        folder = nnUNet_preprocessed.get() or "nnUNet_preprocessed, which is not set"
+        raise UserError(
+            f"no dataset {dataset} in the folders of nnU-Net (nnUNet_preprocessed = {folder}); see which are set: "
+            "nnUNetv2_vf doctor"
+        ) from error
     if not _DATASET_NAME.fullmatch(name):
         raise UserError(
             f"{dataset!r} is not a dataset; legal: an id such as 7, or a full name such as Dataset007_Liver"

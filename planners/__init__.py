@@ -4,7 +4,7 @@ Start reading in :mod:`.topology_planner`::
 
     pct_net_planner   plans PCT-Net
     like_planner      plans the network of pretrained weights (--like)
-    topology_planner  the base of both: nnU-Net's planner with a given network
+    topology_planner  the base of both: nnU-Net's planner, with another network and memory estimate
     memory_fitting    chooses the patch and batch size that fit into the GPU memory
     step_memory       estimates the GPU memory of one training step
 

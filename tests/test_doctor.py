@@ -113,7 +113,7 @@ def test_cases_preprocessed_with_other_plans_are_a_failure(healthy, artifacts, c
 def test_weights_without_a_dataset_are_only_read(healthy, artifacts, capsys):
     code, lines = examined(capsys, "-w", str(artifacts["PCT-Net"]))
     assert code == 0
-    assert lines[-1] == "note no dataset to compare the weights with; name one: -d ID -p PLANS"
+    assert lines[-1] == "note no plans to compare the weights with; name them: -d ID -p PLANS"
 
 
 def test_missing_preprocessed_cases_are_a_note(healthy, capsys):

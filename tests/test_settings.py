@@ -187,6 +187,14 @@ def test_settings_that_can_change_on_resume_are_not_compared():
     changed.require_same(VFSettings().as_dict(), "checkpoint.pth")
 
 
+def test_a_setting_that_the_checkpoint_lacks_must_have_its_default():
+    recorded = VFSettings().as_dict()
+    del recorded["gamma"]
+    VFSettings().require_same(recorded, "checkpoint.pth")
+    with pytest.raises(UserError, match=r"gamma = \[0.9, 1.1\] \(recorded: \[0.7, 1.5\]\)"):
+        VFSettings(gamma=(0.9, 1.1)).require_same(recorded, "checkpoint.pth")
+
+
 def test_the_error_for_changed_settings_names_both_values():
     recorded = {**VFSettings().as_dict(), "removed_setting": 1}
     with pytest.raises(UserError) as error:

@@ -24,7 +24,7 @@ from nnunetv2_vf.training.finetune_schedule import (
     reinitialized_parameters,
 )
 from nnunetv2_vf.training.optimizer import clip_gradients, make_optimizer
-from nnunetv2_vf.training.preflight import preprocessed_cases, require_configuration, require_gpu
+from nnunetv2_vf.training.preflight import check_fold, preprocessed_cases, require_configuration, require_gpu
 from nnunetv2_vf.training.random_state import get_random_state, seeded_initialization
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
 from nnunetv2_vf.transfer.kernel_norms import kernel_factors, scale_kernels
@@ -64,7 +64,7 @@ class VFFinetuneTrainer(ResumableTrainer):
         require_configuration(plans_manager, configuration)
         network = plans_manager.get_configuration(configuration).network_arch_class_name
         self.settings = FinetuneSettings.resolve(plans, os.environ, FINETUNE_RECIPES.get(network))
-        preprocessed_cases(plans_manager, configuration)
+        check_fold(plans_manager, preprocessed_cases(plans_manager, configuration), fold)
         target = TargetPlans(plans_manager, configuration, dataset_json)
         self.pretrained_weights = PretrainedWeights.from_command_line(sys.argv, target)
         # A resumed training takes the record from its checkpoint.

@@ -2,7 +2,7 @@
 
 Start reading in :mod:`.pipeline`. In the order in which an import uses them::
 
-    pipeline      the whole import: find sources, import each in a process, merge
+    pipeline      the whole import: find sources, import each in a process, merge; handles Ctrl-C
     settings      which volumes are accepted, and how files are written
     sources       finds volume files and DICOM folders; reads no images
     job           one run of the command: its sources, settings, journal and files

@@ -124,13 +124,15 @@ class TrainingSettings:
     def require_same(self, recorded: Mapping[str, Any], file: object) -> None:
         """Raise UserError unless the settings equal those of the checkpoint from which the training resumes.
 
-        Settings that can change on resume are not compared.
+        Settings that can change on resume are not compared. A setting that the checkpoint lacks is newer than it: older
+        versions trained as with its default.
 
         Args:
             recorded: the settings in the checkpoint, as :meth:`as_dict` returns them.
             file: the checkpoint, for the message.
         """
         current = self.as_dict()
+        recorded = {**type(self)().as_dict(), **recorded}
         can_change = {f.name for f in fields(self) if f.metadata["can_change"]}
         compared = sorted({*current, *recorded} - can_change)
         changed = [name for name in compared if current.get(name) != recorded.get(name)]

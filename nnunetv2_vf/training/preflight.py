@@ -36,21 +36,32 @@ def check_pretraining(plans: Mapping[str, Any], configuration_name: str, fold: i
     plans_manager = PlansManager(dict(plans))
     pretraining_configuration(plans_manager, configuration_name)
     cases = preprocessed_cases(plans_manager, configuration_name)
-    splits_file = Path(nnUNet_preprocessed) / plans_manager.dataset_name / "splits_final.json"
-    training, validation = _cases_or_counts_of_fold(cases, fold, splits_file)
-
-    missing = sorted({*training, *validation} - {*cases})
-    if missing:
-        raise UserError(
-            f"{len(missing)} cases of {splits_file} are not preprocessed, for example {missing[0]}; run "
-            f"nnUNetv2_preprocess again or delete {splits_file}"
-        )
+    training, validation = check_fold(plans_manager, cases, fold)
     if min(len(training), len(validation)) < settings.cases_per_sample:
         raise UserError(
             f"fold {fold} has {len(training)} training and {len(validation)} validation cases; pairing "
             f"{settings.pairing!r} needs at least {settings.cases_per_sample} of each; fold 'all' uses all cases for "
             "both"
         )
+
+
+def check_fold(plans_manager: PlansManager, cases: list[str], fold: int | str) -> tuple[list[str], list[str]]:
+    """Return the training and validation cases of a fold.
+
+    If nnU-Net has not made the split yet, the lists have the right lengths; which cases they hold does not matter.
+
+    Raises:
+        UserError: a case of the split is not preprocessed, or there are too few cases for a split.
+    """
+    splits_file = Path(nnUNet_preprocessed) / plans_manager.dataset_name / "splits_final.json"
+    training, validation = _cases_or_counts_of_fold(cases, fold, splits_file)
+    missing = sorted({*training, *validation} - {*cases})
+    if missing:
+        raise UserError(
+            f"{len(missing)} cases of {splits_file} are not preprocessed, for example {missing[0]}; run "
+            f"nnUNetv2_preprocess again or delete {splits_file}"
+        )
+    return training, validation
 
 
 def require_gpu(device: torch.device) -> None:
@@ -173,10 +184,6 @@ def _resampled_shape(
 
 
 def _cases_or_counts_of_fold(cases: list[str], fold: int | str, splits_file: Path) -> tuple[list[str], list[str]]:
-    """Return the training and validation cases of a fold.
-
-    If nnU-Net has not made the split yet, the lists have the right lengths; which cases they hold does not matter.
-    """
     if fold == "all":
         return cases, cases
     splits = load_json(splits_file) if splits_file.is_file() else []

@@ -180,11 +180,9 @@ def _compare_spacing(metadata: Mapping[str, Any], target: TargetPlans) -> Differ
     scales = [old / new for old, new in zip(pretrained, current, strict=True)]
     if all(low * (1 - 1e-6) <= 1 / scale <= high * (1 + 1e-6) for scale in scales):
         return None
-    outside = ", outside the range of its crop scales" if recorded else ""
-    consequence = (
-        f"structures are {' x '.join(f'{scale:.2g}' for scale in scales)} times as long in voxels as in pretraining"
-        f"{outside}; {_replan_hint(target, 'spacing')}"
-    )
+    outside = f", and crops were scaled by {low:g} to {high:g} only" if recorded else ""
+    factors = " x ".join(f"{scale:.2g}" for scale in scales)
+    consequence = f"voxels are {factors} times smaller than in pretraining{outside}; {_replan_hint(target, 'spacing')}"
     return Difference("spacing", format_spacing(pretrained), format_spacing(current), consequence)
 
 

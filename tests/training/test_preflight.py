@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import edit_json, pretrain
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from trainings import make_trainer
 
 from nnunetv2_vf.training.preflight import patch_warning
 
@@ -58,12 +59,17 @@ def test_a_cascade_is_refused(copied_dataset, folder):
     assert_refused(folder, "'3d_cascade_fullres'", "3d_fullres", configuration="3d_cascade_fullres")
 
 
-def test_too_few_cases_are_refused(copied_dataset, folder):
+@pytest.mark.parametrize("trainer", ["VFPretrainTrainer", "VFFinetuneTrainer"])
+def test_too_few_cases_are_refused(copied_dataset, tmp_path, trainer):
     for path in (copied_dataset / "nnUNetPlans_3d_fullres").iterdir():
         if int(path.name.split("_")[1][:4]) >= 3:
             path.unlink()
     (copied_dataset / "splits_final.json").unlink(missing_ok=True)
-    assert_refused(folder, "3 preprocessed cases", "fold 'all'")
+    with pytest.raises(
+        SystemExit, match="the dataset has 3 preprocessed cases; 5 folds need at least 5; use fold 'all'"
+    ):
+        make_trainer(trainer)
+    assert not (tmp_path / "results").exists()
 
 
 def test_pairing_different_needs_two_training_and_two_validation_cases(copied_dataset, folder, monkeypatch):
