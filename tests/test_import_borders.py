@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def test_a_forbidden_import_is_refused(tmp_path, module, line):
     with (package / module).open("a") as file:
         file.write(f"\n{line}\n")
     lint = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
-    done = subprocess.run(lint, cwd=tmp_path, env={"PYTHONPATH": "."}, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": ".", "PYTHONUTF8": "1"}
+    done = subprocess.run(lint, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "BROKEN" in done.stdout
