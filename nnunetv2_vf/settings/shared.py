@@ -119,7 +119,7 @@ class TrainingSettings:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON types, for plans files and checkpoints."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: _plain(value) for name, value in asdict(self).items()}
 
     def require_same(self, recorded: Mapping[str, Any], file: object) -> None:
         """Raise UserError unless the settings equal those of the checkpoint from which the training resumes.
@@ -132,7 +132,7 @@ class TrainingSettings:
             file: the checkpoint, for the message.
         """
         current = self.as_dict()
-        recorded = {**type(self)().as_dict(), **recorded}
+        recorded = {**{f.name: _plain(f.default) for f in fields(self)}, **recorded}
         can_change = {f.name for f in fields(self) if f.metadata["can_change"]}
         compared = sorted({*current, *recorded} - can_change)
         changed = [name for name in compared if current.get(name) != recorded.get(name)]
@@ -148,3 +148,8 @@ class TrainingSettings:
 
     def __str__(self) -> str:
         return "\n".join(f"  {name}: {value}" for name, value in self.as_dict().items())
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as a JSON type: a list for a tuple."""
+    return list(value) if isinstance(value, tuple) else value
