@@ -44,13 +44,13 @@ def torchrun(processes: int, *arguments: object, **variables: object) -> subproc
 
 @pytest.fixture
 def batch_of_four(copied_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Plans with a batch that four ranks can share, and 20 steps of SGD.
+    """Plans with a batch that four ranks can share, and 4 steps of SGD.
 
     The gradient of a bias before an instance norm is only rounding error. Adam would make full steps of it, and the
-    weights of two runs would differ. A large learning rate amplifies rounding errors of all weights.
+    weights of two runs would differ. A large learning rate or many steps amplify the rounding errors of all weights.
     """
     edit_json(copied_dataset / "nnUNetPlans.json", lambda p: p["configurations"]["3d_fullres"].update(batch_size=4))
-    for name, value in {"num_epochs": 1, "iterations_per_epoch": 20, "optimizer": "sgd", "initial_lr": 0.001}.items():
+    for name, value in {"num_epochs": 1, "iterations_per_epoch": 4, "optimizer": "sgd", "initial_lr": 0.001}.items():
         monkeypatch.setenv(f"nnUNet_vf_{name}", str(value))
     return copied_dataset
 

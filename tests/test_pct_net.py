@@ -152,6 +152,7 @@ def test_nnunet_transfers_all_weights_except_the_output_layers(tmp_path, capsys)
     ],
 )
 def test_the_network_compiles_into_one_graph(mode, backend, dropout, checkpointing):
+    torch.compiler.reset()  # after another size in the same process, torch compiles for any size, where inductor fails
     options = {"dropout_per_stage": (dropout,) * 5, "drop_path": dropout, "depths": (2, 1, 1)}
     network = new_network(mode, activation_checkpointing=checkpointing, **options)
     compiled = torch.compile(network, fullgraph=True, backend=backend)
