@@ -85,7 +85,7 @@ def test_preview_draws_the_requested_number_of_samples(two_epochs, tmp_path, cap
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["-d", "99"], ["ID 99"]),
+        (["-d", "99"], ["no dataset 99", "nnUNetv2_vf doctor"]),
         (["-d", "Dataset099_None"], ["no plans", "nnUNetv2_plan_and_preprocess"]),
         (["-d", "seven"], ["seven"]),
         (["-d", str(DATASET_ID), "-p", "OtherPlans"], ["no plans", "OtherPlans.json"]),

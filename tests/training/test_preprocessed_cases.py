@@ -59,4 +59,4 @@ def test_2d_plans_can_be_fine_tuned_without_weights(two_epochs, copied_dataset, 
     )
     assert preprocessed_cases(plans, "2d") == [case]
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_train"])
-    assert make_trainer("VFFinetuneTrainer", configuration="2d").pretrained_weights is None
+    assert make_trainer("VFFinetuneTrainer", fold="all", configuration="2d").pretrained_weights is None
