@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2.paths import nnUNet_preprocessed
-from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
+from nnunetv2.utilities.dataset_name_id_conversion import (
+    convert_dataset_name_to_id,
+    find_candidate_datasets,
+    maybe_convert_to_dataset_name,
+)
 
 from nnunetv2_vf.errors import UserError
 
@@ -15,6 +19,7 @@ if TYPE_CHECKING:  # it imports torch, which an import of volumes does not need
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 _DATASET_NAME = re.compile(r"Dataset\d{3}_[^/]+")
+_NO_DATASET = "{!r} is not a dataset; legal: an id such as 7, or a full name such as Dataset007_Liver"
 _PLAN_COMMANDS = {  # plans name -> the command that makes such plans
     "nnUNetPlans": "nnUNetv2_plan_and_preprocess -d {} -c 3d_fullres",
     "PCTNetPlans": "nnUNetv2_vf plan -d {}",
@@ -34,21 +39,23 @@ def dataset_name(dataset: str) -> str:
     """Return the full name of a dataset: ``7`` or ``Dataset007_Liver`` -> ``Dataset007_Liver``.
 
     Raises:
-        UserError: no folder has a dataset with this id, or the name does not have the form ``DatasetXXX_NAME``. Whether
+        UserError: no dataset or several have this id, or the name does not have the form ``DatasetXXX_NAME``. Whether
             a dataset with such a name exists is not checked.
     """
     try:
         name: str = maybe_convert_to_dataset_name(dataset)
-    except (RuntimeError, ValueError) as error:
-        folder = nnUNet_preprocessed.get() or "nnUNet_preprocessed, which is not set"
+    except ValueError as error:
+        raise UserError(_NO_DATASET.format(dataset)) from error
+    except RuntimeError as error:
+        names = ", ".join(find_candidate_datasets(int(dataset)))
+        if names:
+            raise UserError(f"several datasets have the id {dataset}: {names}; rename all but one") from error
         raise UserError(
-            f"no dataset {dataset} in the folders of nnU-Net (nnUNet_preprocessed = {folder}); see which are set: "
+            f"no dataset {dataset} in nnUNet_raw, nnUNet_preprocessed and nnUNet_results; see which folders these are: "
             "nnUNetv2_vf doctor"
         ) from error
     if not _DATASET_NAME.fullmatch(name):
-        raise UserError(
-            f"{dataset!r} is not a dataset; legal: an id such as 7, or a full name such as Dataset007_Liver"
-        )
+        raise UserError(_NO_DATASET.format(dataset))
     return name
 
 

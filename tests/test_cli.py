@@ -87,7 +87,7 @@ def test_preview_draws_the_requested_number_of_samples(two_epochs, tmp_path, cap
     [
         (["-d", "99"], ["no dataset 99", "nnUNetv2_vf doctor"]),
         (["-d", "Dataset099_None"], ["no plans", "nnUNetv2_plan_and_preprocess"]),
-        (["-d", "seven"], ["seven"]),
+        (["-d", "seven"], ["'seven' is not a dataset; legal: an id such as 7"]),
         (["-d", str(DATASET_ID), "-p", "OtherPlans"], ["no plans", "OtherPlans.json"]),
         (["-d", str(DATASET_ID), "-c", "2d"], ["3D configuration", "'2d'", "3d_fullres"]),
         (["-d", str(DATASET_ID), "-o", "/nowhere/preview.png"], ["/nowhere", "does not exist"]),
@@ -126,6 +126,15 @@ def test_planning_refuses_zero_augmentation_processes(nnunet, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     with pytest.raises(SystemExit, match="nnUNet_n_proc_DA=0 is for training; nnU-Net's planning divides by it"):
         main(["plan", "-d", "7"])
+
+
+def test_an_id_of_two_datasets_is_refused_with_their_names(two_epochs, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    (tmp_path / f"Dataset{DATASET_ID:03d}_Other").mkdir()
+    with pytest.raises(
+        SystemExit, match="several datasets have the id 7: Dataset007_Other, Dataset007_Phantoms; rename"
+    ):
+        main(["preview", "-d", str(DATASET_ID)])
 
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)

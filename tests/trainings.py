@@ -76,6 +76,6 @@ def assert_same_training(one: dict, other: dict) -> None:
     assert one["current_epoch"] == other["current_epoch"]
 
 
-def assert_nearly_same_weights(one: dict, other: dict) -> None:
+def assert_nearly_same_weights(one: dict, other: dict, tolerance: float = 1e-5) -> None:
     for name, tensor in other["network_weights"].items():
-        torch.testing.assert_close(one["network_weights"][name], tensor, rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(one["network_weights"][name], tensor, rtol=0, atol=tolerance, msg=name)

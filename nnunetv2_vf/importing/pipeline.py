@@ -101,9 +101,9 @@ def _choose_dataset_folder(dataset_id: int, name: str) -> Path:
             if other.name != folder.name:
                 is_unfinished = (other / JOURNAL_FOLDER).exists() and not (other / DESCRIPTION).exists()
                 hint = " (an unfinished import; delete it if you do not need it)" if is_unfinished else ""
-                name = other.name.partition("_")[2]
+                other_name = other.name.partition("_")[2]
                 raise UserError(
-                    f"id {dataset_id} belongs to {other}{hint}; to add to it: -n {name}; else choose another -d"
+                    f"id {dataset_id} belongs to {other}{hint}; to add to it: -n {other_name}; else choose another -d"
                 )
     if folder.exists() and any(folder.iterdir()) and not (folder / JOURNAL_FOLDER).is_dir():
         raise UserError(f"{folder} was not made by import, or its {JOURNAL_FOLDER} is gone; give another -d and -n")

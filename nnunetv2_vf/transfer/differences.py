@@ -180,9 +180,12 @@ def _compare_spacing(metadata: Mapping[str, Any], target: TargetPlans) -> Differ
     scales = [old / new for old, new in zip(pretrained, current, strict=True)]
     if all(low * (1 - 1e-6) <= 1 / scale <= high * (1 + 1e-6) for scale in scales):
         return None
-    outside = f", and crops were scaled by {low:g} to {high:g} only" if recorded else ""
     factors = " x ".join(f"{scale:.2g}" for scale in scales)
-    consequence = f"voxels are {factors} times smaller than in pretraining{outside}; {_replan_hint(target, 'spacing')}"
+    seen = f", which saw crops of {low:g} to {high:g} times the patch" if recorded else ""
+    consequence = (
+        f"along each axis, structures have {factors} times as many voxels as in pretraining{seen}; "
+        f"{_replan_hint(target, 'spacing')}"
+    )
     return Difference("spacing", format_spacing(pretrained), format_spacing(current), consequence)
 
 

@@ -13,8 +13,8 @@ from nnunetv2.run.run_training import run_training
 from trainings import assert_same_optimizer, make_trainer
 
 OLD = Path(__file__).parents[1] / "data" / "version_0_1_0"
-# Largest differences of the losses. Other processors round otherwise; the samples of pretraining have changed since.
-TOLERANCES = {"VFPretrainTrainer": 5e-2, "VFFinetuneTrainer": 1e-2}
+# Largest differences of the validation losses. Other processors round otherwise; pretraining now has other samples.
+TOLERANCES = {"VFPretrainTrainer": 2.5e-2, "VFFinetuneTrainer": 1e-2}
 CPU = torch.device("cpu")
 
 
@@ -52,9 +52,10 @@ def test_an_interrupted_training_continues_at_its_step(old_plans, tmp_path, trai
     )
     assert resumed["current_epoch"] == uninterrupted["current_epoch"] == 3
     assert resumed["logging"]["lrs"] == uninterrupted["logging"]["lrs"]
-    for name in ("train_losses", "val_losses"):
-        expected = pytest.approx(uninterrupted["logging"][name], rel=TOLERANCES[trainer])
-        assert resumed["logging"][name] == expected, name
+    for name, tolerance in (("train_losses", 1e-2), ("val_losses", TOLERANCES[trainer])):
+        before_interruption, logged = checkpoint["logging"][name], resumed["logging"][name]
+        assert logged[: len(before_interruption)] == before_interruption
+        assert logged == pytest.approx(uninterrupted["logging"][name], rel=tolerance), name
 
 
 @pytest.mark.parametrize(
