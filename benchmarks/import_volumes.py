@@ -34,7 +34,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_vf.demo.phantoms import make_phantom
 from nnunetv2_vf.errors import UserError, one_line_errors
-from nnunetv2_vf.importing.sources import find_sources
+from nnunetv2_vf.importing.search import find_sources
 
 PROCESSES = 2
 UNLISTED_CASES = 4000

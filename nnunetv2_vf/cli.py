@@ -123,6 +123,13 @@ def _add_import(commands: _Commands) -> None:
         help="name of the channel, or names separated by commas; default: auto, which is CT if the intensities look "
         "like HU, else MR",
     )
+    parser.add_argument(
+        "--select",
+        default="",
+        metavar="PATTERN,...",
+        help="import only volumes with one of these in their path below PATH, such as T1w or _flair; * and ? stand for "
+        "any characters",
+    )
     parser.add_argument("--no-mask", action="store_true", help="label 1 marks the whole volume instead of the body")
     parser.add_argument(
         "--link", action="store_true", help="link to the files that nnU-Net can read itself, instead of copying them"
@@ -166,7 +173,8 @@ def _add_import(commands: _Commands) -> None:
         default="",
         metavar="CHECK,...",
         help="do not reject but import: duplicates, nonfinite (NaN and infinity become the minimum), direction (axes "
-        "are made orthonormal), slices (a DICOM series with missing or unevenly spaced slices)",
+        "are made orthonormal), slices (a DICOM series with missing or unevenly spaced slices), labels (volumes "
+        "that look like a segmentation, and files with names of labels)",
     )
     parser.add_argument(
         "-np",
@@ -198,11 +206,11 @@ def _run_import(args: argparse.Namespace) -> None:
     from nnunetv2_vf.importing.pipeline import import_volumes
     from nnunetv2_vf.importing.settings import ImportSettings, Selection
 
-    keep = tuple(sorted(filter(None, args.keep.split(","))))
+    keep, select = (tuple(sorted(filter(None, value.split(",")))) for value in (args.keep, args.select))
     selection = Selection(args.min_size, args.max_spacing, args.min_range, keep, not args.no_split_4d)
     settings = ImportSettings(selection, not args.no_mask, args.link, args.file_ending)
     processes = default_num_processes if args.np is None else args.np
-    import_volumes(args.d, args.n, args.paths, settings, args.channel, processes, args.num_parts, args.part_id)
+    import_volumes(args.d, args.n, args.paths, settings, args.channel, select, processes, args.num_parts, args.part_id)
 
 
 # ---------------------------------------------------------------- plan

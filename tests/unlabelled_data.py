@@ -18,15 +18,15 @@ import SimpleITK as sitk  # noqa: N813  the package's own convention
 
 from nnunetv2_vf.cli import main
 from nnunetv2_vf.importing.readers import read_volumes
+from nnunetv2_vf.importing.search import find_sources
 from nnunetv2_vf.importing.settings import Selection
-from nnunetv2_vf.importing.sources import find_sources
 from nnunetv2_vf.importing.volumes import RejectedError, Volume, check_volume
 
 DATASET_ID, DATASET = 100, "Dataset100_Test"
 PATIENT_NAME, PATIENT_ID, STUDY_UID = "Doe^Jane", "PAT-4711", "1.2.826.0.1.3680043.99"  # must not leave DICOM files
 SHAPE = (20, 24, 28)  # slices, rows, columns
 SPACING = (2.0, 1.5, 1.0)  # in mm
-VOLUME_FORMATS = ("nii", "nii.gz", "nrrd", "mha", "mhd")
+VOLUME_FORMATS = ("nii", "nii.gz", "hdr", "nrrd", "nhdr", "mha", "mhd")
 
 
 # ---------------------------------------------------------------- arrays
@@ -174,8 +174,9 @@ def write_rejected_volumes(folder: Path) -> dict[str, str]:
     write_volume(folder / "same.mha", ct(0))
     shear_nifti(write_volume(folder / "sheared.nii", ct(3)), 0.2)
     sitk.WriteImage(sitk.Compose([make_image(ct(0).astype(np.uint8))] * 3), str(folder / "colour.nrrd"))
+    write_volume(folder / "OTMultiClass.mha", (ct(0) > -500) * np.uint8(3))
     write_dicom(folder / "gap", ct(4), skipped=(7,))
-    write_dicom(folder / "segmentation", ct(4), series=2, tags={"0008|0060": "SEG"})
+    write_dicom(folder / "dicom_seg_object", ct(4), series=2, tags={"0008|0060": "SEG"})
     return {
         "a_good.nii.gz": "accepted",
         "small.nii.gz": "size",
@@ -193,7 +194,8 @@ def write_rejected_volumes(folder: Path) -> dict[str, str]:
         "sheared.nii": "direction",
         "colour.nrrd": "vector",
         "gap": "slices",
-        "segmentation": "modality",
+        "dicom_seg_object": "modality",
+        "OTMultiClass.mha": "labels",
     }
 
 

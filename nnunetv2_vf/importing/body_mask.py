@@ -8,25 +8,16 @@ import numpy as np
 _MAX_SIDE = 128  # voxels per side of the subsampled volume in which the body is searched
 _AIR_HU = -500  # lower values are air
 _MIN_BODY_FRACTION = 0.01
-_MAX_LABEL_VALUES = 16
 
 
 def is_hu_like(volume: np.ndarray) -> bool:
     """True if the intensities look like HU: they include air or fat and much soft tissue, and nothing extreme."""
-    intensities = _random_intensities(_subsample(volume))
+    intensities = random_intensities(_subsample(volume))
     low, high = np.percentile(intensities, (0.5, 99.5))
     if not (-4100 <= low <= -80 and high <= 10_000):
         return False
     tissue = intensities[intensities > _AIR_HU]
     return bool(tissue.size and np.mean((tissue > -200) & (tissue < 300)) > 0.2)
-
-
-def segmentation_note(volume: np.ndarray) -> str:
-    """Return a note if the volume has only a few values, all integers, as a segmentation has; else an empty string."""
-    values = np.unique(_random_intensities(_subsample(volume))[:2000])
-    if len(values) > _MAX_LABEL_VALUES or not np.array_equal(values, np.round(values)):
-        return ""
-    return f"labels: only {len(values)} different values, all integers; is this a segmentation?"
 
 
 def find_body(volume: np.ndarray, hu_like: bool) -> tuple[np.ndarray, str]:
@@ -49,7 +40,7 @@ def find_body(volume: np.ndarray, hu_like: bool) -> tuple[np.ndarray, str]:
     if hu_like:
         threshold = float(_AIR_HU)
     else:
-        low, high = np.percentile(_random_intensities(subsampled), (2, 98))
+        low, high = np.percentile(random_intensities(subsampled), (2, 98))
         threshold = low + 0.1 * (high - low)
     body = _fill_holes(_largest_component(subsampled > threshold))
     if body.mean() < _MIN_BODY_FRACTION:
@@ -75,7 +66,7 @@ def _upsample(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return mask[np.ix_(*nearest)]
 
 
-def _random_intensities(volume: np.ndarray) -> np.ndarray:
+def random_intensities(volume: np.ndarray) -> np.ndarray:
     """Return about 20,000 intensities, which is enough for percentiles; always the same for the same volume.
 
     They are drawn at random because every n-th voxel would lie in a few columns if n divided the row length.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.importing.journal import ReportRow
-from nnunetv2_vf.importing.sources import Source
+from nnunetv2_vf.importing.layouts import bids_suffix
+from nnunetv2_vf.importing.sources import Source, file_stem
 
 AUTO = "auto"  # the value of --channel that lets the volumes decide between CT and MR
 
@@ -27,6 +28,24 @@ def check_channel_option(channel: str, num_channels: int) -> None:
         raise UserError(
             f"--channel {channel} names {len(names)} channels, the cases have {num_channels}; name each channel, "
             "separated by commas (a case with several channels is CASE_0000, CASE_0001, ... in one folder)"
+        )
+
+
+def check_bids_suffixes(sources: Sequence[Source], merged: Collection[str]) -> None:
+    """Raise UserError if BIDS names show that ``auto`` would mix images of several kinds, such as T1w and bold.
+
+    Args:
+        merged: keys of the sources that the dataset already has. A mixture to which nothing is added is accepted.
+    """
+    added = Counter(bids_suffix(file_stem(source.key)) for source in sources if source.key not in merged)
+    existing = Counter(bids_suffix(file_stem(key)) for key in merged)
+    added[""] = existing[""] = 0  # other names
+    counts = +(existing + added)
+    if len(counts) > 1 and any(added.values()):
+        kinds = [suffix for suffix, _ in counts.most_common()]
+        raise UserError(
+            f"the names show images of several kinds: {', '.join(f'{counts[kind]} {kind}' for kind in kinds)}; import "
+            f"one kind, with --select _{kinds[0]}, or all of them as one channel, with --channel MR"
         )
 
 

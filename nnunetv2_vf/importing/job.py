@@ -8,9 +8,15 @@ from pathlib import Path
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.importing.case_files import CaseFiles
-from nnunetv2_vf.importing.channels import AUTO, check_channel_option, most_common_channel_count
+from nnunetv2_vf.importing.channels import (
+    AUTO,
+    check_bids_suffixes,
+    check_channel_option,
+    most_common_channel_count,
+)
 from nnunetv2_vf.importing.description import read_description
 from nnunetv2_vf.importing.journal import JOURNAL_FOLDER, Journal
+from nnunetv2_vf.importing.search import FoundSources
 from nnunetv2_vf.importing.settings import ImportSettings
 from nnunetv2_vf.importing.sources import Source
 from nnunetv2_vf.importing.state import ImportState
@@ -22,7 +28,7 @@ class ImportJob:
 
     Attributes:
         folder: folder of the dataset.
-        sources: all sources that the command was given, of this part and of all others.
+        found: what the command was given: the sources of this part and of all others, and what was left out.
         settings: settings of the import.
         channel: the value of ``--channel``. An existing dataset replaces ``auto`` by the value of its last import.
         journal: journal of this part.
@@ -30,11 +36,15 @@ class ImportJob:
     """
 
     folder: Path
-    sources: Sequence[Source]
+    found: FoundSources
     settings: ImportSettings
     channel: str
     journal: Journal
     case_files: CaseFiles
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        return self.found.sources
 
     def read_state(self) -> ImportState:
         """Read the current state of the import.
@@ -52,9 +62,7 @@ class ImportJob:
         return self.read_state().unfinished(sources, self.settings.digest, retried_kinds)
 
 
-def prepare_job(
-    folder: Path, sources: Sequence[Source], settings: ImportSettings, channel: str, part: str
-) -> ImportJob:
+def prepare_job(folder: Path, found: FoundSources, settings: ImportSettings, channel: str, part: str) -> ImportJob:
     """Check the settings against the sources and the existing dataset, and create the dataset's folders.
 
     Args:
@@ -71,10 +79,13 @@ def prepare_job(
         )
     if existing and channel == AUTO:
         channel = existing.channel
-    num_channels = existing.num_channels if existing else most_common_channel_count(sources)
+    num_channels = existing.num_channels if existing else most_common_channel_count(found.sources)
     check_channel_option(channel, num_channels)
+    if channel == AUTO:
+        merged = Journal(folder / JOURNAL_FOLDER, part).read_merged() if existing else set()
+        check_bids_suffixes([source for source in found.sources if not source.rejection], merged)
     journal = Journal(folder / JOURNAL_FOLDER, part)
     case_files = CaseFiles(folder, journal.folder / f"{part}.scratch", settings.file_ending, num_channels)
     case_files.images_folder.mkdir(exist_ok=True)
     case_files.labels_folder.mkdir(exist_ok=True)
-    return ImportJob(folder, sources, settings, channel, journal, case_files)
+    return ImportJob(folder, found, settings, channel, journal, case_files)

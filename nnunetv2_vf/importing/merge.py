@@ -55,7 +55,9 @@ def _merge(job: ImportJob, state: ImportState) -> None:
     _write_description(job, make_description(cases, channel_names, job.case_files, job.settings, job.channel))
     job.case_files.remove_other_cases(cases)
     _draw_picture(job, cases)
-    print("\n".join([*summarize(job.folder.name, rows, channel_names, job.channel), *_next_steps(job.folder)]))
+    print(
+        "\n".join([*summarize(job.folder.name, rows, channel_names, job.channel, job.found), *_next_steps(job.folder)])
+    )
 
 
 def _report_rows(state: ImportState) -> list[ReportRow]:

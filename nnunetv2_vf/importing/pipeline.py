@@ -20,8 +20,10 @@ from nnunetv2_vf.importing.job import ImportJob, prepare_job
 from nnunetv2_vf.importing.journal import JOURNAL_FOLDER, ReportRow, SourceRecord
 from nnunetv2_vf.importing.merge import merge_if_finished
 from nnunetv2_vf.importing.process_pool import run_in_processes
+from nnunetv2_vf.importing.report import describe_left_out
+from nnunetv2_vf.importing.search import find_sources
 from nnunetv2_vf.importing.settings import ImportSettings
-from nnunetv2_vf.importing.sources import Source, find_sources, is_in_part
+from nnunetv2_vf.importing.sources import Source, is_in_part
 from nnunetv2_vf.importing.worker import import_source, start_worker
 from nnunetv2_vf.nnunet_folders import require_variables
 
@@ -35,6 +37,7 @@ def import_volumes(
     paths: Sequence[Path],
     settings: ImportSettings,
     channel: str,
+    select: Sequence[str],
     processes: int,
     num_parts: int,
     part_id: int,
@@ -45,6 +48,7 @@ def import_volumes(
         paths: folders, which are searched recursively, and files.
         channel: name of the channel, or of several channels separated by commas. ``auto`` names a channel CT if its
             intensities look like Hounsfield units (HU), else MR.
+        select: if not empty, only volumes with one of these patterns in their path are imported.
         processes: number of processes, each of which holds one source in memory.
         num_parts, part_id: import only this part of the sources, to share the work among machines with a common file
             system. The part that finishes last merges all parts.
@@ -60,9 +64,9 @@ def import_volumes(
         raise UserError(f"-np is {processes}; it must be at least 1")
     folder = _choose_dataset_folder(dataset_id, name)
     try:
-        found = find_sources(paths, excluded=folder)
-        job = prepare_job(folder, found.sources, settings, channel, part=f"part_{part_id}_of_{num_parts}")
-        _print_start(job, found.ignored)
+        found = find_sources(paths, folder, select, keep_labels="labels" in settings.selection.keep)
+        job = prepare_job(folder, found, settings, channel, part=f"part_{part_id}_of_{num_parts}")
+        _print_start(job)
         with job.journal.lock_part():
             _import_sources(
                 job, [source for source in found.sources if is_in_part(source, part_id, num_parts)], processes
@@ -110,10 +114,8 @@ def _choose_dataset_folder(dataset_id: int, name: str) -> Path:
     return folder
 
 
-def _print_start(job: ImportJob, ignored: Counter[str]) -> None:
-    kinds = ", ".join(f"{kind} {count}" for kind, count in ignored.most_common(5))
-    ignored_files = f"; ignored {sum(ignored.values())} other files ({kinds})" if ignored else ""
-    print(f"{job.folder.name}: {len(job.sources)} sources{ignored_files}")
+def _print_start(job: ImportJob) -> None:
+    print("; ".join([f"{job.folder.name}: {len(job.sources)} sources", *describe_left_out(job.found)]))
     settings = asdict(job.settings)
     values = {"channel": job.channel, **settings.pop("selection"), **settings}
     print("settings: " + ", ".join(f"{key} {value}" for key, value in values.items()), flush=True)

@@ -1,4 +1,4 @@
-"""Read all volumes of a source: NRRD and MetaImage here, NIfTI in :mod:`.nifti`, DICOM in :mod:`.dicom`.
+"""Read all volumes of a source: NRRD and MetaImage here, NIfTI and Analyze in :mod:`.nifti`, DICOM in :mod:`.dicom`.
 
 SimpleITK reads the images. The checks find what SimpleITK does not report: for example, it takes a missing spacing for
 1 mm.
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import SimpleITK as sitk  # noqa: N813  the package's own convention
+from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
@@ -22,6 +23,7 @@ from nnunetv2_vf.importing.settings import Selection
 from nnunetv2_vf.importing.sources import Source, case_name, volume_ending
 from nnunetv2_vf.importing.volumes import RejectedError, Volume
 
+_NIFTI_ENDINGS = (".nii", ".nii.gz", ".hdr", ".hdr.gz")
 _NRRD_SPACING = re.compile(rb"^(?:spacings|space directions):(.*)$", re.MULTILINE)
 _METAIMAGE_SPACING = re.compile(rb"^\s*Element(?:Spacing|Size)\s*=(.*)$", re.MULTILINE)
 
@@ -42,6 +44,8 @@ def _read_files(source: Source, selection: Selection) -> Iterator[Volume]:
     notes: list[str] = []
     try:
         images = [_read_file(path, selection, notes) for path in source.paths]
+        if images[0].GetDimension() > 4:
+            raise RejectedError(f"vector: {images[0].GetDimension()} axes; needs 3, or 4 for several volumes")
         frames = images[0].GetSize()[3] if images[0].GetDimension() == 4 else 1
         if frames > 1 and (len(images) > 1 or not selection.split_4d):
             raise RejectedError(f"4D: {frames} volumes in one file")
@@ -61,14 +65,14 @@ def _read_files(source: Source, selection: Selection) -> Iterator[Volume]:
 def _read_file(path: str, selection: Selection, notes: list[str]) -> sitk.Image:
     try:
         ending = volume_ending(path)
-        if ending in (".nii", ".nii.gz"):
+        if ending in _NIFTI_ENDINGS:
             return read_nifti(path, selection, notes)
         if ending:
-            _check_text_header(path, _NRRD_SPACING if ending == ".nrrd" else _METAIMAGE_SPACING)
+            _check_text_header(path, _NRRD_SPACING if ending in (".nrrd", ".nhdr") else _METAIMAGE_SPACING)
         else:
             check_dicom_header(path)
         return sitk.ReadImage(path)
-    except (OSError, EOFError, zlib.error, HeaderDataError, WrapStructError) as error:
+    except (OSError, EOFError, zlib.error, HeaderDataError, ImageFileError, WrapStructError) as error:
         raise RejectedError(f"unreadable: {error_line(error)}") from error
     except RuntimeError as error:
         kind = "spacing" if "Refusing to change spacing" in str(error) else "unreadable"

@@ -12,6 +12,7 @@ from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization impo
 
 from nnunetv2_vf.importing.channels import AUTO, count_hu_like
 from nnunetv2_vf.importing.journal import ReportRow
+from nnunetv2_vf.importing.search import FoundSources
 
 REPORT, REFUSED_REPORT = "import_report.csv", "import_report_refused.csv"
 
@@ -32,8 +33,23 @@ def count_rejections(rows: Sequence[ReportRow]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
 
 
-def summarize(dataset_name: str, rows: Sequence[ReportRow], channel_names: Sequence[str], channel: str) -> list[str]:
-    """Return the lines that summarise a dataset: its cases, rejected volumes, notes and channels.
+def describe_left_out(found: FoundSources) -> list[str]:
+    """Return a phrase for each group of files that is not in the report: labels, not selected, no volumes."""
+    phrases = []
+    if found.num_labels:
+        phrases.append(f"left out {found.num_labels} volumes with names of labels (to import them: --keep labels)")
+    if found.num_not_selected:
+        phrases.append(f"left out {found.num_not_selected} volumes that --select does not name")
+    if found.ignored:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in found.ignored.most_common(5))
+        phrases.append(f"ignored {sum(found.ignored.values())} other files ({kinds})")
+    return phrases
+
+
+def summarize(
+    dataset_name: str, rows: Sequence[ReportRow], channel_names: Sequence[str], channel: str, found: FoundSources
+) -> list[str]:
+    """Return the lines that summarise a dataset: its cases, rejected volumes, notes, files left out, and channels.
 
     Args:
         channel: the value of ``--channel``.
@@ -46,6 +62,7 @@ def summarize(dataset_name: str, rows: Sequence[ReportRow], channel_names: Seque
     notes = Counter(note.partition(":")[0] for row in accepted for note in row.note.split("; ") if note)
     if notes:
         lines.append(f"  notes: {', '.join(f'{count} {kind}' for kind, count in notes.most_common())}")
+    lines += [f"  {phrase}" for phrase in describe_left_out(found)]
     hu_like_counts = count_hu_like(accepted, len(channel_names))
     for number, (name, counts) in enumerate(zip(channel_names, hu_like_counts, strict=True)):
         normalization = get_normalization_scheme(name).__name__

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 from nnunetv2_vf.errors import UserError
 
-CHECKS = ("duplicates", "nonfinite", "direction", "slices")  # legal values of --keep
+CHECKS = ("duplicates", "nonfinite", "direction", "slices", "labels")  # legal values of --keep
 FILE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")  # formats that nnU-Net reads
 
 
@@ -22,7 +22,7 @@ class Selection:
         min_range: a volume is rejected as constant if its intensities span no more than this.
         keep: checks of :data:`CHECKS` that repair a volume instead of rejecting it. Duplicates are kept, non-finite
             voxels are set to the lowest finite value, directions are made orthonormal, unevenly spaced slices are
-            treated as evenly spaced.
+            treated as evenly spaced, label maps are imported as images.
         split_4d: True splits a 4D file into volumes; False rejects it.
 
     Raises:

@@ -14,6 +14,7 @@ import SimpleITK as sitk  # noqa: N813  the package's own convention
 
 from nnunetv2_vf.importing.body_mask import is_hu_like
 from nnunetv2_vf.importing.images import image_on_grid
+from nnunetv2_vf.importing.label_maps import describe_label_map
 from nnunetv2_vf.importing.settings import Selection
 
 # Largest error of a direction cosine that counts as rounding. Headers written with two digits stay below it; a scanner
@@ -76,6 +77,8 @@ def check_volume(volume: Volume, selection: Selection) -> VolumeFacts:
     for minimum, maximum in ranges:
         if maximum - minimum <= selection.min_range:
             raise RejectedError(f"constant: all intensities are between {minimum:g} and {maximum:g}")
+    for array in arrays:
+        _check_labels(array, selection, volume.notes)
     return VolumeFacts(
         minimum=min(minimum for minimum, _ in ranges),
         maximum=max(maximum for _, maximum in ranges),
@@ -148,6 +151,14 @@ def _make_finite(image: sitk.Image, selection: Selection, notes: list[str]) -> s
         raise RejectedError(f"nonfinite: {count} voxels are NaN or infinite")
     notes.append(f"nonfinite: {count} voxels set to the lowest finite value")
     return image_on_grid(np.where(is_finite, array, array[is_finite].min()), image)
+
+
+def _check_labels(array: np.ndarray, selection: Selection, notes: list[str]) -> None:
+    description = describe_label_map(array)
+    if description and "labels" not in selection.keep:
+        raise RejectedError(f"labels: {description}")
+    if description:
+        notes.append(f"labels: {description}")
 
 
 def _hash_content(arrays: Sequence[np.ndarray], spacing: Sequence[float]) -> str:

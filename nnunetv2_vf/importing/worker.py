@@ -10,7 +10,7 @@ import os
 import numpy as np
 import SimpleITK as sitk  # noqa: N813  the package's own convention
 
-from nnunetv2_vf.importing.body_mask import find_body, segmentation_note
+from nnunetv2_vf.importing.body_mask import find_body
 from nnunetv2_vf.importing.case_files import CannotWriteError, CaseFiles
 from nnunetv2_vf.importing.images import error_line, image_on_grid
 from nnunetv2_vf.importing.journal import ReportRow
@@ -82,7 +82,8 @@ def _import_volume(volume: Volume, row: ReportRow, case_files: CaseFiles, settin
         mask, mask_note = find_body(array, facts.hu_like[0])
     else:
         mask, mask_note = np.ones(array.shape, dtype=np.uint8), ""
-    volume.notes += filter(None, [mask_note, segmentation_note(array)])
+    if mask_note:
+        volume.notes.append(mask_note)
     label = image_on_grid(mask, volume.images[0])
     case_files.write(volume.case, volume.images, label, link_targets=volume.files if row.linked else ())
     row.case = volume.case

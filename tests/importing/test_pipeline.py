@@ -17,6 +17,7 @@ from unlabelled_data import (
     PATIENT_ID,
     PATIENT_NAME,
     STUDY_UID,
+    VOLUME_FORMATS,
     assert_consistent,
     ct,
     import_error,
@@ -38,12 +39,12 @@ from unlabelled_data import (
 
 
 def write_all_formats(data: Path) -> None:
-    for number, ending in enumerate(("nii", "nii.gz", "nrrd", "mha", "mhd")):
+    for number, ending in enumerate(VOLUME_FORMATS):
         write_volume(data / "files" / f"{number}.{ending}", ct(number))
-    write_dicom(data / PATIENT_NAME, ct(5))
-    write_dicom(data / PATIENT_NAME, ct(6), series=2)
-    write_dicom(data / "no_ending", ct(7), series=3, ending="")
-    write_4d(data / "4d.nii.gz", [ct(8), ct(9)])
+    write_dicom(data / PATIENT_NAME, ct(10))
+    write_dicom(data / PATIENT_NAME, ct(11), series=2)
+    write_dicom(data / "no_ending", ct(12), series=3, ending="")
+    write_4d(data / "4d.nii.gz", [ct(13), ct(14)])
 
 
 def test_volumes_of_every_format_become_a_dataset(dataset, data, capsys):
@@ -51,7 +52,7 @@ def test_volumes_of_every_format_become_a_dataset(dataset, data, capsys):
     run_import(data)
     assert_consistent(dataset)
     rows = read_report(dataset)
-    assert len(rows) == 10
+    assert len(rows) == 12
     assert all(row["status"] == "accepted" and row["shape"] == "20x24x28" for row in rows)
     assert {row["spacing_mm"] for row in rows} == {"2x1.5x1"}
     description = read_description(dataset)
@@ -66,8 +67,8 @@ def test_volumes_of_every_format_become_a_dataset(dataset, data, capsys):
         assert 0.3 < body.mean() < 0.6
     assert (dataset / "import_preview.png").read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out
-    assert "10 cases" in output
-    assert "channel 0 is CT (10 of 10 volumes look like HU)" in output
+    assert "12 cases" in output
+    assert "channel 0 is CT (12 of 12 volumes look like HU)" in output
     assert "next: nnUNetv2_plan_and_preprocess -d 100 -c 3d_fullres\n" in output
 
 
@@ -151,11 +152,15 @@ def test_no_split_4d_rejects_4d_files(dataset, data):
     assert read_outcomes(dataset) == {"4d.nii.gz": "4D", "3d.nii.gz": "accepted"}
 
 
-def test_a_volume_that_looks_like_a_segmentation_is_noted(dataset, data, capsys):
+def test_a_volume_that_looks_like_a_segmentation_is_rejected_or_kept_with_a_note(dataset, data, capsys):
     write_volume(data / "1.nii.gz", (ct(1) > -500).astype(np.int16) * 3)
+    write_volume(data / "2.nii.gz", mr(2))
     run_import(data)
-    (row,) = read_report(dataset)
-    assert row["note"] == "labels: only 2 different values, all integers; is this a segmentation?"
+    assert read_outcomes(dataset) == {"1.nii.gz": "labels", "2.nii.gz": "accepted"}
+    run_import(data, "--keep", "labels")
+    kept, _ = read_report(dataset)
+    assert kept["status"] == "accepted"
+    assert kept["note"].startswith("labels: looks like a segmentation: 2 different values, all whole; ")
     assert "notes: 1 labels" in capsys.readouterr().out
 
 

@@ -47,7 +47,7 @@ def test_a_4d_file_is_split_or_rejected(tmp_path, ending):
 @pytest.mark.parametrize("ending", VOLUME_FORMATS)
 def test_a_truncated_file_is_rejected_as_unreadable(tmp_path, ending):
     path = write_volume(tmp_path / f"a.{ending}", ct(0))
-    truncate(path.with_suffix(".raw") if ending == "mhd" else path)
+    truncate(path.with_suffix({"mhd": ".raw", "nhdr": ".raw", "hdr": ".img"}.get(ending, path.suffix)))
     assert check_only_volume(path).startswith("unreadable")
 
 
@@ -68,6 +68,7 @@ def test_an_empty_file_is_rejected_as_unreadable(tmp_path, ending):
         ("mha", rb"ElementSpacing = 1", b"ElementSpacing = 0"),
         ("mha", rb"ElementSpacing = 1", b"ElementSpacing = -1"),
         ("mhd", rb"ElementSpacing[^\n]*\n", b""),
+        ("nhdr", rb"space directions:[^\n]*\n", b""),
         ("nrrd", rb"space directions:[^\n]*\n", b"space directions: none none none\n"),
     ],
 )

@@ -1,0 +1,246 @@
+"""Find the sources in folders of unlabelled data: volume files, cases of several channels, and DICOM folders.
+
+The search looks at names, sizes and times only, and at the first bytes of files whose name does not tell their format.
+Listing 110,000 files takes seconds. :mod:`.readers` reads the content later.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.importing.layouts import is_label_file, is_label_folder
+from nnunetv2_vf.importing.sources import (
+    VOLUME_ENDINGS,
+    Source,
+    data_files,
+    file_stem,
+    is_other_file,
+    may_be_dicom,
+    split_channel,
+    volume_ending,
+)
+
+# Volumes in formats that are not read. Each gets a line in the report.
+_UNREAD_ENDINGS = (
+    *(".mgz", ".mgh", ".mnc", ".par", ".head", ".gipl", ".gipl.gz", ".vtk", ".vti", ".npy", ".npz"),
+    *(".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip", ".img", ".img.gz"),
+)
+
+
+@dataclass(frozen=True)
+class FoundSources:
+    """What a search has found.
+
+    Attributes:
+        sources: sorted by path.
+        ignored: number of files that are no volumes, by kind.
+        num_labels: number of volumes that were left out because their name or folder says that they are labels.
+        num_not_selected: number of volumes that were left out because ``--select`` does not name them.
+    """
+
+    sources: list[Source]
+    ignored: Counter[str]
+    num_labels: int = 0
+    num_not_selected: int = 0
+
+
+def find_sources(
+    paths: Sequence[Path], excluded: Path, select: Sequence[str] = (), keep_labels: bool = False
+) -> FoundSources:
+    """Find all sources in folders, recursively and through links. A path may also be a file: files of one folder that
+    are named like channels of a case become one source, as in a folder.
+
+    Hidden files and folders are ignored. Files and folders whose names say that they hold labels are left out; a given
+    folder is searched whatever its name is.
+
+    Args:
+        excluded: a folder that is not searched: the dataset that the import writes.
+        select: patterns with ``*`` and ``?``; if there are any, only volumes are found that have one of them in their
+            path below the given folder.
+        keep_labels: True finds labels too.
+
+    Raises:
+        UserError: a path does not exist, or no path contains a volume.
+    """
+    search = _Search(select, keep_labels)
+    found: list[Source] = []
+    files: dict[str, list[str]] = {}  # folder -> names of the given files in it
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} does not exist; give folders or files with volumes")
+        absolute = os.path.abspath(path)
+        if path.is_file():
+            files.setdefault(os.path.dirname(absolute), []).append(os.path.basename(absolute))
+        else:
+            found += search.find_in_tree(absolute, excluded)
+    for folder, names in files.items():
+        found += search.find_among_files(folder, names, below="")
+    if not found:
+        raise UserError(search.describe_failure(paths))
+    by_key = {source.key: source for source in found}
+    ignored = +search.ignored  # + drops the kinds without files
+    return FoundSources([by_key[key] for key in sorted(by_key)], ignored, search.num_labels, search.num_not_selected)
+
+
+class _Search:
+    """A search in progress: its options, and the numbers of files that it has left out."""
+
+    def __init__(self, select: Sequence[str], keep_labels: bool):
+        self.patterns = [f"*{pattern}*" for pattern in select]
+        self.keep_labels = keep_labels
+        self.ignored: Counter[str] = Counter()
+        self.num_labels = self.num_not_selected = 0
+
+    def find_in_tree(self, root: str, excluded: Path) -> Iterator[Source]:
+        """Yield the sources below a folder."""
+        visited = {_inode(excluded)} if excluded.exists() else set()  # links can form circles
+        pending = [(root, False)]
+        while pending:
+            folder, holds_labels = pending.pop()
+            try:
+                inode = _inode(folder)
+                with os.scandir(folder) as entries:
+                    is_folder = {entry.name: _is_folder(entry) for entry in entries}
+            except OSError as error:
+                yield Source((folder,), "", f"unreadable: {error.strerror}")
+                continue
+            if inode in visited:
+                continue
+            visited.add(inode)
+            subfolders = sorted(name for name in is_folder if is_folder[name] and not name.startswith("."))
+            pending += [
+                (os.path.join(folder, name), holds_labels or self._is_label_folder(name, is_folder.keys()))
+                for name in reversed(subfolders)
+            ]
+            files = sorted(name for name in is_folder if not is_folder[name])
+            if holds_labels:
+                self._count_labels(folder, files)
+            else:
+                yield from self.find_among_files(folder, files, below=root)
+
+    def _is_label_folder(self, name: str, siblings: Sequence[str] | set[str]) -> bool:
+        return not self.keep_labels and is_label_folder(name, siblings)
+
+    def _count_labels(self, folder: str, names: Sequence[str]) -> None:
+        volumes = sum(bool(volume_ending(name)) for name in names)
+        self.num_labels += volumes or any(may_be_dicom(folder, name) for name in names)
+
+    def find_among_files(self, folder: str, names: Sequence[str], below: str) -> Iterator[Source]:
+        """Yield the sources among some files of a folder.
+
+        Args:
+            below: the patterns of the selection apply to the part of a path below this folder; if empty, to the name.
+        """
+        visible = [name for name in names if not name.startswith(".")]
+        self.ignored["hidden"] += len(names) - len(visible)
+        volumes = [name for name in visible if volume_ending(name)]
+        data = {os.path.basename(file).lower() for name in volumes for file in data_files(name)}
+        others = [name for name in visible if not volume_ending(name) and name.lower() not in data]
+        above = f"{folder[len(below) :].lstrip(os.sep)}{os.sep}" if below and folder != below else ""
+        yield from _group_files(folder, [name for name in volumes if self._is_wanted(name, above)])
+        if any(may_be_dicom(folder, name) for name in others):
+            if self._is_selected(above or os.path.basename(folder)):
+                yield Source((folder,), f"{len(others)} files {os.stat(folder).st_mtime_ns}")
+            others = [name for name in others if is_other_file(name)]
+        for name in others:
+            if not name.lower().endswith(_UNREAD_ENDINGS):
+                self.ignored[os.path.splitext(name)[1].lower() or "no ending"] += 1
+            elif self._is_wanted(name, above):
+                yield _file_source((os.path.join(folder, name),), _describe_unread_format(name))
+
+    def _is_wanted(self, name: str, above: str) -> bool:
+        """True unless a volume file is left out; counts it if it is."""
+        if not self.keep_labels and is_label_file(file_stem(name)):
+            self.num_labels += 1
+            return False
+        return self._is_selected(above + name)
+
+    def _is_selected(self, path: str) -> bool:
+        is_selected = not self.patterns or any(fnmatchcase(path, pattern) for pattern in self.patterns)
+        self.num_not_selected += not is_selected
+        return is_selected
+
+    def describe_failure(self, paths: Sequence[Path]) -> str:
+        """Return the message for a search that has found nothing."""
+        searched = ", ".join(map(str, paths))
+        if self.num_not_selected:
+            patterns = ",".join(pattern[1:-1] for pattern in self.patterns)
+            return (
+                f"--select {patterns} matches none of {self.num_not_selected} volumes in {searched}; legal: parts of "
+                "their paths, such as T1w"
+            )
+        if self.num_labels:
+            return f"no images in {searched}, but {self.num_labels} with names of labels; import them: --keep labels"
+        return (
+            f"no volumes in {searched}; searched for {', '.join(VOLUME_ENDINGS)} and DICOM files; found "
+            f"{sum(self.ignored.values())} other files"
+        )
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _inode(path: str | Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _describe_unread_format(name: str) -> str:
+    ending = next(ending for ending in sorted(_UNREAD_ENDINGS, key=len, reverse=True) if name.lower().endswith(ending))
+    if ending.startswith(".img"):
+        return f"format: {ending} without its header {ending.replace('img', 'hdr')}"
+    return f"format: {ending} is not read; convert it to .nii.gz"
+
+
+def _group_files(folder: str, names: list[str]) -> Iterator[Source]:
+    """Yield the files of a folder as sources: one for each case, with all its channels."""
+    for channels, rejection in _group_channels(names):
+        yield _file_source(tuple(os.path.join(folder, name) for name in channels), rejection)
+
+
+def _group_channels(names: list[str]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Group the volume files of a folder into cases. Yield the files of each case and the reason to reject it, if any.
+
+    A folder follows nnU-Net's names ``CASE_0000``, ``CASE_0001`` if every name ends in a channel number and at least
+    one case has channels 0 and 1. In any other folder every file is a case.
+    """
+    cases = _files_by_channel(names)
+    if not any({0, 1} <= {*channels} for channels in cases.values()):
+        yield from (((name,), "") for name in names)
+        return
+    num_channels = Counter(map(len, cases.values())).most_common(1)[0][0]
+    expected = {*range(num_channels)}
+    for channels in cases.values():
+        missing = sorted(expected - {*channels})
+        rejection = f"channels: no {', '.join(f'_{number:04d}' for number in missing)}" if missing else ""
+        yield tuple(channels[number] for number in sorted(channels)), rejection
+
+
+def _files_by_channel(names: list[str]) -> dict[str, dict[int, str]]:
+    """Return the file name of each channel of each case; nothing if a name does not end in a channel number."""
+    cases: dict[str, dict[int, str]] = {}
+    for name in names:
+        case, channel = split_channel(file_stem(name))
+        if channel is None:
+            return {}
+        cases.setdefault(case + volume_ending(name), {})[channel] = name
+    return cases
+
+
+def _file_source(paths: tuple[str, ...], rejection: str = "") -> Source:
+    data = [file for path in paths for file in data_files(path) if os.path.isfile(file)]
+    try:
+        stats = [os.stat(path) for path in (*paths, *data)]
+    except OSError as error:  # a broken link
+        return Source(paths, "", f"unreadable: {error.strerror}")
+    return Source(paths, " ".join(f"{status.st_size} {status.st_mtime_ns}" for status in stats), rejection)
