@@ -1,8 +1,9 @@
 """Volume Fusion pretraining for stock nnU-Net v2. This is the map of the package.
 
-Four wings, one per step of the method. Each wing's docstring lists its modules::
+Five wings, one per step of the method. Each wing's docstring lists its modules::
 
     importing    folders of unlabelled volumes -> a raw dataset of nnU-Net
+    preparation  raw dataset -> nnU-Net's fingerprint and preprocessed cases, on several machines
     pretext      preprocessed case -> two fused sub-volumes and their fusion classes, which the network predicts
     training     what both trainers share: ranks, checkpoints, resuming, monitoring, schedules
     transfer     vf_pretrained.pth: write, read safely, compare with a target's plans, adapt, convert
@@ -32,13 +33,15 @@ The ground, which everything may use::
     nnunet_folders    finds a dataset and its plans in nnU-Net's folders
     nnunet_commands   runs nnU-Net's commands; the value of nnUNet_extTrainer
     network_parts     encoder, decoder or heads: the part that a weight belongs to
+    parts             shares work among machines: parts, journals, locks
+    process_pool      runs a function on many items in several processes
     durable_files     writes files that survive crashes and power loss
     errors            errors that a user can correct
 
 Who may import whom (checked by ``lint-imports``):
 
 - entrances -> planners and trainers -> wings -> networks -> ground. Imports go only in this direction.
-- The four wings are independent of one another. ``importing`` does not use torch.
+- The five wings are independent of one another. ``importing`` does not use torch.
 - ``pretext`` and the networks know nothing of nnU-Net. Nothing imports a trainer: nnU-Net finds them by itself.
 
 Importing ``nnunetv2_vf`` itself imports neither torch nor nnU-Net.

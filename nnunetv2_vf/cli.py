@@ -40,7 +40,9 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_env(commands)
     _add_import(commands)
+    _add_fingerprint(commands)
     _add_plan(commands)
+    _add_preprocess(commands)
     _add_preview(commands)
     _add_convert(commands)
     _add_adapt(commands)
@@ -68,6 +70,39 @@ def _add_plans_arguments(parser: argparse.ArgumentParser, dataset_required: bool
         metavar="CONFIGURATION",
         help="configuration of the plans; default: %(default)s",
     )
+
+
+def _add_parts_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that divide work among processes and machines: -np, -num_parts, -part_id, as in nnU-Net."""
+    parser.add_argument(
+        "-np",
+        type=int,
+        metavar="N",
+        help="number of processes, each of which holds one case in memory; default: nnUNet_def_n_proc, else 8",
+    )
+    parser.add_argument(
+        "--num_parts",
+        "-num_parts",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of parts, which can run at the same time, also on different machines; default: %(default)s",
+    )
+    parser.add_argument(
+        "--part_id",
+        "-part_id",
+        type=int,
+        default=0,
+        metavar="I",
+        help="the part to work on, 0 to N - 1; default: %(default)s",
+    )
+
+
+def _processes(args: argparse.Namespace) -> int:
+    """Return the number of processes: -np, or nnU-Net's default."""
+    from nnunetv2.configuration import default_num_processes
+
+    return int(default_num_processes if args.np is None else args.np)
 
 
 # ---------------------------------------------------------------- env
@@ -176,41 +211,46 @@ def _add_import(commands: _Commands) -> None:
         "are made orthonormal), slices (a DICOM series with missing or unevenly spaced slices), labels (volumes "
         "that look like a segmentation, and files with names of labels)",
     )
-    parser.add_argument(
-        "-np",
-        type=int,
-        metavar="N",
-        help="number of processes, each of which holds one file in memory; default: nnUNet_def_n_proc, else 8",
-    )
-    parser.add_argument(
-        "--num_parts",
-        "-num_parts",
-        type=int,
-        default=1,
-        metavar="N",
-        help="number of parts, which can run at the same time; default: %(default)s",
-    )
-    parser.add_argument(
-        "--part_id",
-        "-part_id",
-        type=int,
-        default=0,
-        metavar="I",
-        help="the part to import, 0 to N - 1; default: %(default)s",
-    )
+    _add_parts_arguments(parser)
 
 
 def _run_import(args: argparse.Namespace) -> None:
-    from nnunetv2.configuration import default_num_processes
-
     from nnunetv2_vf.importing.pipeline import import_volumes
     from nnunetv2_vf.importing.settings import ImportSettings, Selection
 
     keep, select = (tuple(sorted(filter(None, value.split(",")))) for value in (args.keep, args.select))
     selection = Selection(args.min_size, args.max_spacing, args.min_range, keep, not args.no_split_4d)
     settings = ImportSettings(selection, not args.no_mask, args.link, args.file_ending)
-    processes = default_num_processes if args.np is None else args.np
-    import_volumes(args.d, args.n, args.paths, settings, args.channel, select, processes, args.num_parts, args.part_id)
+    import_volumes(
+        args.d, args.n, args.paths, settings, args.channel, select, _processes(args), args.num_parts, args.part_id
+    )
+
+
+# ---------------------------------------------------------------- fingerprint
+
+
+def _add_fingerprint(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "fingerprint",
+        _run_fingerprint,
+        "make nnU-Net's dataset fingerprint on several machines, or from a sample of the cases",
+        "Make the same dataset_fingerprint.json as nnUNetv2_extract_fingerprint. Several machines can share the work, "
+        "an interrupted command continues if you run it again, and a random sample of the cases can stand for all.",
+    )
+    parser.add_argument("-d", required=True, metavar="DATASET", help="dataset id or name")
+    parser.add_argument(
+        "--sample", type=int, metavar="N", help="analyze N cases, chosen at random; the file says so; default: all"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random sample; default: %(default)s")
+    parser.add_argument("--clean", action="store_true", help="make a new fingerprint even if there is one")
+    _add_parts_arguments(parser)
+
+
+def _run_fingerprint(args: argparse.Namespace) -> None:
+    from nnunetv2_vf.preparation.fingerprint import extract_fingerprint
+
+    extract_fingerprint(args.d, args.sample, args.seed, _processes(args), args.num_parts, args.part_id, args.clean)
 
 
 # ---------------------------------------------------------------- plan
@@ -291,6 +331,39 @@ def _run_plan(args: argparse.Namespace) -> None:
         reports = plan_pct_net(args.d, **options)
     for report in reports:
         print(report)
+
+
+# ---------------------------------------------------------------- preprocess
+
+
+def _add_preprocess(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "preprocess",
+        _run_preprocess,
+        "preprocess a dataset on several machines, and only the cases that are not done",
+        "Make the same preprocessed cases as nnUNetv2_preprocess. Several machines can share the work. Cases that are "
+        "done are skipped, so that an interrupted command continues if you run it again. A case that fails is left "
+        "out and named at the end, with exit status 1.",
+    )
+    parser.add_argument("-d", required=True, metavar="DATASET", help="dataset id or name")
+    parser.add_argument(
+        "-plans_name", default="nnUNetPlans", metavar="PLANS", help="name of the plans; default: %(default)s"
+    )
+    parser.add_argument(
+        "-c",
+        nargs="+",
+        default=["3d_fullres"],
+        metavar="CONFIGURATION",
+        help="configurations of the plans; default: 3d_fullres",
+    )
+    _add_parts_arguments(parser)
+
+
+def _run_preprocess(args: argparse.Namespace) -> None:
+    from nnunetv2_vf.preparation.preprocess import preprocess_dataset
+
+    preprocess_dataset(args.d, args.plans_name, args.c, _processes(args), args.num_parts, args.part_id)
 
 
 # ---------------------------------------------------------------- preview

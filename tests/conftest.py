@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing.forkserver
 import os
 import shutil
 from collections.abc import Iterator
@@ -64,6 +65,20 @@ def shrink_network(plans_file: Path) -> None:
     network = configuration["architecture"]["arch_kwargs"]
     network["features_per_stage"] = [4 * 2**stage for stage in range(network["n_stages"])]
     plans_file.write_text(json.dumps(plans))
+
+
+@pytest.fixture(scope="session")
+def fast_processes() -> None:
+    """Start the process whose forks import and preprocess, with all that they need: torch is imported once only."""
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        multiprocessing.forkserver.set_forkserver_preload(
+            [
+                "nnunetv2_vf.importing.worker",
+                "nnunetv2_vf.preparation.fingerprint",
+                "nnunetv2_vf.preparation.preprocess",
+            ]
+        )
+        multiprocessing.forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")

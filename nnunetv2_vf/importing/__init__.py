@@ -11,8 +11,7 @@ Start reading in :mod:`.pipeline`. In the order in which an import uses them::
     state         decides which sources are finished
       journal       one line per finished source, so that an interrupted import can continue
       description   dataset.json
-    process_pool  runs the worker in several processes
-    worker        imports one source:
+    worker        imports one source, in one of several processes:
       readers       chooses the reader for the format of a file; reads NRRD and MetaImage
         nifti         reads and checks NIfTI and Analyze files
         dicom         reads and checks DICOM series
@@ -26,5 +25,6 @@ Start reading in :mod:`.pipeline`. In the order in which an import uses them::
       report        import_report.csv and the printed summary
       picture       some volumes with the outline of the body
 
-May import: the ground (errors, nnunet_folders). Imports neither torch, nor training code, nor other wings.
+May import: the ground (errors, nnunet_folders, parts, process_pool). Imports neither torch, nor training code, nor
+other wings.
 """

@@ -19,13 +19,14 @@ from nnunetv2_vf.importing.description import DESCRIPTION
 from nnunetv2_vf.importing.job import ImportJob, prepare_job
 from nnunetv2_vf.importing.journal import JOURNAL_FOLDER, ReportRow, SourceRecord
 from nnunetv2_vf.importing.merge import merge_if_finished
-from nnunetv2_vf.importing.process_pool import run_in_processes
 from nnunetv2_vf.importing.report import describe_left_out
 from nnunetv2_vf.importing.search import find_sources
 from nnunetv2_vf.importing.settings import ImportSettings
 from nnunetv2_vf.importing.sources import Source, is_in_part
 from nnunetv2_vf.importing.worker import import_source, start_worker
 from nnunetv2_vf.nnunet_folders import require_variables
+from nnunetv2_vf.parts import check_parts, part_name
+from nnunetv2_vf.process_pool import run_in_processes
 
 # A source that was rejected for one of these reasons is tried again: the next attempt may succeed on the same file.
 _RETRIED_KINDS = ("unreadable", "memory", "error")
@@ -56,22 +57,17 @@ def import_volumes(
     Raises:
         UserError: a value is not legal, no volume can be used, or ``auto`` finds both HU-like and other volumes.
     """
-    if num_parts < 1:
-        raise UserError(f"--num_parts is {num_parts}; it must be at least 1")
-    if not 0 <= part_id < num_parts:
-        raise UserError(f"--part_id is {part_id}; with --num_parts {num_parts} it must be 0 to {num_parts - 1}")
-    if processes < 1:
-        raise UserError(f"-np is {processes}; it must be at least 1")
+    check_parts(num_parts, part_id, processes)
     folder = _choose_dataset_folder(dataset_id, name)
     try:
         found = find_sources(paths, folder, select, keep_labels="labels" in settings.selection.keep)
-        job = prepare_job(folder, found, settings, channel, part=f"part_{part_id}_of_{num_parts}")
+        job = prepare_job(folder, found, settings, channel, part_name(num_parts, part_id))
         _print_start(job)
         with job.journal.lock_part():
             _import_sources(
                 job, [source for source in found.sources if is_in_part(source, part_id, num_parts)], processes
             )
-            with job.journal.lock_dataset():
+            with job.journal.lock_merge():
                 num_unfinished = merge_if_finished(job)
     except (OSError, CannotWriteError) as error:
         action = "write to" if isinstance(error, CannotWriteError) else "read or write"
@@ -148,7 +144,7 @@ def _import_in_processes(job: ImportJob, sources: Sequence[Source], processes: i
     import_one = partial(import_source, job.case_files, job.settings)
     digest, keep_duplicates = job.settings.digest, "duplicates" in job.settings.selection.keep
     counts: Counter[str] = Counter()
-    for source, result in run_in_processes(import_one, sources, processes, start_worker):
+    for source, result in run_in_processes(import_one, sources, processes, start_worker, import_source.__module__):
         killed = ReportRow(
             source.key, reason="memory: the process that read it died twice; it may be too large or damaged"
         )

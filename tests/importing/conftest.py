@@ -7,7 +7,7 @@ from unlabelled_data import DATASET
 
 
 @pytest.fixture
-def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast_processes: None) -> Path:
     """The folder that ``import`` will create in an empty ``nnUNet_raw``."""
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (tmp_path / variable).mkdir()

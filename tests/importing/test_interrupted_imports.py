@@ -160,7 +160,7 @@ def test_the_same_part_cannot_run_twice_at_the_same_time(dataset, data):
     write_volume(data / "1.nii.gz", ct(1))
     run_import(data)
     with FileLock(dataset / "import_journals" / "part_0_of_1.lock"):
-        assert "part_0_of_1 of this import is already running" in import_error(data)
+        assert "part_0_of_1 is already running" in import_error(data)
 
 
 # ---------------------------------------------------------------- damaged journals

@@ -1,0 +1,114 @@
+"""Work that machines with a common file system share in parts: ``-num_parts N -part_id I``, and journals of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+
+from nnunetv2_vf.errors import UserError
+
+
+def check_parts(num_parts: int, part_id: int, processes: int) -> None:
+    """Raise UserError unless the part exists and the number of processes is positive."""
+    if num_parts < 1:
+        raise UserError(f"--num_parts is {num_parts}; it must be at least 1")
+    if not 0 <= part_id < num_parts:
+        raise UserError(f"--part_id is {part_id}; with --num_parts {num_parts} it must be 0 to {num_parts - 1}")
+    if processes < 1:
+        raise UserError(f"-np is {processes}; it must be at least 1")
+
+
+def part_name(num_parts: int, part_id: int) -> str:
+    """Return the name of a part, which its journal, its lock and its scratch folder have."""
+    return f"part_{part_id}_of_{num_parts}"
+
+
+class PartJournals:
+    """A folder with the journal of each part: lines of JSON, appended when a piece of work is finished.
+
+    All journals are read together, and the newest line about a piece of work counts. Each line has a ``time``, in
+    seconds since the epoch. A line that a kill has cut off is ignored.
+
+    Args:
+        folder: created if it does not exist.
+        part: name of this part, to whose journal lines are appended.
+    """
+
+    def __init__(self, folder: Path, part: str):
+        self.folder = folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.part = part
+        self._path = folder / f"{part}.jsonl"
+
+    @contextmanager
+    def lock_part(self) -> Iterator[None]:
+        """Lock this part. The system releases the lock when the process ends, even if it is killed.
+
+        Raises:
+            UserError: another process works on this part.
+        """
+        try:
+            with _locked(self.folder / f"{self.part}.lock", timeout=0):
+                yield
+        except Timeout:
+            raise UserError(f"{self.part} is already running, says {self.folder}") from None
+
+    def lock_merge(self) -> AbstractContextManager[None]:
+        """Lock the merging of all parts. Wait if another part merges."""
+        return _locked(self.folder / "merge.lock", timeout=-1)
+
+    def append_line(self, content: Mapping[str, Any]) -> None:
+        """Append a line, with the current time, to the journal of this part."""
+        line = json.dumps({**content, "time": time.time()}).encode()
+        with self._path.open("ab+") as file:
+            if file.tell() and not _ends_with_newline(file):
+                line = b"\n" + line  # a kill has cut off the previous line
+            file.write(line + b"\n")
+
+    def read_newest(self, key: str) -> dict[str, dict[str, Any]]:
+        """Return the newest line of all journals for each value of an entry, such as ``case``."""
+        newest: dict[str, dict[str, Any]] = {}
+        for line in self._read_lines():
+            with suppress(KeyError):  # not written by this version
+                if line[key] not in newest or newest[line[key]]["time"] <= line["time"]:
+                    newest[line[key]] = line
+        return newest
+
+    def _read_lines(self) -> Iterator[dict[str, Any]]:
+        for path in sorted(self.folder.glob("*.jsonl")):
+            with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+                for line in lines:
+                    with suppress(ValueError):  # cut off
+                        content = json.loads(line)
+                        if isinstance(content, dict):
+                            yield content
+
+    @contextmanager
+    def replacing(self, path: Path) -> Iterator[Path]:
+        """Yield a temporary path; rename it to ``path`` if the block ends without an error."""
+        temporary = self.folder / f"{path.name}.{self.part}"
+        yield temporary
+        temporary.replace(path)
+
+
+@contextmanager
+def _locked(path: Path, timeout: float) -> Iterator[None]:
+    lock = FileLock(path)
+    with suppress(NotImplementedError):  # the file system has no locks; starting a part twice only repeats its work
+        lock.acquire(timeout)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _ends_with_newline(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"

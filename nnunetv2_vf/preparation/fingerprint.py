@@ -1,0 +1,224 @@
+"""``nnUNetv2_vf fingerprint``: nnU-Net's dataset fingerprint, in parts, continued after a crash, or of a sample."""
+
+from __future__ import annotations
+
+import functools
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from tqdm import tqdm
+
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.nnunet_folders import dataset_name, require_variables
+from nnunetv2_vf.parts import PartJournals, check_parts, part_name
+from nnunetv2_vf.preparation.raw_cases import (
+    Failure,
+    RawCase,
+    describe_failures,
+    killed,
+    read_raw_dataset,
+    run_or_describe_failure,
+    start_worker,
+)
+from nnunetv2_vf.process_pool import run_in_processes
+
+FINGERPRINT = "dataset_fingerprint.json"
+_INTENSITIES = ".intensities"
+_SAMPLE = "volume_fusion_sample"  # entry of the file; nnU-Net ignores it
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a process needs to analyze a case."""
+
+    reader_writer_class: type
+    intensities_per_case: int
+
+    def analyze(self, case: RawCase) -> tuple[dict[str, Any], list[np.ndarray]]:
+        """Return nnU-Net's measurements of a case as a line of the journal, and the intensities of each channel."""
+        stamp = case.stamp()
+        shape, spacing, intensities, _, relative_size = DatasetFingerprintExtractor.analyze_case(
+            list(case.images), case.label, self.reader_writer_class, self.intensities_per_case
+        )
+        line = {
+            "case": case.name,
+            "stamp": stamp,
+            "intensities_per_case": self.intensities_per_case,
+            "shape": [int(voxels) for voxels in shape],
+            "spacing": [float(mm) for mm in spacing],
+            "relative_size": float(relative_size),
+        }
+        return line, [np.asarray(channel) for channel in intensities]  # an empty list becomes an empty float64 array
+
+
+class _Results:
+    """The measurements of the cases: lines in the journals, and beside each journal a file with intensities.
+
+    A line says where the intensities of its case begin in the file, and which type and how many there are for each
+    channel. They are written before the line, so whole lines have whole intensities.
+    """
+
+    def __init__(self, folder: Path, part: str):
+        self.journals = PartJournals(folder, part)
+        self._file = folder / f"{part}{_INTENSITIES}"
+
+    def append(self, line: Mapping[str, Any], intensities: Sequence[np.ndarray]) -> None:
+        with self._file.open("ab") as file:
+            begin = file.tell()
+            for channel in intensities:
+                file.write(channel.tobytes())
+        arrays = [[channel.dtype.str, len(channel)] for channel in intensities]
+        self.journals.append_line({**line, "file": self._file.name, "begin": begin, "arrays": arrays})
+
+    def read_lines(self, intensities_per_case: int) -> dict[str, dict[str, Any]]:
+        """Return the newest line of each case with this number of intensities."""
+        lines = self.journals.read_newest("case")
+        return {case: line for case, line in lines.items() if line["intensities_per_case"] == intensities_per_case}
+
+    def read_intensities(self, line: Mapping[str, Any], channel: int) -> np.ndarray:
+        sizes = [np.dtype(dtype).itemsize * count for dtype, count in line["arrays"]]
+        dtype, count = line["arrays"][channel]
+        offset = line["begin"] + sum(sizes[:channel])
+        return np.fromfile(self.journals.folder / line["file"], dtype, count, offset=offset)
+
+    def clear(self) -> None:
+        for file in self.journals.folder.iterdir():
+            if file.suffix in (".jsonl", _INTENSITIES):
+                file.unlink()
+
+
+def extract_fingerprint(
+    dataset: str, sample: int | None, seed: int, processes: int, num_parts: int, part_id: int, clean: bool
+) -> None:
+    """Write the fingerprint of a dataset, which planning needs. Continues where an earlier run has stopped.
+
+    Args:
+        dataset: id or name.
+        sample: number of cases to analyze, chosen at random; None for all.
+        seed: of the choice.
+        processes: number of processes, each of which holds one case in memory.
+        num_parts, part_id: analyze only this part of the cases. The part that finishes last writes the fingerprint.
+        clean: True makes a new fingerprint if there is one.
+
+    Raises:
+        UserError: a value is not legal, the dataset does not exist, or cases cannot be read.
+    """
+    check_parts(num_parts, part_id, processes)
+    require_variables(nnUNet_raw, nnUNet_preprocessed)
+    name = dataset_name(dataset)
+    description, all_cases = read_raw_dataset(name)
+    cases = _choose_cases(all_cases, sample, seed)
+    record = {} if sample is None else {_SAMPLE: {"cases": len(cases), "of": len(all_cases), "seed": seed}}
+    file = Path(nnUNet_preprocessed) / name / FINGERPRINT
+    if file.is_file() and not clean:
+        print(_describe_existing(file, len(cases), record))
+        return
+    start = time.time()
+    reader_writer_class = determine_reader_writer_from_dataset_json(description, next(iter(cases.values())).images[0])
+    task = _Task(reader_writer_class, _intensities_per_case(name, len(cases)))
+    results = _Results(file.parent / "journals" / "fingerprint", part_name(num_parts, part_id))
+    with results.journals.lock_part():
+        failures = _analyze(task, list(cases.values())[part_id::num_parts], results, processes)
+        with results.journals.lock_merge():
+            is_written = file.is_file() and file.stat().st_mtime >= start  # by another part
+            lines = results.read_lines(task.intensities_per_case)
+            unfinished = cases.keys() - lines.keys()
+            if not is_written and not unfinished:
+                fingerprint = _merge(results, [lines[case] for case in cases], len(_channels(description)))
+                with results.journals.replacing(file) as temporary:
+                    save_json({**fingerprint, **record}, str(temporary))
+                results.clear()
+    if failures:
+        raise UserError(f"{describe_failures(failures, len(cases))}; mend or remove them, then run the same command")
+    if unfinished and not is_written:
+        print(
+            f"part {part_id} of {num_parts} is finished; {len(unfinished)} cases of other parts are not. The part that "
+            "finishes last writes the fingerprint"
+        )
+        return
+    print(f"{file}: {len(cases)} cases\nnext: nnUNetv2_plan_experiment -d {dataset}, or nnUNetv2_vf plan -d {dataset}")
+
+
+def _choose_cases(cases: Mapping[str, RawCase], sample: int | None, seed: int) -> dict[str, RawCase]:
+    """Return all cases or a random sample of them, in nnU-Net's order."""
+    if sample is None:
+        return dict(cases)
+    if not 1 <= sample <= len(cases):
+        raise UserError(f"--sample is {sample}; legal: 1 to {len(cases)}, the number of cases")
+    chosen = set(random.Random(seed).sample(sorted(cases), sample))
+    return {name: case for name, case in cases.items() if name in chosen}
+
+
+def _describe_existing(file: Path, num_cases: int, record: Mapping[str, Any]) -> str:
+    existing = load_json(str(file))
+    is_the_same = len(existing["spacings"]) == num_cases and existing.get(_SAMPLE) == record.get(_SAMPLE)
+    change = "" if is_the_same else f", of {len(existing['spacings'])} other cases"
+    return f"{file} exists already{change}; to make it again: --clean"
+
+
+def _intensities_per_case(name: str, num_cases: int) -> int:
+    extractor = DatasetFingerprintExtractor(name)
+    return int(extractor.num_foreground_voxels_for_intensitystats // num_cases)
+
+
+def _analyze(task: _Task, cases: Sequence[RawCase], results: _Results, processes: int) -> list[Failure]:
+    """Analyze the cases that are not finished; return those that fail."""
+    lines = results.read_lines(task.intensities_per_case)
+    unfinished = [case for case in cases if case.name not in lines or _has_changed(case, lines[case.name]["stamp"])]
+    failures: list[Failure] = []
+    function = functools.partial(run_or_describe_failure, task.analyze)
+    with tqdm(total=len(cases), initial=len(cases) - len(unfinished), unit="case", smoothing=0.05) as progress:
+        for case, result in run_in_processes(function, unfinished, processes, start_worker, preload=__name__):
+            if result is None or isinstance(result, Failure):
+                failures.append(result or killed(case))
+            else:
+                results.append(*result)
+            progress.update()
+    return failures
+
+
+def _has_changed(case: RawCase, stamp: str) -> bool:
+    try:
+        return case.stamp() != stamp
+    except OSError:  # the case will fail, with a better message
+        return True
+
+
+def _merge(results: _Results, lines: Sequence[Mapping[str, Any]], num_channels: int) -> dict[str, Any]:
+    """Return the fingerprint, equal to nnU-Net's: the same operations on the same numbers in the same order."""
+    return {
+        "spacings": [line["spacing"] for line in lines],
+        "shapes_after_crop": [line["shape"] for line in lines],
+        "foreground_intensity_properties_per_channel": {
+            channel: _describe_intensities(np.concatenate([results.read_intensities(line, channel) for line in lines]))
+            for channel in range(num_channels)
+        },
+        "median_relative_size_after_cropping": float(np.median([line["relative_size"] for line in lines])),
+    }
+
+
+def _describe_intensities(intensities: np.ndarray) -> dict[str, float]:
+    low, median, high = np.percentile(intensities, (0.5, 50.0, 99.5))
+    return {
+        "mean": float(np.mean(intensities)),
+        "median": float(median),
+        "std": float(np.std(intensities)),
+        "min": float(np.min(intensities)),
+        "max": float(np.max(intensities)),
+        "percentile_99_5": float(high),
+        "percentile_00_5": float(low),
+    }
+
+
+def _channels(description: Mapping[str, Any]) -> Mapping[str, str]:
+    channels: Mapping[str, str] = description.get("channel_names") or description["modality"]
+    return channels
