@@ -139,7 +139,9 @@ def test_weights_of_a_two_dimensional_network_are_refused(healthy, tmp_path, cap
         with pytest.raises(SystemExit, match=r"Conv2d; legal: 3D networks"):
             main([*command, "-d", "7"])
     main(["info", str(path)])
-    assert "1 input channels, 6 classes" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 input channels, 6 classes" in out
+    assert "nnUNetv2_vf plan" not in out
 
 
 def test_a_dataset_without_numtraining_is_accepted(healthy, capsys):

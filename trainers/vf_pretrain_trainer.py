@@ -37,6 +37,7 @@ from nnunetv2_vf.training.quarantine import Quarantine
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
 from nnunetv2_vf.training.step import Precision, take_step
 from nnunetv2_vf.transfer import artifact
+from nnunetv2_vf.transfer.architectures import refusal_warning
 from nnunetv2_vf.transfer.metadata import describe_pretraining
 from nnunetv2_vf.transfer.model_card import CARD_NAME, write_model_card
 from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights
@@ -192,9 +193,13 @@ class VFPretrainTrainer(ResumableTrainer):
         super().on_train_start()
         self.print_to_log_file(f"Volume Fusion settings:\n{self.settings}\n", add_timestamp=False)
         self.print_to_log_file(f"Precision: {self.precision.name} on {self.device}\n", add_timestamp=False)
-        warning = patch_warning(self.configuration_manager)
-        if warning:
-            self.print_to_log_file(warning)
+        architecture = self.configuration_manager.configuration["architecture"]
+        for warning in (
+            patch_warning(self.configuration_manager),
+            refusal_warning(architecture, artifact.ARTIFACT_NAME),
+        ):
+            if warning:
+                self.print_to_log_file(warning)
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
