@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:  # it imports torch, which an import of volumes does not need
 
 _DATASET_NAME = re.compile(r"Dataset\d{3}_[^/]+")
 _NO_DATASET = "{!r} is not a dataset; legal: an id such as 7, or a full name such as Dataset007_Liver"
+# Errors of nnU-Net if entries of a configuration are missing, or if it inherits from itself or from an unknown one.
+UNREADABLE_CONFIGURATION = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 _PLAN_COMMANDS = {  # plans name -> the command that makes such plans
     "nnUNetPlans": "nnUNetv2_plan_and_preprocess -d {} -c 3d_fullres",
     "PCTNetPlans": "nnUNetv2_vf plan -d {}",
@@ -62,13 +65,21 @@ def dataset_name(dataset: str) -> str:
 def legal_configurations(plans_manager: PlansManager) -> list[str]:
     """Return the configurations that can be pretrained: 3D, and not the second stage of a cascade.
 
-    That stage has additional input channels, which are segmentations.
+    That stage has additional input channels, which are segmentations. Users may give configurations any name, so the
+    name says nothing.
     """
-    return [
-        name
-        for name in plans_manager.available_configurations
-        if name.startswith("3d") and plans_manager.get_configuration(name).previous_stage_name is None
-    ]
+    return [name for name in plans_manager.available_configurations if _is_legal(plans_manager, name)]
+
+
+def _is_legal(plans_manager: PlansManager, name: str) -> bool:
+    try:
+        with warnings.catch_warnings():
+            # nnU-Net warns about the format of old plans, also in configurations that the user did not name.
+            warnings.simplefilter("ignore")
+            configuration = plans_manager.get_configuration(name)
+        return len(configuration.patch_size) == 3 and configuration.previous_stage_name is None
+    except UNREADABLE_CONFIGURATION:
+        return False
 
 
 def plans_file(dataset: str, plans_name: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_t
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.nnunet_folders import legal_configurations, require_variables
+from nnunetv2_vf.nnunet_folders import UNREADABLE_CONFIGURATION, legal_configurations, require_variables
 from nnunetv2_vf.settings import VFSettings
 
 _MIN_PATCH_SIDE = 8  # voxels: the shortest side of a fusion box
@@ -70,27 +70,42 @@ def require_gpu(device: torch.device) -> None:
         raise UserError("torch finds no GPU; train on the CPU with -device cpu, or find out why: nnUNetv2_vf doctor")
 
 
-def require_configuration(plans_manager: PlansManager, name: str) -> None:
-    """Raise UserError if the plans have no such configuration."""
-    legal = plans_manager.available_configurations
-    if name not in legal:
+def require_configuration(
+    plans_manager: PlansManager, name: str, legal: Sequence[str] | None = None
+) -> ConfigurationManager:
+    """Return a configuration of the plans.
+
+    Args:
+        legal: configurations that the message names; default: all configurations of the plans.
+
+    Raises:
+        UserError: the plans have no such configuration, or it cannot be read, for example because the configuration
+            that it inherits from is missing.
+    """
+    available = plans_manager.available_configurations
+    hint = f"legal: {', '.join(available if legal is None else legal) or 'none, these plans have no 3D configuration'}"
+    if name not in available:
+        raise UserError(f"the plans {plans_manager.plans_name} have no configuration {name!r}; {hint}")
+    try:
+        configuration = plans_manager.get_configuration(name)
+        _ = configuration.patch_size
+    except UNREADABLE_CONFIGURATION as error:
         raise UserError(
-            f"the plans {plans_manager.plans_name} have no configuration {name!r}; legal: {', '.join(legal)}"
-        )
+            f"configuration {name!r} of the plans {plans_manager.plans_name} cannot be read: {error!r}; {hint}"
+        ) from error
+    return configuration
 
 
 def pretraining_configuration(plans_manager: PlansManager, name: str) -> ConfigurationManager:
     """Return a configuration of the plans if Volume Fusion can pretrain it.
 
     Raises:
-        UserError: the plans have no such configuration, or it is 2D, the second stage of a cascade, or has a patch
-            shorter than 8 voxels on a side.
+        UserError: the plans have no such configuration, or it cannot be read, is 2D, the second stage of a cascade, or
+            has a patch shorter than 8 voxels on a side.
     """
     usable = legal_configurations(plans_manager)
     hint = f"use one of: {', '.join(usable) or 'none, these plans have no 3D configuration'}"
-    if name not in plans_manager.available_configurations:
-        raise UserError(f"the plans {plans_manager.plans_name} have no configuration {name!r}; {hint}")
-    configuration = plans_manager.get_configuration(name)
+    configuration = require_configuration(plans_manager, name, usable)
     patch = tuple(configuration.patch_size)
     if len(patch) != 3:
         raise UserError(f"Volume Fusion needs a 3D configuration; {name!r} has the patch {patch}; {hint}")
