@@ -1,9 +1,12 @@
-"""Find a dataset and its plans in nnU-Net's folders."""
+"""Find a dataset, its plans and its split into folds in nnU-Net's folders."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,3 +106,52 @@ def plans_file(dataset: str, plans_name: str) -> Path:
         hint = f"; make them: {command.format(convert_dataset_name_to_id(name))}" if command else ""
         raise UserError(f"no plans {path}; there are: {available}{hint}")
     return path
+
+
+def read_splits(dataset: str) -> list[dict[str, list[str]]]:
+    """Return the cases ``train`` and ``val`` of each fold, from nnU-Net's ``splits_final.json``; without it, no folds.
+
+    Args:
+        dataset: full name.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    file = _splits_file(dataset)
+    if not file.is_file():
+        return []
+    try:
+        return [{part: [*map(str, fold[part])] for part in ("train", "val")} for fold in json.loads(file.read_text())]
+    except (OSError, ValueError, LookupError, TypeError) as error:  # ValueError: no JSON
+        raise UserError(
+            f"{file} cannot be read: {error!r}; delete it, so that nnU-Net makes new folds: rm {shlex.quote(str(file))}"
+        ) from error
+
+
+def describe_left_out_cases(dataset: str, cases: Collection[str]) -> str | None:
+    """Return a message if some cases of a dataset are in no fold; None if all are, or if there are no folds yet.
+
+    nnU-Net makes the folds when it first trains one, and keeps them when the dataset grows.
+
+    Args:
+        dataset: full name.
+        cases: all cases that the folds could have.
+
+    Raises:
+        UserError: the file with the folds cannot be read.
+    """
+    folds = read_splits(dataset)
+    left_out = sorted({*cases} - {case for fold in folds for part in fold.values() for case in part})
+    if not folds or not left_out:
+        return None
+    file = _splits_file(dataset)
+    leave_out = f"folds 0 to {len(folds) - 1} leave them out" if len(folds) > 1 else "fold 0 leaves them out"
+    return (
+        f"{len(left_out)} of {len(cases)} cases are in no fold of {file}, for example {left_out[0]}: {leave_out}; use "
+        f"fold 'all', which has all cases, or let nnU-Net make new folds: rm {shlex.quote(str(file))} (models of the "
+        "old folds then do not match the new ones)"
+    )
+
+
+def _splits_file(dataset: str) -> Path:
+    return Path(nnUNet_preprocessed.get() or "") / dataset / "splits_final.json"
