@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from nnunetv2_vf import __version__
 from nnunetv2_vf.errors import UserError, printable
 from nnunetv2_vf.nnunet_commands import TRAINER_VARIABLE
+from nnunetv2_vf.nnunet_folders import describe_left_out_cases
 from nnunetv2_vf.settings import FinetuneSettings, VFSettings
 from nnunetv2_vf.training.preflight import preprocessed_cases
 from nnunetv2_vf.transfer.architectures import network_name
@@ -165,7 +166,8 @@ def _check_dataset(target: TargetPlans) -> Iterator[Finding]:
     patch = " x ".join(map(str, target.configuration.patch_size))
     network = network_name(target.architecture)
     yield Finding(OK, f"{target}: {network}, patch {patch}, batch {target.configuration.batch_size}")
-    preprocessed = len(preprocessed_cases(target.plans_manager, target.configuration_name))
+    cases = preprocessed_cases(target.plans_manager, target.configuration_name)
+    preprocessed = len(cases)
     expected = target.dataset_json.get("numTraining", preprocessed)
     text = f"{preprocessed} of {expected} cases preprocessed"
     if preprocessed == expected:
@@ -173,6 +175,9 @@ def _check_dataset(target: TargetPlans) -> Iterator[Finding]:
     else:
         command = f"nnUNetv2_preprocess -d {dataset_id} -plans_name {plans} -c {target.configuration_name}"
         yield Finding(NOTE, f"{text}; preprocess again: {command}")
+    left_out = describe_left_out_cases(target.plans_manager.dataset_name, cases)
+    if left_out:
+        yield Finding(NOTE, left_out)
 
 
 def _check_weights(file: Path, target: TargetPlans | None) -> Iterator[Finding]:

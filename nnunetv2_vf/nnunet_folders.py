@@ -1,8 +1,12 @@
-"""Find a dataset and its plans in nnU-Net's folders."""
+"""Find a dataset, its plans and its split into folds in nnU-Net's folders."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +24,8 @@ if TYPE_CHECKING:  # it imports torch, which an import of volumes does not need
 
 _DATASET_NAME = re.compile(r"Dataset\d{3}_[^/]+")
 _NO_DATASET = "{!r} is not a dataset; legal: an id such as 7, or a full name such as Dataset007_Liver"
+# Errors of nnU-Net if entries of a configuration are missing, or if it inherits from itself or from an unknown one.
+UNREADABLE_CONFIGURATION = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 _PLAN_COMMANDS = {  # plans name -> the command that makes such plans
     "nnUNetPlans": "nnUNetv2_plan_and_preprocess -d {} -c 3d_fullres",
     "PCTNetPlans": "nnUNetv2_vf plan -d {}",
@@ -62,13 +68,21 @@ def dataset_name(dataset: str) -> str:
 def legal_configurations(plans_manager: PlansManager) -> list[str]:
     """Return the configurations that can be pretrained: 3D, and not the second stage of a cascade.
 
-    That stage has additional input channels, which are segmentations.
+    That stage has additional input channels, which are segmentations. Users may give configurations any name, so the
+    name says nothing.
     """
-    return [
-        name
-        for name in plans_manager.available_configurations
-        if name.startswith("3d") and plans_manager.get_configuration(name).previous_stage_name is None
-    ]
+    return [name for name in plans_manager.available_configurations if _is_legal(plans_manager, name)]
+
+
+def _is_legal(plans_manager: PlansManager, name: str) -> bool:
+    try:
+        with warnings.catch_warnings():
+            # nnU-Net warns about the format of old plans, also in configurations that the user did not name.
+            warnings.simplefilter("ignore")
+            configuration = plans_manager.get_configuration(name)
+        return len(configuration.patch_size) == 3 and configuration.previous_stage_name is None
+    except UNREADABLE_CONFIGURATION:
+        return False
 
 
 def plans_file(dataset: str, plans_name: str) -> Path:
@@ -92,3 +106,52 @@ def plans_file(dataset: str, plans_name: str) -> Path:
         hint = f"; make them: {command.format(convert_dataset_name_to_id(name))}" if command else ""
         raise UserError(f"no plans {path}; there are: {available}{hint}")
     return path
+
+
+def read_splits(dataset: str) -> list[dict[str, list[str]]]:
+    """Return the cases ``train`` and ``val`` of each fold, from nnU-Net's ``splits_final.json``; without it, no folds.
+
+    Args:
+        dataset: full name.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    file = _splits_file(dataset)
+    if not file.is_file():
+        return []
+    try:
+        return [{part: [*map(str, fold[part])] for part in ("train", "val")} for fold in json.loads(file.read_text())]
+    except (OSError, ValueError, LookupError, TypeError) as error:  # ValueError: no JSON
+        raise UserError(
+            f"{file} cannot be read: {error!r}; delete it, so that nnU-Net makes new folds: rm {shlex.quote(str(file))}"
+        ) from error
+
+
+def describe_left_out_cases(dataset: str, cases: Collection[str]) -> str | None:
+    """Return a message if some cases of a dataset are in no fold; None if all are, or if there are no folds yet.
+
+    nnU-Net makes the folds when it first trains one, and keeps them when the dataset grows.
+
+    Args:
+        dataset: full name.
+        cases: all cases that the folds could have.
+
+    Raises:
+        UserError: the file with the folds cannot be read.
+    """
+    folds = read_splits(dataset)
+    left_out = sorted({*cases} - {case for fold in folds for part in fold.values() for case in part})
+    if not folds or not left_out:
+        return None
+    file = _splits_file(dataset)
+    leave_out = f"folds 0 to {len(folds) - 1} leave them out" if len(folds) > 1 else "fold 0 leaves them out"
+    return (
+        f"{len(left_out)} of {len(cases)} cases are in no fold of {file}, for example {left_out[0]}: {leave_out}; use "
+        f"fold 'all', which has all cases, or let nnU-Net make new folds: rm {shlex.quote(str(file))} (models of the "
+        "old folds then do not match the new ones)"
+    )
+
+
+def _splits_file(dataset: str) -> Path:
+    return Path(nnUNet_preprocessed.get() or "") / dataset / "splits_final.json"

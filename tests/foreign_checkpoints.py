@@ -93,7 +93,7 @@ NNSSL_RESENC = {  # a residual encoder U-Net in nnssl's plans, smaller than ResE
 
 def nnssl_checkpoint(arch_class_name="ResidualEncoderUNet", weights=None, patch=(32, 32, 32)) -> dict:
     """Return a checkpoint as nnssl's AbstractBaseTrainer.save_checkpoint and AdaptationPlan.serialize write it."""
-    dynamic = arch_class_name == "ResidualEncoderUNet"
+    dynamic = arch_class_name.endswith("ResidualEncoderUNet")
     configuration = {
         "data_identifier": "nnsslPlans_onemmiso",
         "preprocessor_name": "DefaultPreprocessor",

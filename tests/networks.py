@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
 from nnunetv2_vf.pct_net import MODES, PCTNet
 from nnunetv2_vf.transfer.architectures import build_network
+
+
+class OwnUNet(PlainConvUNet):
+    """A network of a user's own. Like many, it computes with tensors when it is built, which "meta" tensors cannot."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.drop_path_rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]
 
 
 def unet(channels=1, kernels=((3, 3, 3),) * 3, strides=((1, 1, 1), (2, 2, 2), (2, 2, 2)), features=4, residual=False):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from conftest import DATASET, edit_json
@@ -125,6 +127,27 @@ def test_missing_preprocessed_cases_are_a_note(healthy, capsys):
     )
 
 
+def test_cases_in_no_fold_are_a_note(healthy, capsys):
+    splits_file = healthy / "splits_final.json"
+    folds = [{"train": ["torso_0000", "torso_0001"], "val": ["torso_0002"]}]
+    splits_file.write_text(json.dumps(folds))
+    code, lines = examined(capsys, "-d", "7")
+    assert code == 0
+    assert "ok   10 of 10 cases preprocessed" in lines
+    assert lines[-1].startswith(f"note 7 of 10 cases are in no fold of {splits_file}, for example torso_0003: fold 0 ")
+    assert f"rm {splits_file}" in lines[-1]
+    folds[0]["train"] += [f"torso_{number:04d}" for number in range(3, 10)]
+    splits_file.write_text(json.dumps(folds))
+    assert not any("in no fold" in line for line in examined(capsys, "-d", "7")[1])
+
+
+def test_a_split_that_cannot_be_read_is_a_failure(healthy, capsys):
+    (healthy / "splits_final.json").write_text("{bad")
+    code, lines = examined(capsys, "-d", "7")
+    assert code == 1
+    assert any(line.startswith("FAIL") and "splits_final.json cannot be read" in line for line in lines)
+
+
 def test_weights_of_a_two_dimensional_network_are_refused(healthy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["nnUNetv2_train"])
     preprocess([7], "nnUNetPlans", configurations=["2d"], num_processes=[1])
@@ -139,7 +162,9 @@ def test_weights_of_a_two_dimensional_network_are_refused(healthy, tmp_path, cap
         with pytest.raises(SystemExit, match=r"Conv2d; legal: 3D networks"):
             main([*command, "-d", "7"])
     main(["info", str(path)])
-    assert "1 input channels, 6 classes" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 input channels, 6 classes" in out
+    assert "nnUNetv2_vf plan" not in out
 
 
 def test_a_dataset_without_numtraining_is_accepted(healthy, capsys):

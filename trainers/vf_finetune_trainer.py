@@ -61,8 +61,7 @@ class VFFinetuneTrainer(ResumableTrainer):
         require_gpu(device)
         require_variables(nnUNet_preprocessed, nnUNet_results)
         plans_manager = PlansManager(plans)
-        require_configuration(plans_manager, configuration)
-        network = plans_manager.get_configuration(configuration).network_arch_class_name
+        network = require_configuration(plans_manager, configuration).network_arch_class_name
         self.settings = FinetuneSettings.resolve(plans, os.environ, FINETUNE_RECIPES.get(network))
         check_fold(plans_manager, preprocessed_cases(plans_manager, configuration), fold)
         target = TargetPlans(plans_manager, configuration, dataset_json)

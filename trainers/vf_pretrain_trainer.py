@@ -31,12 +31,13 @@ from nnunetv2_vf.training.checkpoints import FINAL, require_same_plans
 from nnunetv2_vf.training.monitoring import DataWaitTimer, EpochMeter
 from nnunetv2_vf.training.non_finite_steps import NotFiniteError, StepMonitor
 from nnunetv2_vf.training.optimizer import make_optimizer
-from nnunetv2_vf.training.preflight import check_pretraining, patch_warning, require_gpu
+from nnunetv2_vf.training.preflight import check_pretraining, require_gpu
 from nnunetv2_vf.training.progress_plot import PretrainLogger
 from nnunetv2_vf.training.quarantine import Quarantine
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
 from nnunetv2_vf.training.step import Precision, take_step
 from nnunetv2_vf.transfer import artifact
+from nnunetv2_vf.transfer.architectures import refusal_warning
 from nnunetv2_vf.transfer.metadata import describe_pretraining
 from nnunetv2_vf.transfer.model_card import CARD_NAME, write_model_card
 from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights
@@ -69,7 +70,7 @@ class VFPretrainTrainer(ResumableTrainer):
     ):
         require_gpu(device)
         settings = VFSettings.resolve(plans, os.environ)
-        check_pretraining(plans, configuration, fold, settings)
+        warnings = check_pretraining(plans, configuration, fold, settings)
         self.settings = settings
         self.precision = Precision.choose(settings.precision, device)
         # Copies: nnU-Net stores the plans in several places, and the settings with them.
@@ -77,6 +78,8 @@ class VFPretrainTrainer(ResumableTrainer):
         dataset_json = _with_fusion_labels(dataset_json, settings)
         target = TargetPlans(PlansManager(plans), configuration, dataset_json)
         self.pretrained_weights = PretrainedWeights.from_command_line(sys.argv, target)
+        refusal = refusal_warning(target.architecture, artifact.ARTIFACT_NAME)
+        self._preflight_warnings = warnings if refusal is None else [*warnings, refusal]
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.grad_scaler = self.precision.scaler()
         self.logger.local_logger = PretrainLogger(class_colours(settings.coefficient_steps))
@@ -192,8 +195,7 @@ class VFPretrainTrainer(ResumableTrainer):
         super().on_train_start()
         self.print_to_log_file(f"Volume Fusion settings:\n{self.settings}\n", add_timestamp=False)
         self.print_to_log_file(f"Precision: {self.precision.name} on {self.device}\n", add_timestamp=False)
-        warning = patch_warning(self.configuration_manager)
-        if warning:
+        for warning in self._preflight_warnings:
             self.print_to_log_file(warning)
 
     def on_train_epoch_start(self) -> None:

@@ -18,6 +18,7 @@ from nnunetv2_vf.importing.journal import ReportRow
 from nnunetv2_vf.importing.picture import draw_bodies
 from nnunetv2_vf.importing.report import REFUSED_REPORT, REPORT, count_rejections, summarize, write_report
 from nnunetv2_vf.importing.state import ImportState
+from nnunetv2_vf.nnunet_folders import describe_left_out_cases
 
 PICTURE = "import_preview.png"
 _MAX_DRAWN_CASES = 6
@@ -55,9 +56,8 @@ def _merge(job: ImportJob, state: ImportState) -> None:
     _write_description(job, make_description(cases, channel_names, job.case_files, job.settings, job.channel))
     job.case_files.remove_other_cases(cases)
     _draw_picture(job, cases)
-    print(
-        "\n".join([*summarize(job.folder.name, rows, channel_names, job.channel, job.found), *_next_steps(job.folder)])
-    )
+    summary = summarize(job.folder.name, rows, channel_names, job.channel, job.found)
+    print("\n".join([*summary, *_next_steps(job.folder, cases)]))
 
 
 def _report_rows(state: ImportState) -> list[ReportRow]:
@@ -98,7 +98,7 @@ def _draw_picture(job: ImportJob, cases: Sequence[str]) -> None:
         print(f"no picture: {error_line(error)}")
 
 
-def _next_steps(folder: Path) -> list[str]:
+def _next_steps(folder: Path, cases: Sequence[str]) -> list[str]:
     """Return the lines that name the files to look at and the commands to run next."""
     lines = [
         f"  the result for every volume: {folder / REPORT}",
@@ -111,6 +111,11 @@ def _next_steps(folder: Path) -> list[str]:
         lines.append(
             "  nnUNet_preprocessed has the fingerprint of an older version of this dataset; --clean computes it again"
         )
+    try:
+        left_out = describe_left_out_cases(folder.name, cases)
+    except UserError as error:  # the import itself is finished
+        left_out = str(error)
+    lines += [f"  {left_out}"] if left_out else []
     dataset_id = int(folder.name.removeprefix("Dataset")[:3])
     lines += [
         f"next: nnUNetv2_plan_and_preprocess -d {dataset_id} -c 3d_fullres{clean}",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
@@ -15,7 +14,13 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_t
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.nnunet_folders import legal_configurations, require_variables
+from nnunetv2_vf.nnunet_folders import (
+    UNREADABLE_CONFIGURATION,
+    describe_left_out_cases,
+    legal_configurations,
+    read_splits,
+    require_variables,
+)
 from nnunetv2_vf.settings import VFSettings
 
 _MIN_PATCH_SIDE = 8  # voxels: the shortest side of a fusion box
@@ -26,15 +31,20 @@ _PREPROCESSOR = "DefaultPreprocessor"
 _RESAMPLING = ("resample_data_or_seg_to_shape", "resample_torch_simple", "resample_torch_fornnunet")
 
 
-def check_pretraining(plans: Mapping[str, Any], configuration_name: str, fold: int | str, settings: VFSettings) -> None:
+def check_pretraining(
+    plans: Mapping[str, Any], configuration_name: str, fold: int | str, settings: VFSettings
+) -> list[str]:
     """Check everything that pretraining on this fold needs.
+
+    Returns:
+        warnings for the log of the training.
 
     Raises:
         UserError: the first thing that is missing or not legal.
     """
     require_variables(nnUNet_preprocessed, nnUNet_results)
     plans_manager = PlansManager(dict(plans))
-    pretraining_configuration(plans_manager, configuration_name)
+    configuration = pretraining_configuration(plans_manager, configuration_name)
     cases = preprocessed_cases(plans_manager, configuration_name)
     training, validation = check_fold(plans_manager, cases, fold)
     if min(len(training), len(validation)) < settings.cases_per_sample:
@@ -43,6 +53,8 @@ def check_pretraining(plans: Mapping[str, Any], configuration_name: str, fold: i
             f"{settings.pairing!r} needs at least {settings.cases_per_sample} of each; fold 'all' uses all cases for "
             "both"
         )
+    warnings = patch_warning(configuration), _left_out_warning(plans_manager, cases, fold)
+    return [warning for warning in warnings if warning is not None]
 
 
 def check_fold(plans_manager: PlansManager, cases: list[str], fold: int | str) -> tuple[list[str], list[str]]:
@@ -51,12 +63,12 @@ def check_fold(plans_manager: PlansManager, cases: list[str], fold: int | str) -
     If nnU-Net has not made the split yet, the lists have the right lengths; which cases they hold does not matter.
 
     Raises:
-        UserError: a case of the split is not preprocessed, or there are too few cases for a split.
+        UserError: the split cannot be read, a case of it is not preprocessed, or there are too few cases for a split.
     """
-    splits_file = Path(nnUNet_preprocessed) / plans_manager.dataset_name / "splits_final.json"
-    training, validation = _cases_or_counts_of_fold(cases, fold, splits_file)
+    training, validation = _cases_or_counts_of_fold(plans_manager, cases, fold)
     missing = sorted({*training, *validation} - {*cases})
     if missing:
+        splits_file = Path(nnUNet_preprocessed) / plans_manager.dataset_name / "splits_final.json"
         raise UserError(
             f"{len(missing)} cases of {splits_file} are not preprocessed, for example {missing[0]}; run "
             f"nnUNetv2_preprocess again or delete {splits_file}"
@@ -70,27 +82,42 @@ def require_gpu(device: torch.device) -> None:
         raise UserError("torch finds no GPU; train on the CPU with -device cpu, or find out why: nnUNetv2_vf doctor")
 
 
-def require_configuration(plans_manager: PlansManager, name: str) -> None:
-    """Raise UserError if the plans have no such configuration."""
-    legal = plans_manager.available_configurations
-    if name not in legal:
+def require_configuration(
+    plans_manager: PlansManager, name: str, legal: Sequence[str] | None = None
+) -> ConfigurationManager:
+    """Return a configuration of the plans.
+
+    Args:
+        legal: configurations that the message names; default: all configurations of the plans.
+
+    Raises:
+        UserError: the plans have no such configuration, or it cannot be read, for example because the configuration
+            that it inherits from is missing.
+    """
+    available = plans_manager.available_configurations
+    hint = f"legal: {', '.join(available if legal is None else legal) or 'none, these plans have no 3D configuration'}"
+    if name not in available:
+        raise UserError(f"the plans {plans_manager.plans_name} have no configuration {name!r}; {hint}")
+    try:
+        configuration = plans_manager.get_configuration(name)
+        _ = configuration.patch_size
+    except UNREADABLE_CONFIGURATION as error:
         raise UserError(
-            f"the plans {plans_manager.plans_name} have no configuration {name!r}; legal: {', '.join(legal)}"
-        )
+            f"configuration {name!r} of the plans {plans_manager.plans_name} cannot be read: {error!r}; {hint}"
+        ) from error
+    return configuration
 
 
 def pretraining_configuration(plans_manager: PlansManager, name: str) -> ConfigurationManager:
     """Return a configuration of the plans if Volume Fusion can pretrain it.
 
     Raises:
-        UserError: the plans have no such configuration, or it is 2D, the second stage of a cascade, or has a patch
-            shorter than 8 voxels on a side.
+        UserError: the plans have no such configuration, or it cannot be read, is 2D, the second stage of a cascade, or
+            has a patch shorter than 8 voxels on a side.
     """
     usable = legal_configurations(plans_manager)
     hint = f"use one of: {', '.join(usable) or 'none, these plans have no 3D configuration'}"
-    if name not in plans_manager.available_configurations:
-        raise UserError(f"the plans {plans_manager.plans_name} have no configuration {name!r}; {hint}")
-    configuration = plans_manager.get_configuration(name)
+    configuration = require_configuration(plans_manager, name, usable)
     patch = tuple(configuration.patch_size)
     if len(patch) != 3:
         raise UserError(f"Volume Fusion needs a 3D configuration; {name!r} has the patch {patch}; {hint}")
@@ -183,10 +210,21 @@ def _resampled_shape(
     return tuple(map(int, compute_new_shape(cropped, spacing, target)))
 
 
-def _cases_or_counts_of_fold(cases: list[str], fold: int | str, splits_file: Path) -> tuple[list[str], list[str]]:
+def _left_out_warning(plans_manager: PlansManager, cases: list[str], fold: int | str) -> str | None:
+    """Return a warning if pretraining leaves out cases that are in no fold; labels, which it ignores, are no reason."""
+    dataset = plans_manager.dataset_name
+    if fold == "all" or int(fold) >= len(read_splits(dataset)):  # nnU-Net splits all cases for a fold without an entry
+        return None
+    message = describe_left_out_cases(dataset, cases)
+    return f"WARNING: {message}" if message else None
+
+
+def _cases_or_counts_of_fold(
+    plans_manager: PlansManager, cases: list[str], fold: int | str
+) -> tuple[list[str], list[str]]:
     if fold == "all":
         return cases, cases
-    splits = load_json(splits_file) if splits_file.is_file() else []
+    splits = read_splits(plans_manager.dataset_name)
     if int(fold) < len(splits):
         return splits[int(fold)]["train"], splits[int(fold)]["val"]
     if len(cases) < _FOLDS:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nnunetv2_vf.durable_files import write_durably
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.transfer.architectures import require_known_architecture
+from nnunetv2_vf.transfer.architectures import canonical_architecture, require_known_architecture
 from nnunetv2_vf.transfer.metadata import describe_nnunet_checkpoint, is_nnunet_checkpoint
 from nnunetv2_vf.transfer.nnssl_plan import NNSSL_PLAN_KEY, make_nnssl_plan
 from nnunetv2_vf.transfer.safe_loading import load_safely, malformed_file_errors
@@ -113,6 +113,8 @@ def read_pretrained(path: Path) -> dict[str, Any]:
     with malformed_file_errors(path):
         is_checkpoint = is_nnunet_checkpoint(content)
         metadata = describe_nnunet_checkpoint(content) if is_checkpoint else dict(content.get("vf", {}))
+        if "architecture" in metadata:
+            metadata["architecture"] = canonical_architecture(metadata["architecture"])
     return {"network_weights": weights, "vf": metadata}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.transfer.architectures import build_network, require_known_architecture
+from nnunetv2_vf.transfer.architectures import build_network, canonical_network, require_known_architecture
 from nnunetv2_vf.transfer.nnssl_plan import NNSSL_PLAN_KEY
 
 _STAGES = 6
@@ -91,7 +91,7 @@ def _convert_architecture(nnssl_architecture: Mapping[str, Any], patch_size: lis
         return RES_ENC_L
     if name == "PrimusM":
         return primus_m(patch_size)
-    if name == "ResidualEncoderUNet" and nnssl_architecture["arch_kwargs"]:
+    if canonical_network(name) == RES_ENC_L["network_class_name"] and nnssl_architecture["arch_kwargs"]:
         architecture = {
             "network_class_name": RES_ENC_L["network_class_name"],
             "arch_kwargs": nnssl_architecture["arch_kwargs"],

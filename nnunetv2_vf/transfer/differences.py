@@ -14,6 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.errors import printable
 from nnunetv2_vf.settings import VFSettings
+from nnunetv2_vf.transfer.architectures import can_be_planned
 from nnunetv2_vf.transfer.metadata import format_spacing
 from nnunetv2_vf.transfer.network_fit import network_differences
 from nnunetv2_vf.transfer.suggested_commands import plan_like_command
@@ -126,7 +127,7 @@ def _compare_normalization(metadata: Mapping[str, Any], target: TargetPlans) -> 
         return None
     consequence = (
         "intensities have another meaning than in pretraining, which costs more than any other difference; "
-        f"{_replan_hint(target, 'normalization')}"
+        f"{_replan_hint(metadata, target, 'normalization')}"
     )
     return Difference("normalisation", ", ".join(pretrained), ", ".join(current), consequence)
 
@@ -145,7 +146,9 @@ def _compare_ct_intensities(metadata: Mapping[str, Any], target: TargetPlans) ->
     if not differing:
         return None
     first = differing[0]
-    consequence = f"the same tissue has another value than in pretraining; {_replan_hint(target, 'normalization')}"
+    consequence = (
+        f"the same tissue has another value than in pretraining; {_replan_hint(metadata, target, 'normalization')}"
+    )
     return Difference("intensities", _format_hu(pretrained[first]), _format_hu(current[first]), consequence)
 
 
@@ -166,7 +169,9 @@ def _compare_mask(metadata: Mapping[str, Any], target: TargetPlans) -> Differenc
     pretrained, current = configuration.use_mask_for_norm, target.configuration.use_mask_for_norm
     if _same_per_channel(pretrained, current):
         return None
-    consequence = f"voxels outside the body stay zero in only one of the two; {_replan_hint(target, 'normalization')}"
+    consequence = (
+        f"voxels outside the body stay zero in only one of the two; {_replan_hint(metadata, target, 'normalization')}"
+    )
     return Difference("normalisation within the mask only", str(pretrained), str(current), consequence)
 
 
@@ -184,7 +189,7 @@ def _compare_spacing(metadata: Mapping[str, Any], target: TargetPlans) -> Differ
     seen = f", which saw crops of {low:g} to {high:g} times the patch" if recorded else ""
     consequence = (
         f"along each axis, structures have {factors} times as many voxels as in pretraining{seen}; "
-        f"{_replan_hint(target, 'spacing')}"
+        f"{_replan_hint(metadata, target, 'spacing')}"
     )
     return Difference("spacing", format_spacing(pretrained), format_spacing(current), consequence)
 
@@ -200,8 +205,10 @@ def _compare_axes(metadata: Mapping[str, Any], target: TargetPlans) -> Differenc
 
 
 def _compare_layers(metadata: Mapping[str, Any], target: TargetPlans) -> list[Difference]:
-    command = plan_like_command("FILE", target)
-    consequence = f"the same weights compute something else; plan with the pretrained network: {command}"
+    hint = "use plans with the layers of pretraining"
+    if _can_be_planned(metadata):
+        hint = f"plan with the pretrained network: {plan_like_command('FILE', target)}"
+    consequence = f"the same weights compute something else; {hint}"
     differing = network_differences(metadata, target)
     return [
         Difference(name, str(differing[name][0]), str(differing[name][1]), consequence)
@@ -210,5 +217,12 @@ def _compare_layers(metadata: Mapping[str, Any], target: TargetPlans) -> list[Di
     ]
 
 
-def _replan_hint(target: TargetPlans, option: str) -> str:
+def _replan_hint(metadata: Mapping[str, Any], target: TargetPlans, option: str) -> str:
+    if not _can_be_planned(metadata):
+        return f"to use the {option} of pretraining, write it into the plans and preprocess again"
     return f"to use the {option} of pretraining, add --{option} pretrained to {plan_like_command('FILE', target)}"
+
+
+def _can_be_planned(metadata: Mapping[str, Any]) -> bool:
+    """True if ``plan --like`` takes the file of these metadata."""
+    return "architecture" in metadata and can_be_planned(metadata["architecture"])

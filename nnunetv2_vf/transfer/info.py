@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from nnunetv2_vf.errors import UserError, printable
-from nnunetv2_vf.transfer.architectures import can_be_planned, network_name
+from nnunetv2_vf.transfer.architectures import can_be_planned, is_known, network_name
 from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, storage_key
 from nnunetv2_vf.transfer.convert_misfm import convert_state_dict
 from nnunetv2_vf.transfer.convert_nnssl import convert_nnssl_checkpoint, is_nnssl_checkpoint
@@ -78,8 +78,10 @@ def _describe_artifact(path: Path, content: Mapping[str, Any]) -> list[str]:
         ]
     elif can_be_planned(metadata["architecture"]):
         lines.append(f"use: nnUNetv2_vf plan -d ID --like {file}")
-    else:
+    elif is_known(metadata["architecture"]):
         lines.append("use: not with nnUNetv2_train, which needs networks with deep supervision and patches of any size")
+    else:
+        lines.append(f"use: {_same_network_hint(path)}")
     return lines
 
 
@@ -100,10 +102,12 @@ def _describe_nnunet_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> li
         lines.append(f"pretrained: {pretrained['file']}, on {pretrained['dataset'] or 'an unknown dataset'}")
     if metadata["trainer"] == "VFPretrainTrainer":
         lines.append(f"use: {ARTIFACT_NAME} beside it; this file is for nnUNetv2_train --c")
-    else:
+    elif can_be_planned(metadata["architecture"]):
         lines.append(
             "use: nnUNetv2_predict; or as pretrained weights: nnUNetv2_vf plan -d ID --like, nnUNetv2_vf adapt"
         )
+    else:
+        lines.append(f"use: nnUNetv2_predict; or as pretrained weights, {_same_network_hint(path)}")
     return lines
 
 
@@ -122,6 +126,12 @@ def _describe_misfm_release(path: Path, state_dict: Mapping[str, Any]) -> list[s
         return [first_line, str(convert_state_dict(state_dict)), _convert_hint(path)]
     except UserError as error:
         return [first_line, f"cannot be converted: {error}"]
+
+
+def _same_network_hint(path: Path) -> str:
+    """Return how to use weights that plan --like and adapt refuse: 2D networks and networks of the user's own."""
+    command = finetune_command("DATASET", "CONFIGURATION", "FOLD", "PLANS", path)
+    return f"only with plans of the same network (plan --like and adapt refuse it): {command}"
 
 
 def _convert_hint(path: Path) -> str:

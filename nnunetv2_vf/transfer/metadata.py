@@ -27,6 +27,7 @@ from torch import Tensor
 from nnunetv2_vf import __version__
 from nnunetv2_vf.network_parts import HEADS
 from nnunetv2_vf.settings import VFSettings
+from nnunetv2_vf.transfer.architectures import canonical_architecture
 
 _CHECKPOINT_KEYS = {"network_weights", "init_args", "trainer_name"}
 
@@ -87,7 +88,7 @@ def _describe_plans(
     plans_manager: PlansManager, configuration_manager: ConfigurationManager, configuration_name: str
 ) -> dict[str, Any]:
     return {
-        "architecture": configuration_manager.configuration["architecture"],
+        "architecture": canonical_architecture(configuration_manager.configuration["architecture"]),
         "plans": plans_manager.plans,
         "configuration": configuration_name,
         "normalization_schemes": configuration_manager.normalization_schemes,

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_vf.transfer.architectures import network_name
+from nnunetv2_vf.transfer.architectures import can_be_planned, network_name
 from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME
 from nnunetv2_vf.transfer.metadata import format_spacing
+from nnunetv2_vf.transfer.suggested_commands import finetune_command
 
 CARD_NAME = "MODEL_CARD.md"
 _AUTHORS_SECTION = "## Licence and data"
@@ -70,8 +71,7 @@ Dice on fixed validation samples by fusion coefficient (mean {mean:.3f}):
 ```bash
 pip install nnunetv2-vf
 eval "$(nnUNetv2_vf env)"
-nnUNetv2_extract_fingerprint -d ID
-nnUNetv2_vf plan -d ID --like {ARTIFACT_NAME}      # prints the next commands
+{_commands(metadata)}
 ```
 
 ## Settings
@@ -93,3 +93,14 @@ nnUNetv2_vf plan -d ID --like {ARTIFACT_NAME}      # prints the next commands
 - Origin of the images, and their terms of use: TO BE FILLED IN
 - Author and contact: TO BE FILLED IN
 """
+
+
+def _commands(metadata: Mapping[str, Any]) -> str:
+    if can_be_planned(metadata["architecture"]):
+        return (
+            "nnUNetv2_extract_fingerprint -d ID\n"
+            f"nnUNetv2_vf plan -d ID --like {ARTIFACT_NAME}      # prints the next commands"
+        )
+    command = finetune_command("ID", metadata["configuration"], 0, "PLANS", ARTIFACT_NAME)
+    name = metadata["architecture"]["network_class_name"]
+    return f"# plan --like and adapt refuse this network: use PLANS with {name}\n{command}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.network_parts import HEADS
-from nnunetv2_vf.transfer.architectures import build_network, can_be_planned
+from nnunetv2_vf.transfer.architectures import build_network, can_be_planned, canonical_layer, is_known
 from nnunetv2_vf.transfer.suggested_commands import adapt_command, plan_like_command
 from nnunetv2_vf.transfer.target_plans import TargetPlans
 
@@ -63,15 +63,14 @@ def network_differences(metadata: Mapping[str, Any], target: TargetPlans) -> dic
     if pretrained["network_class_name"] == planned["network_class_name"]:
         names = sorted({*pretrained["arch_kwargs"], *planned["arch_kwargs"]})
         pairs |= {name: (pretrained["arch_kwargs"].get(name), planned["arch_kwargs"].get(name)) for name in names}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    return {name: (old, new) for name, (old, new) in pairs.items() if canonical_layer(old) != canonical_layer(new)}
 
 
 def _suggest_commands(
     file: Path, metadata: Mapping[str, Any], target: TargetPlans, differences: Mapping[str, tuple[Any, Any]]
 ) -> list[str]:
     commands = []
-    # adapt refuses the second stage of a cascade, whose additional input channels are no images.
-    if differences and _can_be_adapted(differences) and target.configuration.previous_stage_name is None:
+    if differences and _can_be_adapted(metadata, target, differences):
         commands.append(f"adapt the weights: {adapt_command(file, target)}")
     only_channels_differ = differences.keys() == {_INPUT_CHANNELS}
     if differences and not only_channels_differ and can_be_planned(metadata["architecture"]):
@@ -79,7 +78,13 @@ def _suggest_commands(
     return commands or [f"see what the file holds: nnUNetv2_vf info {shlex.quote(str(file))}"]
 
 
-def _can_be_adapted(differences: Mapping[str, tuple[Any, Any]]) -> bool:
+def _can_be_adapted(
+    metadata: Mapping[str, Any], target: TargetPlans, differences: Mapping[str, tuple[Any, Any]]
+) -> bool:
+    # adapt refuses networks of the user's own, and the second stage of a cascade, whose additional input channels are
+    # no images.
+    if not is_known(metadata["architecture"]) or target.configuration.previous_stage_name is not None:
+        return False
     pretrained_features, planned_features = differences.get("features_per_stage", ((), ()))
     common_stages = zip(pretrained_features, planned_features, strict=False)
     return not differences.keys() & _NOT_ADAPTABLE and all(old == new for old, new in common_stages)

@@ -13,6 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_folders import legal_configurations, plans_file
+from nnunetv2_vf.transfer.architectures import canonical_architecture
 from nnunetv2_vf.transfer.metadata import read_channel_names
 
 
@@ -30,8 +31,8 @@ class TargetPlans:
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """The plans' entry ``architecture``."""
-        return self.configuration.configuration["architecture"]
+        """The plans' entry ``architecture``; a known network has the name that nnU-Net's plans now give it."""
+        return canonical_architecture(self.configuration.configuration["architecture"])
 
     @property
     def channel_names(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -140,3 +141,30 @@ def test_the_next_command_has_clean_only_if_the_dataset_changed_after_its_finger
     write_volume(data / "2.nii.gz", ct(2))
     run_import(data)
     assert "nnUNetv2_plan_and_preprocess -d 100 -c 3d_fullres --clean" in capsys.readouterr().out
+
+
+def test_the_next_steps_name_cases_that_are_in_no_fold_of_an_older_split(dataset, data, capsys):
+    write_volume(data / "1.nii.gz", ct(1))
+    run_import(data)
+    (first,) = read_description(dataset)["dataset"]
+    assert "in no fold" not in capsys.readouterr().out
+    splits_file = dataset.parent.parent / "nnUNet_preprocessed" / DATASET / "splits_final.json"
+    splits_file.parent.mkdir()
+    splits_file.write_text(json.dumps([{"train": [first], "val": [first]}]))
+    run_import(data)
+    assert "in no fold" not in capsys.readouterr().out
+    write_volume(data / "2.nii.gz", ct(2))
+    run_import(data)
+    out = capsys.readouterr().out
+    assert f"  1 of 2 cases are in no fold of {splits_file}, for example 2_" in out
+    assert f"rm {splits_file}" in out
+
+
+def test_an_import_is_finished_even_if_a_split_cannot_be_read(dataset, data, capsys):
+    splits_file = dataset.parent.parent / "nnUNet_preprocessed" / DATASET / "splits_final.json"
+    splits_file.parent.mkdir()
+    splits_file.write_text("{bad")
+    write_volume(data / "1.nii.gz", ct(1))
+    run_import(data)
+    assert f"  {splits_file} cannot be read" in capsys.readouterr().out
+    assert_consistent(dataset)

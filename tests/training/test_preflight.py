@@ -84,6 +84,16 @@ def test_a_split_with_missing_cases_is_refused(copied_dataset, folder):
     assert_refused(folder, "1 cases", "gone", "not preprocessed")
 
 
+@pytest.mark.parametrize("content", ["{bad", "[1]", '[{"train": []}]'])
+@pytest.mark.parametrize("trainer", ["VFPretrainTrainer", "VFFinetuneTrainer"])
+def test_a_split_that_cannot_be_read_is_refused(copied_dataset, tmp_path, trainer, content):
+    splits_file = copied_dataset / "splits_final.json"
+    splits_file.write_text(content)
+    with pytest.raises(SystemExit, match=rf"^nnUNetv2_vf: error: {splits_file} cannot be read: .*: rm {splits_file}$"):
+        make_trainer(trainer)
+    assert not (tmp_path / "results").exists()
+
+
 def test_a_dataset_that_is_not_preprocessed_is_refused(copied_dataset, folder):
     for path in (copied_dataset / "nnUNetPlans_3d_fullres").iterdir():
         path.unlink()
@@ -116,3 +126,44 @@ def test_the_training_log_warns_of_a_patch_as_large_as_the_median_image(copied_d
     pretrain()
     (log,) = folder.rglob("training_log*")
     assert "WARNING: the patch (16x16x24) is as large as the median image" in log.read_text()
+
+
+def split_first_cases(dataset: Path, number: int) -> None:
+    """Write the split that nnU-Net made when the dataset had fewer cases."""
+    cases = [f"torso_{i:04d}" for i in range(number)]
+    folds = [{"train": [*cases[:i], *cases[i + 1 :]], "val": [cases[i]]} for i in range(number)]
+    (dataset / "splits_final.json").write_text(json.dumps(folds))
+
+
+def log_of_training(trainer: str, tmp_path: Path, fold: int | str) -> str:
+    make_trainer(trainer, fold=fold).run_training()
+    (log,) = (tmp_path / "results").rglob("training_log*")
+    return log.read_text()
+
+
+def test_the_log_of_pretraining_warns_of_cases_that_are_in_no_fold(copied_dataset, tmp_path):
+    split_first_cases(copied_dataset, 4)
+    log = log_of_training("VFPretrainTrainer", tmp_path, 0).partition("Epoch 0")[0]
+    file = copied_dataset / "splits_final.json"
+    assert (
+        f"WARNING: 6 of 10 cases are in no fold of {file}, for example torso_0004: folds 0 to 3 leave them out" in log
+    )
+    assert "fold 'all'" in log
+    assert f"rm {file}" in log
+
+
+@pytest.mark.parametrize(
+    ("trainer", "fold", "split_cases"),
+    [
+        ("VFPretrainTrainer", "all", 4),
+        ("VFPretrainTrainer", 4, 4),  # not in the file: nnU-Net splits all cases
+        ("VFPretrainTrainer", 0, 10),
+        ("VFFinetuneTrainer", 0, 4),  # a user's split may leave out cases
+    ],
+)
+def test_there_is_no_warning_if_no_case_is_left_out_or_labels_are_used(
+    copied_dataset, tmp_path, monkeypatch, trainer, fold, split_cases
+):
+    monkeypatch.setattr("sys.argv", ["nnUNetv2_train"])
+    split_first_cases(copied_dataset, split_cases)
+    assert "in no fold" not in log_of_training(trainer, tmp_path, fold)

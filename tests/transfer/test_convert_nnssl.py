@@ -14,6 +14,8 @@ from nnunetv2_vf.transfer.architectures import build_network
 from nnunetv2_vf.transfer.artifact import read_artifact
 from nnunetv2_vf.transfer.convert_nnssl import RES_ENC_L, primus_m
 
+DYNAMIC_NETWORKS = "dynamic_network_architectures.architectures."
+
 
 def zero_weights(architecture: dict, classes: int, deep_supervision: bool | None = True) -> dict:
     """Return weights of zeros in the shapes of a network, all views of one number, which takes no memory."""
@@ -21,8 +23,9 @@ def zero_weights(architecture: dict, classes: int, deep_supervision: bool | None
     return {name: torch.zeros(()).expand(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def test_a_residual_encoder_unet_becomes_an_artifact(tmp_path, capsys):
-    original = nnssl_checkpoint()
+@pytest.mark.parametrize("module", ["", f"{DYNAMIC_NETWORKS}unet.", f"{DYNAMIC_NETWORKS}residual_unet."])
+def test_a_residual_encoder_unet_becomes_an_artifact(tmp_path, capsys, module):
+    original = nnssl_checkpoint(f"{module}ResidualEncoderUNet")
     torch.save(original, tmp_path / "checkpoint_final.pth")
     main(["convert", str(tmp_path / "checkpoint_final.pth"), "-o", str(tmp_path / "out.pth")])
     assert "ResidualEncoderUNet of nnssl, 1 input channels, 5 classes" in capsys.readouterr().out
