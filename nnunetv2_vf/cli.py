@@ -296,19 +296,18 @@ def _add_plan(commands: _Commands) -> None:
     )
     like = parser.add_argument_group("plans for pretrained weights")
     like.add_argument("--like", type=Path, metavar="FILE", help="vf_pretrained.pth, or a checkpoint of nnU-Net")
-    choices = ("target", "pretrained")
     like.add_argument(
         "--spacing",
-        choices=choices,
+        choices=("target", "pretrained"),
         default="target",
         help="target: nnU-Net's choice for this dataset (default); pretrained: the spacing of the pretraining",
     )
     like.add_argument(
         "--normalization",
-        choices=choices,
-        default="target",
-        help="target: nnU-Net's choice for this dataset (default); pretrained: the intensity normalisation of the "
-        "pretraining",
+        choices=("auto", "target", "pretrained"),
+        default="auto",
+        help="target: nnU-Net's choice for this dataset; pretrained: the intensity normalisation of the pretraining; "
+        "auto (default): that of the pretraining if both datasets are of one modality, else nnU-Net's choice",
     )
 
 

@@ -16,7 +16,8 @@ from nnunetv2_vf.pct_net import PCT_NET_PATH
 from nnunetv2_vf.planners.topology_planner import TopologyPlanner, describe_plans, plan_datasets
 from nnunetv2_vf.transfer.architectures import can_be_planned
 from nnunetv2_vf.transfer.artifact import read_with_architecture
-from nnunetv2_vf.transfer.differences import describe_differences
+from nnunetv2_vf.transfer.differences import describe_differences, same_modality
+from nnunetv2_vf.transfer.metadata import read_channel_names
 from nnunetv2_vf.transfer.suggested_commands import adapt_command, adapted_file_name, finetune_command
 from nnunetv2_vf.transfer.target_plans import load_target
 
@@ -30,7 +31,7 @@ def plan_like(
     datasets: Sequence[str],
     file: Path,
     spacing: str = "target",
-    normalization: str = "target",
+    normalization: str = "auto",
     **options: Any,
 ) -> Iterator[str]:
     """Write plans for datasets with the network of pretrained weights.
@@ -70,7 +71,8 @@ class LikePlanner(TopologyPlanner):
         spacing: "target": nnU-Net's choice for the dataset; "pretrained": the spacing of the pretraining.
         normalization: "target": nnU-Net's choice for the dataset; "pretrained": the schemes of the pretraining and,
             for a scheme that uses intensity statistics, its statistics too, so that a voxel value means the same as
-            in pretraining.
+            in pretraining; "auto": "pretrained" if both datasets are of one modality and the file records how its
+            images were normalised, else "target".
 
     Raises:
         UserError: the metadata lacks the requested spacing or normalisation, or the network is 2D or has no strides.
@@ -88,7 +90,7 @@ class LikePlanner(TopologyPlanner):
         pretrained: Mapping[str, Any],
         file: Path,
         spacing: str = "target",
-        normalization: str = "target",
+        normalization: str = "auto",
     ):
         self.pretrained = pretrained
         self.file, self.spacing, self.normalization = file, spacing, normalization
@@ -101,7 +103,9 @@ class LikePlanner(TopologyPlanner):
             overwrite_target_spacing,
             suppress_transpose,
         )
-        if normalization == "pretrained" and _CT in pretrained["normalization_schemes"]:
+        if normalization == "auto":
+            self.normalization = self._choose_normalization()
+        if self.normalization == "pretrained" and _CT in pretrained["normalization_schemes"]:
             statistics = pretrained["plans"][_STATISTICS]
             every_channel = self._one_per_channel([statistics[str(i)] for i in range(len(statistics))])
             self.dataset_fingerprint[_STATISTICS] = {str(i): entry for i, entry in enumerate(every_channel)}
@@ -124,6 +128,19 @@ class LikePlanner(TopologyPlanner):
             raise UserError(
                 f"--normalization pretrained, but {self.file} does not hold its intensity statistics; legal: target"
             )
+
+    def _choose_normalization(self) -> str:
+        """Return "pretrained" if both datasets are of one modality and the file says how to normalise as it was, else
+        "target"; also "target" if both normalise each image by itself in the same way.
+        """
+        schemes, names = (self.pretrained.get(key) for key in ("normalization_schemes", "channel_names"))
+        if not schemes or not names or "plans" not in self.pretrained:
+            return "target"
+        own_names = [*read_channel_names(self.dataset_json).values()]
+        own_schemes, _ = super().determine_normalization_scheme_and_whether_mask_is_used_for_norm()
+        fits = len(schemes) == len(own_names) or len({*schemes}) == 1
+        is_different = _CT in schemes or list(schemes) != list(own_schemes)
+        return "pretrained" if fits and is_different and same_modality([*names.values()], own_names) else "target"
 
     def choose_architecture(self, spacing: Sequence[float]) -> dict[str, Any]:
         architecture: dict[str, Any] = self.pretrained["architecture"]
@@ -182,4 +199,7 @@ def _describe_plans(plans: dict[str, Any], name: str, pretrained: Mapping[str, A
             commands.append(adapt_command(file, target))
             weights = adapted_file_name(file, target.dataset_id)
         commands.append(finetune_command(target.dataset_id, "3d_fullres", 0, name, weights))
-    return describe_plans(plans, name, f", with the network of {shlex.quote(str(file))}", commands)
+    is_pretrained = plans[_RECORD]["normalization"] == "pretrained"
+    normalization = "the normalisation of its pretraining" if is_pretrained else "nnU-Net's normalisation"
+    remark = f", with the network of {shlex.quote(str(file))} and {normalization}"
+    return describe_plans(plans, name, remark, commands)

@@ -96,13 +96,13 @@ def find_differences(metadata: Mapping[str, Any], target: TargetPlans) -> list[D
 
 def _compare_channels(metadata: Mapping[str, Any], target: TargetPlans) -> Difference | None:
     pretrained, current = list(metadata.get("channel_names", {}).values()), list(target.channel_names.values())
-    if not pretrained or _same_modality(pretrained, current):
+    if not pretrained or same_modality(pretrained, current):
         return None
     consequence = "the first layers see another kind of image; expect a smaller gain than within one modality"
     return Difference("channels", ", ".join(pretrained), ", ".join(current), consequence)
 
 
-def _same_modality(pretrained: Sequence[str], current: Sequence[str]) -> bool:
+def same_modality(pretrained: Sequence[str], current: Sequence[str]) -> bool:
     """True if the channel names are equal, or all are MR and one side does not specify the contrast."""
     kinds, current_kinds = ([_channel_kind(name) for name in names] for names in (pretrained, current))
     is_unspecified_mr = {_MR} in (set(kinds), set(current_kinds))

@@ -105,7 +105,7 @@ def test_the_plans_of_any_target_get_the_pretrained_network(empty_dataset, pretr
             == []
         )
     assert list(PlansManager(plans).get_configuration("3d_fullres").spacing) == list(TARGETS[target][0])
-    options = {"spacing": "target", "normalization": "target"}
+    options = {"spacing": "target", "normalization": "pretrained"}  # both datasets are CT
     assert plans["volume_fusion_like"] == {"file": path.name, "dataset": None, **options}
     out = capsys.readouterr().out
     assert f"nnUNetv2_preprocess -d 42 -plans_name {name} -c 3d_fullres" in out
@@ -124,7 +124,7 @@ def test_a_unet_gets_about_the_patch_that_nnunet_plans(empty_dataset, pretrained
 
 def test_everything_except_the_network_is_as_nnunet_plans_it(empty_dataset, pretrained):
     plans_file = empty_dataset(*TARGETS["anisotropic"])
-    main(["plan", "-d", "42", "--like", str(pretrained())])
+    main(["plan", "-d", "42", "--like", str(pretrained()), "--normalization", "target"])
     plan_experiment_dataset("Dataset042_Made")
     ours, stock = (plans_of(plans_file, name) for name in ("VFPlans", "nnUNetPlans"))
     for key in ("transpose_forward", "foreground_intensity_properties_per_channel", "image_reader_writer"):
@@ -167,7 +167,40 @@ def test_the_pretrained_normalisation_comes_with_its_statistics(empty_dataset, p
     assert "-pretrained_weights vf_pretrained_for_42.pth" in out
 
 
-def test_the_targets_normalisation_is_the_default_and_the_difference_is_printed(empty_dataset, pretrained, capsys):
+@pytest.mark.parametrize(
+    ("channels", "vf", "expected"),
+    [
+        (("CT",), {}, "pretrained"),
+        (("CT", "CT"), {}, "pretrained"),
+        (("T1",), {}, "target"),
+        (("CT",), {"plans": None}, "target"),  # the statistics are not recorded
+        (("CT",), {"normalization_schemes": None}, "target"),
+        (("CT",), {"channel_names": None}, "target"),
+        (("CT",), {"schemes": ("CTNormalization", "NoNormalization")}, "target"),  # two channels cannot become one
+        (("T1",), {"schemes": ("RescaleTo01Normalization",), "channel_names": {"0": "MR"}}, "pretrained"),
+        (("T1",), {"schemes": ("ZScoreNormalization",), "channel_names": {"0": "MR"}}, "target"),  # nothing to change
+    ],
+)
+def test_the_normalisation_of_pretraining_is_the_default_within_a_modality(
+    empty_dataset, pretrained, capsys, channels, vf, expected
+):
+    plans_file = empty_dataset(*TARGETS["tiny"], channels=channels)
+    main(["plan", "-d", "42", "--like", str(pretrained(**vf))])
+    plans = plans_of(plans_file, "VFPlans")
+    assert plans["volume_fusion_like"]["normalization"] == expected
+    schemes = plans["configurations"]["3d_fullres"]["normalization_schemes"]
+    if expected == "pretrained":
+        assert schemes == [vf.get("schemes", ("CTNormalization",))[0]] * len(channels)
+        assert "and the normalisation of its pretraining" in capsys.readouterr().out
+    else:
+        assert schemes == ["CTNormalization" if channels == ("CT",) else "ZScoreNormalization"]
+        assert "and nnU-Net's normalisation" in capsys.readouterr().out
+    if "CTNormalization" in schemes:
+        has_pretrained_statistics = plans["foreground_intensity_properties_per_channel"]["0"] == CT
+        assert has_pretrained_statistics == (expected == "pretrained")
+
+
+def test_the_difference_to_another_modality_is_printed(empty_dataset, pretrained, capsys):
     plans_file = empty_dataset(*TARGETS["tiny"], channels=("T1",))
     main(["plan", "-d", "42", "--like", str(pretrained())])
     assert plans_of(plans_file, "VFPlans")["configurations"]["3d_fullres"]["normalization_schemes"] == [
