@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -124,7 +124,7 @@ class _Search:
             else:
                 yield from self.find_among_files(folder, files, below=root)
 
-    def _is_label_folder(self, name: str, siblings: Sequence[str] | set[str]) -> bool:
+    def _is_label_folder(self, name: str, siblings: Collection[str]) -> bool:
         return not self.keep_labels and is_label_folder(name, siblings)
 
     def _count_labels(self, folder: str, names: Sequence[str]) -> None:

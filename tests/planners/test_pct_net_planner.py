@@ -96,7 +96,7 @@ def test_the_target_spacing_can_be_set_and_the_next_commands_are_printed(empty_d
     [
         (["-d", "43"], "no dataset 43"),
         (["-d", "Dataset043_Other"], "no dataset Dataset043_Other"),
-        (["-d", "other"], "no dataset other"),
+        (["-d", "other"], "'other' is not a dataset"),
         (["-d", "42", "-gpu_memory_target", "nan"], "-gpu_memory_target nan; legal: a positive number"),
         (["-d", "42", "-gpu_memory_target", "inf"], "-gpu_memory_target inf; legal: a positive number"),
         (["-d", "42", "-overwrite_target_spacing", "nan", "1", "1"], "three positive numbers"),
