@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nnunetv2_vf.demo.phantoms import write_dataset
+from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_commands import Workspace
 
 RESULTS = Path(__file__).parent / "results"
@@ -119,17 +122,44 @@ def wait_for_device(device: Any) -> None:
 
 
 def proportional_memory(pid: int) -> float:
-    """Return the proportional set size of a process and its children in MiB (Linux).
+    """Return the proportional set size of a process and all its descendants in MiB (Linux).
 
     Memory that they share counts once.
 
     Raises:
         OSError: one of them has just ended.
     """
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    own = sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
     children = (file.read_text().split() for file in Path(f"/proc/{pid}/task").glob("*/children"))
-    processes = [pid, *(int(child) for of_thread in children for child in of_thread)]
-    lines = [line for each in processes for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()]
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    return own + sum(proportional_memory(int(child)) for of_thread in children for child in of_thread)
+
+
+def time_command(
+    command: Sequence[str], environment: Mapping[str, str], kill_after: float | None = None
+) -> tuple[float, float]:
+    """Run a command; return its seconds, start-up included, and the peak memory of all its processes in MiB (Linux).
+
+    Args:
+        kill_after: seconds after which the command is killed with SIGKILL.
+
+    Raises:
+        UserError: the command failed.
+    """
+    start, peak = time.perf_counter(), 0.0
+    process = subprocess.Popen(command, env=dict(environment), stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        with contextlib.suppress(OSError):  # a process has just ended
+            peak = max(peak, proportional_memory(process.pid))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.2)
+        if kill_after is not None and time.perf_counter() - start > kill_after:
+            process.kill()
+            process.wait()
+            return time.perf_counter() - start, round(peak)
+    if process.returncode:
+        raise UserError(f"{command[0]} failed with exit status {process.returncode}; its message is above")
+    return time.perf_counter() - start, round(peak)
 
 
 # ---------------------------------------------------------------- reporting

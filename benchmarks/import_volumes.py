@@ -15,12 +15,10 @@ Duration: 15 minutes on 2 CPU cores. Needs: Linux.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,11 +27,11 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
-from common import RESULTS, make_parser, markdown_table, median_and_range, proportional_memory, write_result
+from common import RESULTS, make_parser, markdown_table, median_and_range, time_command, write_result
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_vf.demo.phantoms import make_phantom
-from nnunetv2_vf.errors import UserError, one_line_errors
+from nnunetv2_vf.errors import one_line_errors
 from nnunetv2_vf.importing.search import find_sources
 
 PROCESSES = 2
@@ -117,18 +115,7 @@ def time_import(raw: Path, data: Path, *flags: str) -> tuple[float, float]:
     """Return the seconds of an import, start-up included, and the peak memory of all its processes in MiB."""
     raw.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "nnunetv2_vf", "import", "-d", "1", "-n", "Benchmark", str(data)]
-    start, peak = time.perf_counter(), 0.0
-    process = subprocess.Popen(
-        [*command, "-np", str(PROCESSES), *flags], env={**os.environ, "nnUNet_raw": str(raw)}, stdout=subprocess.DEVNULL
-    )
-    while process.poll() is None:
-        with contextlib.suppress(OSError):  # a process has just ended
-            peak = max(peak, proportional_memory(process.pid))
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.2)
-    if process.returncode:
-        raise UserError(f"the import failed with exit status {process.returncode}; its message is above")
-    return time.perf_counter() - start, round(peak)
+    return time_command([*command, "-np", str(PROCESSES), *flags], {**os.environ, "nnUNet_raw": str(raw)})
 
 
 # ---------------------------------------------------------------- scale

@@ -5,7 +5,7 @@
 
 - phantoms: CT. 24 imported phantoms, whose HU statistics are those of the body; 4 labelled ones, whose statistics are
   those of the organs. Both use CTNormalization.
-- left_atrium: MR, at 1.5 mm. DATA is ``Dataset101_LeftAtrium`` in nnU-Net's raw format, with its ``split.json``. 40
+- left_atrium: MR, at 2 mm. DATA is ``Dataset101_LeftAtrium`` in nnU-Net's raw format, with its ``split.json``. 40
   training cases without labels are pretrained with RescaleTo01Normalization; 4 of the labelled ones are the target,
   for which nnU-Net chooses ZScoreNormalization.
 
@@ -40,7 +40,7 @@ NORMALIZATIONS = ("target", "pretrained")
 ARMS = ("pretrained", "scratch")
 LABELLED, HELD_OUT = 4, 16  # numbers of cases
 GPU_MEMORY_GB = 0.033  # gives the small network a patch of about 32 voxels per side
-SPACING_MM = 1.5  # of the left atrium
+SPACING_MM = 2.0  # of the left atrium
 PRETRAINING = {"num_epochs": 40, "iterations_per_epoch": 25, "val_iterations_per_epoch": 4}
 AUGMENTATION = {  # the phantoms' organs differ mainly in their HU, which these would hide
     "phantoms": {"contrast_probability": 0, "gamma": "1,1", "invert_probability": 0},

@@ -19,13 +19,12 @@ _BIDS_NAME = re.compile(
 
 
 def is_label_file(stem: str) -> bool:
-    """True if the first or the last word of a file's name says that it holds labels.
+    """True if the last word of a file's name says that it holds labels.
 
     Numbers are no words: ``patient001_frame01_gt``, ``BraTS2021_00000_seg``, ``segmentation-0``, ``label0001``.
     """
     words = [word.rstrip("0123456789").lower() for word in re.split(r"[^A-Za-z0-9]+", stem)]
-    words = [word for word in words if word]
-    return bool(words) and not _LABEL_WORDS.isdisjoint((words[0], words[-1]))
+    return next((word for word in reversed(words) if word), "") in _LABEL_WORDS
 
 
 def is_label_folder(name: str, siblings: Collection[str]) -> bool:

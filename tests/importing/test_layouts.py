@@ -119,7 +119,18 @@ def test_data_with_labels_only_are_refused(dataset, data):
 
 
 @pytest.mark.parametrize(
-    "stem", ["scan_2019", "unlabelled_01", "T1_masked", "gtv-study_ct", "segmented_lung", "labelled", "sub-mask01_T1w"]
+    "stem",
+    [
+        "scan_2019",
+        "unlabelled_01",
+        "T1_masked",
+        "gtv-study_ct",
+        "seg_001_ct",
+        "2019",
+        "segmented_lung",
+        "labelled",
+        "sub-mask01_T1w",
+    ],
 )
 def test_names_that_only_contain_the_letters_of_a_label_are_images(stem):
     assert not is_label_file(stem)
