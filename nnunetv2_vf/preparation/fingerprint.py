@@ -131,7 +131,7 @@ def extract_fingerprint(
         with results.journals.lock_merge():
             is_written = file.is_file() and file.stat().st_mtime >= start  # by another part
             lines = results.read_lines(task.intensities_per_case)
-            unfinished = cases.keys() - lines.keys()
+            unfinished = (cases.keys() - lines.keys()) | {failure.case for failure in failures}
             if not is_written and not unfinished:
                 fingerprint = _merge(results, [lines[case] for case in cases], len(_channels(description)))
                 with results.journals.replacing(file) as temporary:

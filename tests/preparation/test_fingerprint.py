@@ -110,6 +110,7 @@ def test_illegal_values_are_refused(fingerprint, arguments, message):
 
 
 def test_a_damaged_case_is_named_and_no_fingerprint_is_written(raw, fingerprint, expected):
+    run("-num_parts", 2, "-part_id", 1)  # torso_0003 is finished before it is damaged
     damaged = raw / "imagesTr" / "torso_0003_0000.nii.gz"
     content = damaged.read_bytes()
     damaged.write_bytes(b"")
