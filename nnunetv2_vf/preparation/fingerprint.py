@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -15,21 +14,11 @@ from batchgenerators.utilities.file_and_folder_operations import load_json, save
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-from tqdm import tqdm
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_folders import dataset_name, require_variables
 from nnunetv2_vf.parts import PartJournals, check_parts, part_name
-from nnunetv2_vf.preparation.raw_cases import (
-    Failure,
-    RawCase,
-    describe_failures,
-    killed,
-    read_raw_dataset,
-    run_or_describe_failure,
-    start_worker,
-)
-from nnunetv2_vf.process_pool import run_in_processes
+from nnunetv2_vf.preparation.raw_cases import Failure, RawCase, describe_failures, read_raw_dataset, work_on_cases
 
 FINGERPRINT = "dataset_fingerprint.json"
 _INTENSITIES = ".intensities"
@@ -175,14 +164,11 @@ def _analyze(task: _Task, cases: Sequence[RawCase], results: _Results, processes
     lines = results.read_lines(task.intensities_per_case)
     unfinished = [case for case in cases if case.name not in lines or _has_changed(case, lines[case.name]["stamp"])]
     failures: list[Failure] = []
-    function = functools.partial(run_or_describe_failure, task.analyze)
-    with tqdm(total=len(cases), initial=len(cases) - len(unfinished), unit="case", smoothing=0.05) as progress:
-        for case, result in run_in_processes(function, unfinished, processes, start_worker, preload=__name__):
-            if result is None or isinstance(result, Failure):
-                failures.append(result or killed(case))
-            else:
-                results.append(*result)
-            progress.update()
+    for _, result in work_on_cases(task.analyze, unfinished, len(cases), processes):
+        if isinstance(result, Failure):
+            failures.append(result)
+        else:
+            results.append(*result)
     return failures
 
 

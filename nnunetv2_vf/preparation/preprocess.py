@@ -24,16 +24,7 @@ from tqdm import tqdm
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_folders import plans_file, require_variables
 from nnunetv2_vf.parts import PartJournals, check_parts, part_name
-from nnunetv2_vf.preparation.raw_cases import (
-    Failure,
-    RawCase,
-    describe_failures,
-    killed,
-    read_raw_dataset,
-    run_or_describe_failure,
-    start_worker,
-)
-from nnunetv2_vf.process_pool import run_in_processes
+from nnunetv2_vf.preparation.raw_cases import Failure, RawCase, describe_failures, read_raw_dataset, work_on_cases
 
 # Entries of a configuration that change its preprocessed cases. Others, such as the batch size, do not.
 _CONFIGURATION_ENTRIES = (
@@ -180,16 +171,13 @@ def _preprocess_cases(task: _Task, cases: Sequence[RawCase], journals: PartJourn
     lines = _read_lines(journals, task.digest)
     unfinished = [case for case in cases if not _is_finished(case, lines.get(case.name), task.output)]
     failures: list[Failure] = []
-    function = functools.partial(run_or_describe_failure, task.preprocess)
-    with tqdm(total=len(cases), initial=len(cases) - len(unfinished), unit="case", smoothing=0.05) as progress:
-        for case, result in run_in_processes(function, unfinished, processes, start_worker, preload=__name__):
-            if result is None or isinstance(result, Failure):
-                failures.append(result or killed(case))
-                tqdm.write(f"{failures[-1].case} failed: {failures[-1].reason}")
-                _remove_case(task.output, case.name)
-            else:
-                journals.append_line(result)
-            progress.update()
+    for case, result in work_on_cases(task.preprocess, unfinished, len(cases), processes):
+        if isinstance(result, Failure):
+            failures.append(result)
+            tqdm.write(f"{case.name} failed: {result.reason}")
+            _remove_case(task.output, case.name)
+        else:
+            journals.append_line(result)
     return failures
 
 

@@ -1,10 +1,11 @@
-"""The cases of a raw dataset."""
+"""The cases of a raw dataset, and work on them in several processes."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,8 +14,10 @@ import SimpleITK as sitk  # noqa: N813  the package's own convention
 import torch
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from tqdm import tqdm
 
 from nnunetv2_vf.errors import UserError, printable
+from nnunetv2_vf.process_pool import run_in_processes
 
 _Result = TypeVar("_Result")
 
@@ -65,13 +68,29 @@ def read_raw_dataset(dataset_name: str) -> tuple[dict[str, Any], dict[str, RawCa
     return description, {name: RawCase(name, tuple(entry["images"]), entry["label"]) for name, entry in files.items()}
 
 
-def start_worker() -> None:
+def work_on_cases(
+    function: Callable[[RawCase], _Result], cases: Sequence[RawCase], total: int, processes: int
+) -> Iterator[tuple[RawCase, _Result | Failure]]:
+    """Yield each case with its result or its failure, in the order in which they finish; show a progress bar.
+
+    Args:
+        function: must be picklable.
+        total: number of cases, with those that an earlier run has finished.
+    """
+    guarded = functools.partial(_run_or_describe_failure, function)
+    with tqdm(total=total, initial=total - len(cases), unit="case", smoothing=0.05) as progress:
+        for case, result in run_in_processes(guarded, cases, processes, _start_worker, function.__module__):
+            yield case, _killed(case) if result is None else result
+            progress.update()
+
+
+def _start_worker() -> None:
     """Use one thread in this process: there is a process for each core."""
     torch.set_num_threads(1)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
 
 
-def run_or_describe_failure(function: Callable[[RawCase], _Result], case: RawCase) -> _Result | Failure:
+def _run_or_describe_failure(function: Callable[[RawCase], _Result], case: RawCase) -> _Result | Failure:
     """Return the result for a case, or the failure: a library may raise anything for a damaged file."""
     try:
         return function(case)
@@ -79,8 +98,7 @@ def run_or_describe_failure(function: Callable[[RawCase], _Result], case: RawCas
         return Failure(case.name, printable(f"{type(error).__name__}: {error}", limit=300))
 
 
-def killed(case: RawCase) -> Failure:
-    """Return the failure of a case whose process died twice."""
+def _killed(case: RawCase) -> Failure:
     return Failure(case.name, "the process died twice; it may need more memory: use fewer processes, -np")
 
 
