@@ -31,6 +31,7 @@ from typing import Any
 
 from common import RESULTS, make_parser, markdown_table, write_result
 
+from nnunetv2_vf.demo.journey import shrink_plans
 from nnunetv2_vf.demo.phantoms import write_dataset, write_images, write_labels
 from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.nnunet_commands import Workspace
@@ -133,7 +134,10 @@ def pretrain(workspace: Workspace, task: str, seed: int) -> Path:
                   "-np", 1, "--channel", channel)  # fmt: skip
     workspace.run("nnUNetv2_extract_fingerprint", "-d", UNLABELLED_ID, "-np", 1)
     workspace.run("nnUNetv2_plan_experiment", "-d", UNLABELLED_ID, *spacing)
-    shrink_plans(workspace.preprocessed / UNLABELLED / "nnUNetPlans.json", task)
+    plans = workspace.preprocessed / UNLABELLED / "nnUNetPlans.json"
+    shrink_plans(plans)
+    if task == "left_atrium":
+        change_normalization(plans)
     workspace.run("nnUNetv2_preprocess", "-d", UNLABELLED_ID, "-c", "3d_fullres", "-np", 1)
     settings = {**PRETRAINING, **AUGMENTATION[task], "seed": seed}
     workspace.run(
@@ -147,21 +151,9 @@ def spacing_flags(task: str) -> list[object]:
     return ["-overwrite_target_spacing", *[SPACING_MM] * 3] if task == "left_atrium" else []
 
 
-def shrink_plans(file: Path, task: str) -> None:
-    """Give the plans a patch of 32 voxels per side and a quarter of the features; change the scheme of MR."""
+def change_normalization(file: Path) -> None:
     plans = json.loads(file.read_text())
-    configuration = plans["configurations"]["3d_fullres"]
-    network = configuration["architecture"]["arch_kwargs"]
-    stages = 4
-    network.update(
-        {name: value[:stages] for name, value in network.items() if isinstance(value, list)},
-        n_stages=stages,
-        features_per_stage=[8, 16, 32, 64],
-        n_conv_per_stage_decoder=network["n_conv_per_stage_decoder"][: stages - 1],
-    )
-    configuration.update(patch_size=[32, 32, 32], batch_size=2)
-    if task == "left_atrium":
-        configuration.update(normalization_schemes=["RescaleTo01Normalization"])
+    plans["configurations"]["3d_fullres"]["normalization_schemes"] = ["RescaleTo01Normalization"]
     file.write_text(json.dumps(plans, indent=2))
 
 

@@ -218,7 +218,7 @@ def _run_import(args: argparse.Namespace) -> None:
     from nnunetv2_vf.importing.pipeline import import_volumes
     from nnunetv2_vf.importing.settings import ImportSettings, Selection
 
-    keep, select = (tuple(sorted(filter(None, value.split(",")))) for value in (args.keep, args.select))
+    keep, select = (tuple(sorted(filter(None, map(str.strip, value.split(","))))) for value in (args.keep, args.select))
     selection = Selection(args.min_size, args.max_spacing, args.min_range, keep, not args.no_split_4d)
     settings = ImportSettings(selection, not args.no_mask, args.link, args.file_ending)
     import_volumes(

@@ -25,6 +25,19 @@ def check_parts(num_parts: int, part_id: int, processes: int) -> None:
         raise UserError(f"-np is {processes}; it must be at least 1")
 
 
+@contextmanager
+def continuable_errors(folder: Path) -> Iterator[None]:
+    """Turn errors of the disk and Ctrl-C into a UserError: the same command continues."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot read or write {folder}: {error}; fix this, then run the same command to continue"
+        ) from error
+    except KeyboardInterrupt:
+        raise UserError("interrupted; run the same command to continue") from None
+
+
 def part_name(num_parts: int, part_id: int) -> str:
     """Return the name of a part, which its journal, its lock and its scratch folder have."""
     return f"part_{part_id}_of_{num_parts}"
@@ -83,7 +96,8 @@ class PartJournals:
 
     def _read_lines(self) -> Iterator[dict[str, Any]]:
         for path in sorted(self.folder.glob("*.jsonl")):
-            with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+            # another part, which has finished the work, may remove the journals
+            with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="surrogateescape") as lines:
                 for line in lines:
                     with suppress(ValueError):  # cut off
                         content = json.loads(line)

@@ -106,7 +106,7 @@ class LikePlanner(TopologyPlanner):
         if normalization == "auto":
             self.normalization = self._choose_normalization()
         if self.normalization == "pretrained" and _CT in pretrained["normalization_schemes"]:
-            statistics = pretrained["plans"][_STATISTICS]
+            statistics = PlansManager(pretrained["plans"]).foreground_intensity_properties_per_channel
             every_channel = self._one_per_channel([statistics[str(i)] for i in range(len(statistics))])
             self.dataset_fingerprint[_STATISTICS] = {str(i): entry for i, entry in enumerate(every_channel)}
 

@@ -79,13 +79,13 @@ def _prepare_datasets(workspace: Workspace, small: bool) -> None:
     workspace.run("nnUNetv2_extract_fingerprint", "-d", _UNLABELLED_ID, _LABELLED_ID)
     workspace.run("nnUNetv2_plan_experiment", "-d", _UNLABELLED_ID)
     if small:
-        _shrink_network(workspace.preprocessed / _UNLABELLED / "nnUNetPlans.json")
+        shrink_plans(workspace.preprocessed / _UNLABELLED / "nnUNetPlans.json")
     workspace.run("nnUNetv2_preprocess", "-d", _UNLABELLED_ID, "-c", "3d_fullres", "-np", 2)
 
 
-def _shrink_network(plans_file: Path) -> None:
-    """Reduce nnU-Net's plan for a CPU: a patch of 32 voxels per side, a quarter of the features."""
-    plans = json.loads(plans_file.read_text())
+def shrink_plans(file: Path) -> None:
+    """Reduce nnU-Net's plans for a CPU: a patch of 32 voxels per side, 4 stages, a quarter of the features."""
+    plans = json.loads(file.read_text())
     configuration = plans["configurations"]["3d_fullres"]
     network = configuration["architecture"]["arch_kwargs"]
     stages = 4
@@ -96,8 +96,8 @@ def _shrink_network(plans_file: Path) -> None:
         n_conv_per_stage_decoder=network["n_conv_per_stage_decoder"][: stages - 1],
     )
     configuration.update(patch_size=[32, 32, 32], batch_size=2)
-    plans_file.write_text(json.dumps(plans, indent=2))
-    print(f"(no GPU: {plans_file.name} reduced to patch 32x32x32 and {stages} stages)")
+    file.write_text(json.dumps(plans, indent=2))
+    print(f"({file.name} reduced to patch 32x32x32 and {stages} stages)")
 
 
 def _pretrain(workspace: Workspace, device: str) -> Path:

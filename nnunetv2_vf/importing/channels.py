@@ -45,7 +45,8 @@ def check_bids_suffixes(sources: Sequence[Source], merged: Collection[str]) -> N
         kinds = [suffix for suffix, _ in counts.most_common()]
         raise UserError(
             f"the names show images of several kinds: {', '.join(f'{counts[kind]} {kind}' for kind in kinds)}; import "
-            f"one kind, with --select _{kinds[0]}, or all of them as one channel, with --channel MR"
+            f"one kind, with --select _{kinds[0]}, or all of them as one channel, with its name: --channel MR or "
+            "--channel CT"
         )
 
 

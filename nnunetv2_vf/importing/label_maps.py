@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from nnunetv2_vf.importing.body_mask import random_intensities
 
 _MAX_VALUES = 512  # atlases of the brain have up to 200 labels
-# A volume with more values is a label map if this share of the neighbours within its slices is equal, not counting
-# pairs of background. It is at least 0.73 in the label maps of left atrium, hippocampus and phantoms, and at most 0.25
-# in their images, of which the ones of the left atrium have 38 to 245 values; 0.37 in a CT of 16 grey levels.
-_MIN_EQUAL_NEIGHBOURS = 0.6
-_FEW_VALUES = 4  # no image has so few; thin vessels as labels have few equal neighbours
+_SMALLEST_VALUES = (-1, 0, 1)  # 0 is the background, -1 marks voxels to ignore; some maps have no background
+# A volume with more values is a label map if this share of the neighbours within its slices is equal. It is at least
+# 0.8 in label maps, and at most 0.3 in images of 8 bits, whose noise has several values. Enlarging an image three times
+# without interpolation makes two thirds of its neighbours equal.
+_MIN_EQUAL_NEIGHBOURS = 0.75
+_FEW_VALUES = 4  # no image has so few
 _MAX_SLICES = 15
 
 
 def describe_label_map(volume: np.ndarray) -> str:
     """Return why a volume looks like a label map, or an empty string if it looks like an image.
 
-    A label map has few different values, all whole and none negative, and large areas of one value.
+    A label map has few different values, all whole, the smallest of them -1, 0 or 1, and areas of one value.
 
     Args:
         volume: finite values, not all equal, (slices, rows, columns).
     """
     values, counts = np.unique(random_intensities(volume), return_counts=True)
-    if values[0] < 0 or len(values) > _MAX_VALUES or not np.array_equal(values, np.round(values)):
+    if not _can_be_labels(values):
         return ""
     background = values[counts.argmax()]
     slices = _slices_with_other_values(volume, background)
     values = np.unique(slices)
-    if values[0] < 0 or len(values) > _MAX_VALUES or not np.array_equal(values, np.round(values)):
+    if not _can_be_labels(values):
         return ""
-    equal = _share_of_equal_neighbours(slices, background)
+    # An intensity window makes large areas of an image equal to its smallest or largest value.
+    equal = _share_of_equal_neighbours(slices, not_counted=(background, values[0], values[-1]))
     if len(values) > _FEW_VALUES and equal < _MIN_EQUAL_NEIGHBOURS:
         return ""
     return f"looks like a segmentation: {len(values)} different values, all whole; {equal:.0%} of neighbours are equal"
+
+
+def _can_be_labels(values: np.ndarray) -> bool:
+    is_whole = np.array_equal(values, np.round(values))
+    return values[0] in _SMALLEST_VALUES and len(values) <= _MAX_VALUES and is_whole
 
 
 def _slices_with_other_values(volume: np.ndarray, background: float) -> np.ndarray:
@@ -44,8 +53,13 @@ def _slices_with_other_values(volume: np.ndarray, background: float) -> np.ndarr
     return volume[numbers[chosen]]
 
 
-def _share_of_equal_neighbours(slices: np.ndarray, background: float) -> float:
-    """Return the share of neighbours along a row that are equal, of those that are not both background."""
+def _share_of_equal_neighbours(slices: np.ndarray, not_counted: Sequence[float]) -> float:
+    """Return the share of neighbours along a row that are equal; 1 if there are none.
+
+    Args:
+        not_counted: pairs with one of these values are left out.
+    """
+    is_counted = ~np.isin(slices, not_counted)
     left, right = slices[:, :, :-1], slices[:, :, 1:]
-    is_counted = (left != background) | (right != background)
-    return float(((left == right) & is_counted).sum() / max(1, is_counted.sum()))
+    pairs = is_counted[:, :, :-1] & is_counted[:, :, 1:]
+    return float((left == right)[pairs].mean()) if pairs.any() else 1.0

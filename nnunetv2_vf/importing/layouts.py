@@ -7,12 +7,19 @@ from collections.abc import Collection
 
 _LABEL_WORDS = {
     *("seg", "segs", "dseg", "aseg", "probseg", "segmentation", "segmentations", "label", "labels", "labelmap"),
-    *("mask", "masks", "msk", "gt", "groundtruth", "annotation", "annotations"),
+    *("labelmaps", "mask", "masks", "msk", "gt", "groundtruth", "truth", "annotation", "annotations"),
 }
-_LABEL_FOLDER = re.compile(
-    r"(labels?|masks?|segs?|segmentations?)(tr|ts|va|val|train|test)?|gt|ground[ _-]?truths?|annotations?|labelmaps?",
-    re.IGNORECASE,
-)
+# Words after the word for labels in names of folders: labelsTr, MASKS_DICOM.
+_PART_OR_FORMAT = {"tr", "ts", "va", "val", "train", "training", "test", "dicom", "nifti"}
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")  # labelsTr -> labels, Tr
+# Suffixes of images in the BIDS specification 1.10.
+_BIDS_SUFFIXES = {
+    *("T1w", "T2w", "PDw", "T2starw", "FLAIR", "inplaneT1", "inplaneT2", "PDT2", "UNIT1", "angio", "T2star", "FLASH"),
+    *("T1map", "T2map", "T2starmap", "R1map", "R2map", "R2starmap", "PDmap", "MTRmap", "MTsat", "MWFmap", "Chimap"),
+    *("MEGRE", "MESE", "MP2RAGE", "MPM", "MTR", "MTS", "VFA", "IRT1", "TB1map", "RB1map", "S0map", "M0map", "PD"),
+    *("bold", "cbv", "sbref", "phase", "dwi", "asl", "m0scan", "epi", "fieldmap", "phasediff", "phase1", "phase2"),
+    *("magnitude", "magnitude1", "magnitude2", "pet", "ct"),
+}
 _BIDS_NAME = re.compile(
     r"(?P<subject>sub-[A-Za-z0-9]+)(?P<session>_ses-[A-Za-z0-9]+)?(?:_[a-z]+-[A-Za-z0-9+]+)*_(?P<suffix>[A-Za-z0-9]+)"
 )
@@ -38,13 +45,14 @@ def is_label_folder(name: str, siblings: Collection[str]) -> bool:
             "dataset_description.json",
             "rawdata",
         }.isdisjoint(siblings)
-    return _LABEL_FOLDER.fullmatch(name) is not None
+    words = [word.lower() for word in _WORD.findall(name)]
+    return next((word for word in reversed(words) if word not in _PART_OR_FORMAT), "") in _LABEL_WORDS
 
 
 def bids_suffix(stem: str) -> str:
-    """Return the suffix of a BIDS file name, such as ``T1w``; empty for any other name."""
+    """Return the suffix of a BIDS file name, such as ``T1w``; empty for other names and for unknown suffixes."""
     match = _BIDS_NAME.fullmatch(stem)
-    return match["suffix"] if match else ""
+    return match["suffix"] if match and match["suffix"] in _BIDS_SUFFIXES else ""
 
 
 def short_bids_name(stem: str) -> str:

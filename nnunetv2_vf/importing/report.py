@@ -37,7 +37,9 @@ def describe_left_out(found: FoundSources) -> list[str]:
     """Return a phrase for each group of files that is not in the report: labels, not selected, no volumes."""
     phrases = []
     if found.num_labels:
-        phrases.append(f"left out {found.num_labels} volumes with names of labels (to import them: --keep labels)")
+        phrases.append(
+            f"left out {found.num_labels} volumes with names of labels or derivatives (to import them: --keep labels)"
+        )
     if found.num_not_selected:
         phrases.append(f"left out {found.num_not_selected} volumes that --select does not name")
     if found.ignored:

@@ -29,7 +29,8 @@ from nnunetv2_vf.importing.sources import (
 # Volumes in formats that are not read. Each gets a line in the report.
 _UNREAD_ENDINGS = (
     *(".mgz", ".mgh", ".mnc", ".par", ".head", ".gipl", ".gipl.gz", ".vtk", ".vti", ".npy", ".npz"),
-    *(".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip", ".img", ".img.gz"),
+    *(".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip", ".nrrd.gz", ".mha.gz", ".mgh.gz", ".mnc.gz", ".dcm.gz"),
+    *(".img", ".img.gz", ".tif", ".tiff", ".h5", ".hdf5"),
 )
 
 
@@ -92,8 +93,8 @@ class _Search:
     """A search in progress: its options, and the numbers of files that it has left out."""
 
     def __init__(self, select: Sequence[str], keep_labels: bool):
-        self.patterns = [f"*{pattern}*" for pattern in select]
-        self.keep_labels = keep_labels
+        self.patterns = [f"*{pattern.replace('[', '[[]')}*" for pattern in select]  # only * and ? are special
+        self.select, self.keep_labels = select, keep_labels
         self.ignored: Counter[str] = Counter()
         self.num_labels = self.num_not_selected = 0
 
@@ -135,7 +136,8 @@ class _Search:
         """Yield the sources among some files of a folder.
 
         Args:
-            below: the patterns of the selection apply to the part of a path below this folder; if empty, to the name.
+            below: the patterns of the selection apply to the part of a path below this folder. Empty for given files:
+                then they apply to the name, and each DICOM file is a source, not its folder.
         """
         visible = [name for name in names if not name.startswith(".")]
         self.ignored["hidden"] += len(names) - len(visible)
@@ -144,10 +146,14 @@ class _Search:
         others = [name for name in visible if not volume_ending(name) and name.lower() not in data]
         above = f"{folder[len(below) :].lstrip(os.sep)}{os.sep}" if below and folder != below else ""
         yield from _group_files(folder, [name for name in volumes if self._is_wanted(name, above)])
-        if any(may_be_dicom(folder, name) for name in others):
+        if not below:  # given files: not the whole folder
+            slices = [name for name in others if may_be_dicom(folder, name)]
+            yield from (_file_source((os.path.join(folder, name),)) for name in slices if self._is_selected(name))
+            others = [name for name in others if name not in slices]
+        elif any(may_be_dicom(folder, name) for name in others):
             if self._is_selected(above or os.path.basename(folder)):
                 yield Source((folder,), f"{len(others)} files {os.stat(folder).st_mtime_ns}")
-            others = [name for name in others if is_other_file(name)]
+            others = [name for name in others if is_other_file(name) or name.lower().endswith(_UNREAD_ENDINGS)]
         for name in others:
             if not name.lower().endswith(_UNREAD_ENDINGS):
                 self.ignored[os.path.splitext(name)[1].lower() or "no ending"] += 1
@@ -170,13 +176,15 @@ class _Search:
         """Return the message for a search that has found nothing."""
         searched = ", ".join(map(str, paths))
         if self.num_not_selected:
-            patterns = ",".join(pattern[1:-1] for pattern in self.patterns)
             return (
-                f"--select {patterns} matches none of {self.num_not_selected} volumes in {searched}; legal: parts of "
-                "their paths, such as T1w"
+                f"--select {','.join(self.select)} matches none of {self.num_not_selected} volumes in {searched}; "
+                "legal: parts of their paths, such as T1w"
             )
         if self.num_labels:
-            return f"no images in {searched}, but {self.num_labels} with names of labels; import them: --keep labels"
+            return (
+                f"no images in {searched}, but {self.num_labels} with names of labels or derivatives; import them: "
+                "--keep labels"
+            )
         return (
             f"no volumes in {searched}; searched for {', '.join(VOLUME_ENDINGS)} and DICOM files; found "
             f"{sum(self.ignored.values())} other files"

@@ -72,7 +72,10 @@ def split_channel(stem: str) -> tuple[str, int | None]:
 def data_files(path: str) -> list[str]:
     """Return the paths at which the voxels may be if a file is only a header; else nothing."""
     ending = volume_ending(path)
-    return [path[: -len(ending)] + data_ending for data_ending in _DATA_ENDINGS.get(ending, ())]
+    endings = _DATA_ENDINGS.get(ending, ())
+    if ending and path[-len(ending) :].isupper():  # A.HDR has its voxels in A.IMG
+        endings = tuple(data_ending.upper() for data_ending in endings)
+    return [path[: -len(ending)] + data_ending for data_ending in endings]
 
 
 def is_other_file(name: str) -> bool:

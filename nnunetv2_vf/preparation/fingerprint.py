@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import random
-import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_folders import dataset_name, require_variables
-from nnunetv2_vf.parts import PartJournals, check_parts, part_name
+from nnunetv2_vf.parts import PartJournals, check_parts, continuable_errors, part_name
 from nnunetv2_vf.preparation.raw_cases import Failure, RawCase, describe_failures, read_raw_dataset, work_on_cases
 
 FINGERPRINT = "dataset_fingerprint.json"
@@ -49,8 +51,8 @@ class _Task:
         return line, [np.asarray(channel) for channel in intensities]  # an empty list becomes an empty float64 array
 
 
-class _Results:
-    """The measurements of the cases: lines in the journals, and beside each journal a file with intensities.
+class Results:
+    """The measurements of the cases: lines in the journals, and a file with the intensities of each run.
 
     A line says where the intensities of its case begin in the file, and which type and how many there are for each
     channel. They are written before the line, so whole lines have whole intensities.
@@ -58,7 +60,7 @@ class _Results:
 
     def __init__(self, folder: Path, part: str):
         self.journals = PartJournals(folder, part)
-        self._file = folder / f"{part}{_INTENSITIES}"
+        self._file = folder / f"{part}_{uuid.uuid4().hex}{_INTENSITIES}"  # no other run writes to it
 
     def append(self, line: Mapping[str, Any], intensities: Sequence[np.ndarray]) -> None:
         with self._file.open("ab") as file:
@@ -105,27 +107,29 @@ def extract_fingerprint(
     require_variables(nnUNet_raw, nnUNet_preprocessed)
     name = dataset_name(dataset)
     description, all_cases = read_raw_dataset(name)
-    cases = _choose_cases(all_cases, sample, seed)
+    cases = choose_cases(all_cases, sample, seed)
     record = {} if sample is None else {_SAMPLE: {"cases": len(cases), "of": len(all_cases), "seed": seed}}
     file = Path(nnUNet_preprocessed) / name / FINGERPRINT
     if file.is_file() and not clean:
         print(_describe_existing(file, len(cases), record))
         return
-    start = time.time()
-    reader_writer_class = determine_reader_writer_from_dataset_json(description, next(iter(cases.values())).images[0])
-    task = _Task(reader_writer_class, _intensities_per_case(name, len(cases)))
-    results = _Results(file.parent / "journals" / "fingerprint", part_name(num_parts, part_id))
-    with results.journals.lock_part():
-        failures = _analyze(task, list(cases.values())[part_id::num_parts], results, processes)
-        with results.journals.lock_merge():
-            is_written = file.is_file() and file.stat().st_mtime >= start  # by another part
-            lines = results.read_lines(task.intensities_per_case)
-            unfinished = (cases.keys() - lines.keys()) | {failure.case for failure in failures}
-            if not is_written and not unfinished:
-                fingerprint = _merge(results, [lines[case] for case in cases], len(_channels(description)))
-                with results.journals.replacing(file) as temporary:
-                    save_json({**fingerprint, **record}, str(temporary))
-                results.clear()
+    before = _version(file)
+    task = _Task(_choose_reader(description, next(iter(cases.values()))), _intensities_per_case(name, len(cases)))
+    with continuable_errors(file.parent):
+        results = Results(file.parent / "journals" / "fingerprint", part_name(num_parts, part_id))
+        with results.journals.lock_part():
+            failures = _analyze(task, list(cases.values())[part_id::num_parts], results, processes)
+            with results.journals.lock_merge():
+                is_written = _version(file) != before  # by another part
+                lines = results.read_lines(task.intensities_per_case)
+                unfinished = (cases.keys() - lines.keys()) | {failure.case for failure in failures}
+                if not unfinished:  # cases of other parts may have changed since
+                    unfinished = {case.name for case in cases.values() if _has_changed(case, lines[case.name])}
+                if not is_written and not unfinished:
+                    fingerprint = merge(results, [lines[case] for case in cases], len(_channels(description)))
+                    with results.journals.replacing(file) as temporary:
+                        save_json({**fingerprint, **record}, str(temporary))
+                    results.clear()
     if failures:
         raise UserError(f"{describe_failures(failures, len(cases))}; mend or remove them, then run the same command")
     if unfinished and not is_written:
@@ -137,8 +141,12 @@ def extract_fingerprint(
     print(f"{file}: {len(cases)} cases\nnext: nnUNetv2_plan_experiment -d {dataset}, or nnUNetv2_vf plan -d {dataset}")
 
 
-def _choose_cases(cases: Mapping[str, RawCase], sample: int | None, seed: int) -> dict[str, RawCase]:
-    """Return all cases or a random sample of them, in nnU-Net's order."""
+def choose_cases(cases: Mapping[str, RawCase], sample: int | None, seed: int) -> dict[str, RawCase]:
+    """Return all cases or a random sample of them, in nnU-Net's order.
+
+    Raises:
+        UserError: the sample is empty or larger than the dataset.
+    """
     if sample is None:
         return dict(cases)
     if not 1 <= sample <= len(cases):
@@ -150,8 +158,26 @@ def _choose_cases(cases: Mapping[str, RawCase], sample: int | None, seed: int) -
 def _describe_existing(file: Path, num_cases: int, record: Mapping[str, Any]) -> str:
     existing = load_json(str(file))
     is_the_same = len(existing["spacings"]) == num_cases and existing.get(_SAMPLE) == record.get(_SAMPLE)
-    change = "" if is_the_same else f", of {len(existing['spacings'])} other cases"
+    change = "" if is_the_same else f", made from {len(existing['spacings'])} cases; this would be {num_cases}"
     return f"{file} exists already{change}; to make it again: --clean"
+
+
+def _version(file: Path) -> tuple[int, int] | None:
+    """Return a value that changes when the file is replaced; None if it does not exist."""
+    if not file.is_file():
+        return None
+    status = file.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def _choose_reader(description: Mapping[str, Any], case: RawCase) -> type:
+    """Return the class that nnU-Net reads the dataset with. Without a name in ``dataset.json`` it tries a case."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints a traceback for each reader that fails
+            reader: type = determine_reader_writer_from_dataset_json(description, case.images[0], verbose=False)
+    except RuntimeError as error:
+        raise UserError(f"nnU-Net cannot read {case.images[0]}; mend or remove this case") from error
+    return reader
 
 
 def _intensities_per_case(name: str, num_cases: int) -> int:
@@ -159,10 +185,10 @@ def _intensities_per_case(name: str, num_cases: int) -> int:
     return int(extractor.num_foreground_voxels_for_intensitystats // num_cases)
 
 
-def _analyze(task: _Task, cases: Sequence[RawCase], results: _Results, processes: int) -> list[Failure]:
+def _analyze(task: _Task, cases: Sequence[RawCase], results: Results, processes: int) -> list[Failure]:
     """Analyze the cases that are not finished; return those that fail."""
     lines = results.read_lines(task.intensities_per_case)
-    unfinished = [case for case in cases if case.name not in lines or _has_changed(case, lines[case.name]["stamp"])]
+    unfinished = [case for case in cases if case.name not in lines or _has_changed(case, lines[case.name])]
     failures: list[Failure] = []
     for _, result in work_on_cases(task.analyze, unfinished, len(cases), processes):
         if isinstance(result, Failure):
@@ -172,14 +198,14 @@ def _analyze(task: _Task, cases: Sequence[RawCase], results: _Results, processes
     return failures
 
 
-def _has_changed(case: RawCase, stamp: str) -> bool:
+def _has_changed(case: RawCase, line: Mapping[str, Any]) -> bool:
     try:
-        return case.stamp() != stamp
+        return case.stamp() != str(line["stamp"])
     except OSError:  # the case will fail, with a better message
         return True
 
 
-def _merge(results: _Results, lines: Sequence[Mapping[str, Any]], num_channels: int) -> dict[str, Any]:
+def merge(results: Results, lines: Sequence[Mapping[str, Any]], num_channels: int) -> dict[str, Any]:
     """Return the fingerprint, equal to nnU-Net's: the same operations on the same numbers in the same order."""
     return {
         "spacings": [line["spacing"] for line in lines],
@@ -193,11 +219,14 @@ def _merge(results: _Results, lines: Sequence[Mapping[str, Any]], num_channels: 
 
 
 def _describe_intensities(intensities: np.ndarray) -> dict[str, float]:
-    low, median, high = np.percentile(intensities, (0.5, 50.0, 99.5))
+    """Return nnU-Net's statistics. Changes the order of the intensities."""
+    mean, std = np.mean(intensities), np.std(intensities)  # first: their last digits depend on the order
+    percentiles = (0.5, 50.0, 99.5)
+    low, median, high = np.percentile(intensities, percentiles, overwrite_input=True)  # else it copies 400 MB
     return {
-        "mean": float(np.mean(intensities)),
+        "mean": float(mean),
         "median": float(median),
-        "std": float(np.std(intensities)),
+        "std": float(std),
         "min": float(np.min(intensities)),
         "max": float(np.max(intensities)),
         "percentile_99_5": float(high),

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from tqdm import tqdm
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.nnunet_folders import plans_file, require_variables
-from nnunetv2_vf.parts import PartJournals, check_parts, part_name
+from nnunetv2_vf.nnunet_folders import (
+    UNREADABLE_CONFIGURATION,
+    legal_configurations,
+    plans_file,
+    require_variables,
+)
+from nnunetv2_vf.parts import PartJournals, check_parts, continuable_errors, part_name
 from nnunetv2_vf.preparation.raw_cases import Failure, RawCase, describe_failures, read_raw_dataset, work_on_cases
 
 # Entries of a configuration that change its preprocessed cases. Others, such as the batch size, do not.
@@ -31,9 +36,9 @@ _CONFIGURATION_ENTRIES = (
     *("preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm"),
     *("resampling_fn_data", "resampling_fn_data_kwargs", "resampling_fn_seg", "resampling_fn_seg_kwargs"),
 )
-_PLANS_ENTRIES = ("transpose_forward", "image_reader_writer", "foreground_intensity_properties_per_channel")
+_PLANS_ENTRIES = ("transpose_forward", "image_reader_writer")
 _LABEL_ENTRIES = ("labels", "regions_class_order", "file_ending")
-_PREPROCESSED_ENDINGS = (".b2nd", ".npz", ".npy", ".pkl")
+_PREPROCESSED_ENDINGS = (".b2nd", ".npz", ".npy", ".pkl")  # .npy: unpacked by older versions of nnU-Net
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class _Task:
     configuration_name: str
     description: str  # dataset.json as text, without its list of cases
     digest: str
+    can_be_pretrained: bool
     output: Path
     labels: Path
     scratch: Path
@@ -102,16 +108,14 @@ def preprocess_dataset(
     require_variables(nnUNet_raw, nnUNet_preprocessed)
     file = plans_file(dataset, plans_name)
     plans_manager = PlansManager(str(file))
-    for name in configuration_names:
-        if name not in plans_manager.available_configurations:
-            legal = ", ".join(plans_manager.available_configurations)
-            raise UserError(f"the plans {plans_name} have no configuration {name!r}; legal: {legal}")
     description, cases = read_raw_dataset(file.parent.name)
+    part = part_name(num_parts, part_id)
+    tasks = [_make_task(file, plans_manager, name, description, part) for name in configuration_names]
     failures: list[Failure] = []
-    for name in configuration_names:
-        task = _make_task(file, plans_manager, name, description, part_name(num_parts, part_id))
-        print(f"{file.parent.name}, {plans_name}, {name}: {len(cases)} cases in {task.output}", flush=True)
-        failures += _preprocess_part(task, cases, processes, num_parts, part_id)
+    for task in tasks:
+        print(f"{file.parent.name}, {plans_name}, {task.configuration_name}: {len(cases)} cases in {task.output}")
+        with continuable_errors(file.parent):
+            failures += _preprocess_part(task, cases, processes, num_parts, part_id)
     if failures:
         raise UserError(
             f"{describe_failures(failures, len(cases))}; they are left out. Mend or remove them, then run the same "
@@ -122,16 +126,40 @@ def preprocess_dataset(
 def _make_task(
     file: Path, plans_manager: PlansManager, configuration_name: str, description: Mapping[str, Any], part: str
 ) -> _Task:
-    configuration = plans_manager.get_configuration(configuration_name)
+    configuration = _require_configuration(plans_manager, configuration_name, file)
     relevant = [
         {entry: configuration.configuration.get(entry) for entry in _CONFIGURATION_ENTRIES},
         {entry: plans_manager.plans.get(entry) for entry in _PLANS_ENTRIES},
+        {"intensities": plans_manager.foreground_intensity_properties_per_channel},
         {entry: description.get(entry) for entry in _LABEL_ENTRIES},
     ]
     digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
     output, labels = file.parent / configuration.data_identifier, file.parent / "gt_segmentations"
     scratch = _journals_folder(output) / f"{part}.scratch"
-    return _Task(file, configuration_name, json.dumps(description), digest, output, labels, scratch)
+    can_be_pretrained = configuration_name in legal_configurations(plans_manager)
+    return _Task(file, configuration_name, json.dumps(description), digest, can_be_pretrained, output, labels, scratch)
+
+
+def _require_configuration(plans_manager: PlansManager, name: str, file: Path) -> ConfigurationManager:
+    """Return a configuration that can be preprocessed.
+
+    Raises:
+        UserError: the plans do not have it, it cannot be read, or nnU-Net does not have its preprocessor.
+    """
+    if name not in plans_manager.available_configurations:
+        legal = ", ".join(plans_manager.available_configurations)
+        raise UserError(f"{file} has no configuration {name!r}; legal: {legal}")
+    try:
+        configuration = plans_manager.get_configuration(name)
+        preprocessor_name, preprocessor = configuration.preprocessor_name, configuration.preprocessor_class
+    except UNREADABLE_CONFIGURATION as error:
+        raise UserError(f"the configuration {name} of {file} cannot be read: {error!r}") from error
+    if preprocessor is None:
+        raise UserError(
+            f"nnU-Net has no preprocessor {preprocessor_name}, which the configuration {name} of {file} names; legal: "
+            "DefaultPreprocessor or another class in nnunetv2.preprocessing"
+        )
+    return configuration
 
 
 def _journals_folder(output: Path) -> Path:
@@ -150,21 +178,29 @@ def _preprocess_part(
         shutil.rmtree(task.scratch, ignore_errors=True)
         with journals.lock_merge():
             lines = _read_lines(journals, task.digest)
-            num_unfinished = len(cases.keys() - lines.keys())
-            if num_unfinished == 0:
-                _remove_other_files(task.output, [lines[case] for case in cases])
+            unfinished = {name for name, case in cases.items() if not _is_finished(case, lines.get(name), task.output)}
+            pending = {name for name in unfinished if "failure" not in lines.get(name, {})}
+            if not pending:
+                _remove_other_cases(task.output, cases)
                 _update_description(task, journals)
-    if num_unfinished > len(failures):
-        print(
-            f"part {part_id} of {num_parts} is finished; {num_unfinished - len(failures)} cases of other parts are not"
-        )
-    elif not failures:
-        dataset_id = convert_dataset_name_to_id(task.output.parent.name)
-        print(
-            f"all {len(cases)} cases are preprocessed\nnext: nnUNetv2_train {dataset_id} {task.configuration_name} all "
-            f"-p {task.plans_file.stem} -tr VFPretrainTrainer"
-        )
+    if pending:
+        print(f"part {part_id} of {num_parts} is finished; {len(pending)} cases of other parts are not")
+    elif unfinished:
+        print(f"{len(cases) - len(unfinished)} of {len(cases)} cases are preprocessed; {len(unfinished)} have failed")
+    else:
+        print(f"all {len(cases)} cases are preprocessed")
+        if task.can_be_pretrained:
+            print(_next_commands(task))
     return failures
+
+
+def _next_commands(task: _Task) -> str:
+    train = f"nnUNetv2_train {convert_dataset_name_to_id(task.output.parent.name)} {task.configuration_name}"
+    plans = f"-p {task.plans_file.stem}"
+    return (
+        f"next, to pretrain: {train} all {plans} -tr VFPretrainTrainer\n"
+        f"or, to fine-tune: {train} 0 {plans} -tr VFFinetuneTrainer -pretrained_weights FILE"
+    )
 
 
 def _preprocess_cases(task: _Task, cases: Sequence[RawCase], journals: PartJournals, processes: int) -> list[Failure]:
@@ -175,7 +211,9 @@ def _preprocess_cases(task: _Task, cases: Sequence[RawCase], journals: PartJourn
         if isinstance(result, Failure):
             failures.append(result)
             tqdm.write(f"{case.name} failed: {result.reason}")
-            _remove_case(task.output, case.name)
+            journals.append_line({"case": case.name, "digest": task.digest, "failure": result.reason})
+            if case.is_readable():  # else its raw files may come back, and may be those of the preprocessed files
+                _remove_case(task.output, case.name)
         else:
             journals.append_line(result)
     return failures
@@ -191,6 +229,7 @@ def _is_finished(case: RawCase, line: Mapping[str, Any] | None, output: Path) ->
     try:
         return (
             line is not None
+            and "failure" not in line
             and line["stamp"] == case.stamp()
             and all((output / name).stat().st_size == size for name, size in line["sizes"].items())
         )
@@ -204,9 +243,9 @@ def _remove_case(output: Path, case: str) -> None:
         (output / name).unlink(missing_ok=True)
 
 
-def _remove_other_files(output: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Remove preprocessed files that do not belong to the cases of these lines."""
-    kept = {name for line in lines for name in line["sizes"]}
+def _remove_other_cases(output: Path, cases: Collection[str]) -> None:
+    """Remove the preprocessed files of cases that the dataset does not have."""
+    kept = {f"{case}{ending}" for case in cases for ending in (*_PREPROCESSED_ENDINGS, "_seg.b2nd", "_seg.npy")}
     for file in output.iterdir():
         if file.suffix in _PREPROCESSED_ENDINGS and file.name not in kept:
             file.unlink()
@@ -216,6 +255,6 @@ def _update_description(task: _Task, journals: PartJournals) -> None:
     """Copy dataset.json as nnU-Net's planning does: cases may have been added since."""
     source = Path(nnUNet_raw) / task.output.parent.name / "dataset.json"
     copy = task.output.parent / "dataset.json"
-    if copy.read_bytes() != source.read_bytes():
+    if not copy.is_file() or copy.read_bytes() != source.read_bytes():
         with journals.replacing(copy) as temporary:
             shutil.copyfile(source, temporary)

@@ -39,6 +39,14 @@ class RawCase:
         stats = [os.stat(file) for file in (*self.images, self.label)]  # noqa: PTH116  a Path per file is slow
         return " ".join(f"{status.st_size} {status.st_mtime_ns}" for status in stats)
 
+    def is_readable(self) -> bool:
+        """Return False if a file is missing, for example because its disk is not mounted."""
+        try:
+            self.stamp()
+        except OSError:
+            return False
+        return True
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -52,16 +60,16 @@ def read_raw_dataset(dataset_name: str) -> tuple[dict[str, Any], dict[str, RawCa
     """Return ``dataset.json`` without its list of cases, and the cases by name, in nnU-Net's order.
 
     Raises:
-        UserError: the dataset has no ``dataset.json``, or no cases.
+        UserError: the dataset has no ``dataset.json``, it cannot be read, or there are no cases.
     """
     folder = Path(nnUNet_raw) / dataset_name
     if not (folder / "dataset.json").is_file():
         raise UserError(f"no raw dataset {dataset_name}: {folder / 'dataset.json'} does not exist")
-    description = json.loads((folder / "dataset.json").read_text())
     try:
+        description = json.loads((folder / "dataset.json").read_text())
         files = get_filenames_of_train_images_and_targets(str(folder), description)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error}") from error
+    except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:  # ValueError: no JSON
+        raise UserError(f"{folder / 'dataset.json'} or its cases cannot be read: {error!r}") from error
     if not files:
         raise UserError(f"{folder} has no cases in imagesTr")
     description.pop("dataset", None)  # each process gets the description; the list of 110,000 cases takes 20 MB

@@ -27,9 +27,35 @@ def atlas(labels: int) -> np.ndarray:
     return np.pad(np.kron(cubes, np.ones((5, 5, 5), dtype=int)), 10).astype(np.int16)
 
 
+def tubes(width: int) -> np.ndarray:
+    """Return 13 thin vessels with a label each."""
+    volume = np.zeros((60, 60, 60), dtype=np.uint8)
+    for label in range(1, 14):
+        volume[:, 4 * label : 4 * label + width, 30 : 30 + width] = label
+    return volume
+
+
+def lesions() -> np.ndarray:
+    """Return 30 small lesions with a label each."""
+    volume = np.zeros((60, 60, 60), dtype=np.int16)
+    for label, (z, y, x) in enumerate(np.random.default_rng(0).integers(0, 57, (30, 3)), start=1):
+        volume[z : z + 3, y : y + 3, x : x + 3] = label
+    return volume
+
+
+def noiseless_phantom(num_values: int) -> np.ndarray:
+    """Return a CT without noise, stored with an offset of 1024."""
+    return 24 + (1000 // num_values) * (PHANTOM.labels.astype(np.uint16) % num_values)
+
+
 @pytest.mark.parametrize(
     "volume",
     [
+        tubes(2),
+        tubes(3),
+        lesions(),
+        PHANTOM.labels.astype(np.int8) - (PHANTOM.labels == 5) * np.int8(6),  # -1 marks voxels to ignore
+        PHANTOM.labels + 1,
         PHANTOM.labels,
         PHANTOM.labels.astype(np.float32),
         (PHANTOM.labels == 4) * np.uint8(255),
@@ -59,6 +85,10 @@ def eight_bits(volume: np.ndarray, levels: int = 256) -> np.ndarray:
         eight_bits(PHANTOM.image, 64),
         eight_bits(mr(0)),
         np.where(ct(0) > -500, 40, -1000).astype(np.int16),  # a phantom without noise, in HU
+        noiseless_phantom(2),
+        noiseless_phantom(6),
+        eight_bits(PHANTOM.image).repeat(3, 0).repeat(3, 1).repeat(3, 2),  # enlarged without interpolation
+        (np.clip(PHANTOM.image, -100, 0) * 2.55 + 255).astype(np.uint8),  # a narrow window
     ],
 )
 def test_images_are_not_mistaken_for_label_maps(volume):
@@ -67,7 +97,7 @@ def test_images_are_not_mistaken_for_label_maps(volume):
 
 def test_a_label_map_is_rejected_or_kept_with_a_note(tmp_path):
     path = write_volume(tmp_path / "OTMultiClass.nii.gz", PHANTOM.labels)
-    assert check_only_volume(path).startswith("labels: looks like a segmentation: 6 different values, all whole; 8")
+    assert check_only_volume(path).startswith("labels: looks like a segmentation: 6 different values, all whole; 99%")
     assert check_only_volume(path, keep=("labels",)).startswith("labels: looks like")
 
 

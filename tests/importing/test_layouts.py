@@ -85,7 +85,10 @@ def test_labels_of_common_layouts_are_left_out_and_counted(dataset, data, capsys
     assert {row["source"] for row in read_report(dataset)} == {str(data / file) for file in images}
     found, *_, summary = capsys.readouterr().out.split(f"{DATASET}: ")[1:]
     for output in (found, summary):
-        assert f"left out {len(labels)} volumes with names of labels (to import them: --keep labels)" in output
+        assert (
+            f"left out {len(labels)} volumes with names of labels or derivatives (to import them: --keep labels)"
+            in output
+        )
 
 
 def test_nested_dicom_with_segmentations_beside_the_images(dataset, data):
@@ -114,7 +117,7 @@ def test_a_given_folder_is_searched_whatever_its_name_is(dataset, data):
 
 def test_data_with_labels_only_are_refused(dataset, data):
     write_volume(data / "labelsTr" / "a.nii.gz", mr(0))
-    assert "but 1 with names of labels; import them: --keep labels" in import_error(data)
+    assert "but 1 with names of labels or derivatives; import them: --keep labels" in import_error(data)
     assert not list(dataset.parent.iterdir())
 
 
@@ -136,7 +139,26 @@ def test_names_that_only_contain_the_letters_of_a_label_are_images(stem):
     assert not is_label_file(stem)
 
 
-@pytest.mark.parametrize("name", ["labelled", "mask_study", "segmentation_paper_data", "GTV", "derivatives"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "labelsTr",
+        "labels_Tr",
+        "cow_seg_labelsTr",
+        "gt_segmentations",
+        "lung_mask",
+        "MASKS_DICOM",
+        "averaged-training-labels",
+        "Ground Truth",
+    ],
+)
+def test_folders_named_after_labels_are_left_out(name):
+    assert is_label_folder(name, {"other"})
+
+
+@pytest.mark.parametrize(
+    "name", ["labelled", "mask_study", "segmentation_paper_data", "GTV", "derivatives", "imagesTr"]
+)
 def test_folders_that_only_contain_the_letters_of_a_label_are_searched(name):
     assert not is_label_folder(name, {"other"})
 
@@ -165,6 +187,21 @@ def test_images_of_several_bids_suffixes_are_refused_with_their_counts(dataset, 
     message = import_error(bids)
     assert "images of several kinds: 3 T1w, 3 T2w; import one kind, with --select _T1w, or all of them" in message
     assert not list(dataset.parent.iterdir())
+
+
+@pytest.mark.parametrize("suffixes", [("1", "2"), ("2019", "2020"), ("pre", "post")])
+def test_names_that_only_look_like_bids_are_not_refused(dataset, data, suffixes):
+    for number, suffix in enumerate(suffixes):
+        write_volume(data / f"sub-01_{suffix}.nii.gz", mr(number))
+    run_import(data)
+    assert len(cases(dataset)) == 2
+
+
+def test_patterns_may_follow_the_comma_with_a_space_and_brackets_are_no_wildcards(dataset, bids):
+    write_volume(bids / "[T]_old.nii.gz", mr(9))
+    run_import(bids, "--select", "[T], _T1w")
+    assert cases(dataset)[0] == "T_old"
+    assert len(cases(dataset)) == 4
 
 
 def test_one_suffix_is_selected(dataset, bids, capsys):

@@ -65,6 +65,15 @@ def test_nan_in_nifti_2_is_found(tmp_path):
     assert check_only_volume(tmp_path / "a.nii.gz") == "nonfinite: 1 voxels are NaN or infinite"
 
 
+@pytest.mark.parametrize("image_class", [nibabel.Nifti1Pair, nibabel.Nifti2Pair])
+def test_a_pair_with_endings_in_capitals_is_read(tmp_path, image_class):
+    nibabel.save(image_class(ct(0).T, np.eye(4)), tmp_path / "a.hdr")
+    for ending in ("hdr", "img"):
+        (tmp_path / f"a.{ending}").rename(tmp_path / f"A.{ending.upper()}")
+    (volume,) = read_all(tmp_path)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(volume.images[0]), ct(0))
+
+
 def test_analyze_is_read(tmp_path):
     nibabel.save(nibabel.AnalyzeImage(ct(0).T, np.diag([1, 1.5, 2, 1])), tmp_path / "a.hdr")
     (volume,) = read_all(tmp_path)

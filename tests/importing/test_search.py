@@ -31,22 +31,36 @@ def test_volumes_of_every_format_are_found_in_all_folders_sorted_by_path(tmp_pat
     create_files(tmp_path / "b" / "deep", "3.NII.GZ", "4.mha")
     create_files(tmp_path / "a", "1.nii", "2.nrrd")
     create_files(tmp_path, "5.mhd", "notes.txt", "5.raw", "table.csv", ".hidden.nii.gz")
-    create_files(tmp_path, "6.nhdr", "6.raw.gz", "7.hdr", "7.img", "8.hdr.gz", "8.img.gz", "9.raw")
+    create_files(tmp_path, "6.nhdr", "6.raw.gz", "7.HDR", "7.IMG", "8.hdr.gz", "8.img.gz", "9.raw")
     result = find(tmp_path)
     assert file_names(result.sources) == [
-        *(["5.mhd"], ["6.nhdr"], ["7.hdr"], ["8.hdr.gz"]),
+        *(["5.mhd"], ["6.nhdr"], ["7.HDR"], ["8.hdr.gz"]),
         *(["1.nii"], ["2.nrrd"], ["3.NII.GZ"], ["4.mha"]),
     ]
     assert not any(source.rejection for source in result.sources)
     assert dict(result.ignored) == {".txt": 1, ".raw": 1, ".csv": 1, "hidden": 1}
 
 
-@pytest.mark.parametrize("name", ["1.mgz", "1.npy", "1.nii.zst", "1.HEAD", "1.img"])
+@pytest.mark.parametrize("name", ["1.mgz", "1.npy", "1.nii.zst", "1.HEAD", "1.img", "1.mgh.gz", "1.tif"])
 def test_a_volume_in_a_format_that_is_not_read_is_a_rejected_source(tmp_path, name):
     create_files(tmp_path, name, "2.nii.gz")
     source, valid = find(tmp_path).sources
     assert source.rejection.startswith(f"format: .{name.partition('.')[2].lower()} ")
     assert not valid.rejection
+
+
+def test_a_volume_in_such_a_format_beside_dicom_files_is_a_source_too(tmp_path):
+    write_dicom(tmp_path, ct(0))
+    create_files(tmp_path, "brain.mgz", "v.nii.zst")
+    rejections = {Path(source.key).name: source.rejection for source in find(tmp_path).sources}
+    assert rejections.pop(tmp_path.name) == ""
+    assert [rejections[name][:7] for name in sorted(rejections)] == ["format:", "format:"]
+
+
+def test_a_given_dicom_file_is_a_source_without_its_folder(tmp_path):
+    write_dicom(tmp_path, ct(0))
+    given = sorted(tmp_path.iterdir())[:2]
+    assert [source.key for source in find(*given).sources] == [str(path) for path in given]
 
 
 def test_a_path_may_be_a_file_and_no_source_is_found_twice(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
+from raw_datasets import set_folders
 
 from nnunetv2_vf.demo.phantoms import write_dataset
 
@@ -24,12 +25,6 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
         plan_experiments([DATASET_ID], gpu_memory_target_in_gb=1)
         preprocess([DATASET_ID], configurations=["3d_fullres"], num_processes=[1])
     return folder
-
-
-def set_folders(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (folder / variable).mkdir(parents=True, exist_ok=True)
-        patch.setenv(variable, str(folder / variable))
 
 
 @pytest.fixture

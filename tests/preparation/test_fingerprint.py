@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+from conftest import edit_json
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
 
 from nnunetv2_vf.cli import main
+from nnunetv2_vf.preparation.fingerprint import Results, choose_cases, merge
+from nnunetv2_vf.preparation.raw_cases import RawCase
 
 DATASET_ID, DATASET, CASES = 30, "Dataset030_Raw", 6
 
@@ -52,20 +57,48 @@ def test_a_case_without_foreground_changes_the_file_as_in_nnunet(stock, raw, fin
     assert fingerprint.read_bytes() == ours
 
 
-def test_finished_cases_are_not_read_again_unless_they_change(raw, fingerprint, expected, capsys):
+def test_finished_cases_are_not_read_again_unless_they_change(raw, capsys):
     run("-num_parts", 2, "-part_id", 0)
     for kind, ending in (("images", "_0000.nii.gz"), ("labels", ".nii.gz")):
         shutil.copyfile(raw / f"{kind}Tr" / f"torso_0001{ending}", raw / f"{kind}Tr" / f"torso_0000{ending}")
-    capsys.readouterr()
-    run()
-    assert "2/6" in capsys.readouterr().err  # of the three cases of part 0, two are still done
-    assert fingerprint.read_bytes() != expected
+    for already_finished in ("2/3", "3/3"):
+        capsys.readouterr()
+        run("-num_parts", 2, "-part_id", 0)
+        first_state_of_the_progress_bar = capsys.readouterr().err.split("[")[0]
+        assert already_finished in first_state_of_the_progress_bar
+
+
+def test_no_file_is_written_from_a_case_of_another_part_that_has_changed_since(raw, fingerprint, capsys):
+    run("-num_parts", 2, "-part_id", 0)
+    os.utime(raw / "imagesTr" / "torso_0002_0000.nii.gz")
+    run("-num_parts", 2, "-part_id", 1)
+    assert "part 1 of 2 is finished; 1 cases of other parts are not" in capsys.readouterr().out
+    assert not fingerprint.exists()
+
+
+def test_each_channel_gets_the_statistics_of_its_own_intensities(tmp_path):
+    generator = np.random.default_rng(0)
+    types = (np.float32, np.int16)
+    intensities = [[generator.normal(channel, 10, 100).astype(types[channel]) for channel in (0, 1)] for _ in range(5)]
+    results = [Results(tmp_path, f"part_{part}_of_2") for part in (0, 1)]
+    for number, channels in enumerate(intensities):
+        line = {"case": str(number), "intensities_per_case": 100, "shape": [1], "spacing": [1.0], "relative_size": 1.0}
+        results[number % 2].append(line, channels)
+    lines = results[0].read_lines(intensities_per_case=100)
+    properties = merge(results[0], [lines[case] for case in "01234"], 2)["foreground_intensity_properties_per_channel"]
+    for channel in (0, 1):
+        expected = np.concatenate([channels[channel] for channels in intensities])
+        assert properties[channel]["mean"] == float(np.mean(expected))
+        assert properties[channel]["std"] == float(np.std(expected))
+        assert properties[channel]["median"] == float(np.percentile(expected, 50))
+        assert properties[channel]["percentile_99_5"] == float(np.percentile(expected, 99.5))
 
 
 def test_a_line_that_a_kill_has_cut_off_and_its_intensities_do_not_count(fingerprint, expected):
     run("-num_parts", 2, "-part_id", 0)
     folder = fingerprint.parent / "journals" / "fingerprint"
-    journal, intensities = folder / "part_0_of_2.jsonl", folder / "part_0_of_2.intensities"
+    journal = folder / "part_0_of_2.jsonl"
+    (intensities,) = folder.glob("part_0_of_2_*.intensities")
     journal.write_bytes(journal.read_bytes()[:-20])
     intensities.write_bytes(intensities.read_bytes() + b"cut off")
     run("-num_parts", 2, "-part_id", 0)
@@ -77,21 +110,26 @@ def test_an_existing_fingerprint_stays(fingerprint, capsys):
     fingerprint.parent.mkdir()
     fingerprint.write_text(json.dumps({"spacings": [[1, 1, 1]]}))
     run()
-    assert "exists already, of 1 other cases; to make it again: --clean" in capsys.readouterr().out
+    assert "exists already, made from 1 cases; this would be 6; to make it again: --clean" in capsys.readouterr().out
 
 
-def test_a_sample_is_the_same_for_the_same_seed_and_recorded(fingerprint, expected):
-    contents = []
-    for seed in (1, 1, 2):
-        run("--sample", 2, "--seed", seed, "--clean")
-        contents.append(json.loads(fingerprint.read_text()))
-    assert contents[0] == contents[1] != contents[2]
-    assert contents[0]["volume_fusion_sample"] == {"cases": 2, "of": CASES, "seed": 1}
-    everything = json.loads(expected)
-    assert len(contents[0]["spacings"]) == 2
-    assert all(spacing in everything["spacings"] for spacing in contents[0]["spacings"])
+def test_a_sample_is_recorded_and_can_be_planned(fingerprint, expected):
+    run("--sample", 2, "--seed", 1)
+    content = json.loads(fingerprint.read_text())
+    assert content["volume_fusion_sample"] == {"cases": 2, "of": CASES, "seed": 1}
+    assert len(content["spacings"]) == 2
+    assert all(spacing in json.loads(expected)["spacings"] for spacing in content["spacings"])
     plan_experiments([DATASET_ID], gpu_memory_target_in_gb=1)
     assert (fingerprint.parent / "nnUNetPlans.json").is_file()
+
+
+def test_a_sample_depends_on_the_seed_and_on_the_names_of_the_cases_only():
+    cases = {name: RawCase(name, (), "") for name in "abcdefghij"}
+    backwards = dict(reversed(cases.items()))
+    chosen = [choose_cases(cases, 5, seed) for seed in range(20)]
+    assert len({frozenset(choice) for choice in chosen}) > 10
+    assert all(choose_cases(backwards, 5, seed) == choice for seed, choice in enumerate(chosen))
+    assert all(list(choice) == sorted(choice) for choice in chosen)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +145,14 @@ def test_illegal_values_are_refused(fingerprint, arguments, message):
     with pytest.raises(SystemExit, match=message):
         run(*arguments)
     assert not fingerprint.parent.exists()
+
+
+def test_a_first_case_that_no_reader_of_nnunet_opens_is_named_in_one_line(raw, fingerprint, capsys):
+    edit_json(raw / "dataset.json", lambda description: description.pop("overwrite_image_reader_writer", None))
+    (raw / "imagesTr" / "torso_0000_0000.nii.gz").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"nnU-Net cannot read .*torso_0000_0000\.nii\.gz; mend or remove this case"):
+        run()
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_damaged_case_is_named_and_no_fingerprint_is_written(raw, fingerprint, expected):

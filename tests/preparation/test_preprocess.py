@@ -15,8 +15,13 @@ from pathlib import Path
 import blosc2
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813
+from conftest import edit_json
+from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments, preprocess
+from raw_datasets import set_folders
 
 from nnunetv2_vf.cli import main
+from nnunetv2_vf.demo.phantoms import write_dataset
 
 DATASET_ID, DATASET, CASES = 30, "Dataset030_Raw", 6
 IDENTIFIER = "nnUNetPlans_3d_fullres"
@@ -34,8 +39,8 @@ def times(folder: Path) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
 
 
-def assert_equal_to_stock(preprocessed: Path, stock: Path) -> None:
-    ours, reference = (folder / IDENTIFIER for folder in (preprocessed, stock / "nnUNet_preprocessed" / DATASET))
+def assert_equal_to_stock(preprocessed: Path, stock: Path, identifier: str = IDENTIFIER) -> None:
+    ours, reference = (folder / identifier for folder in (preprocessed, stock / "nnUNet_preprocessed" / DATASET))
     assert files(ours) == files(reference)
     for file in reference.iterdir():
         if file.suffix == ".b2nd":
@@ -55,8 +60,61 @@ def test_the_cases_are_those_of_nnunet(preprocessed, stock, capsys, num_parts):
     for part in range(num_parts):
         run("-num_parts", num_parts, "-part_id", part)
         output = capsys.readouterr().out
-        assert ("all 6 cases are preprocessed\nnext: nnUNetv2_train 30" in output) == (part == num_parts - 1)
+        is_last = part == num_parts - 1
+        assert ("all 6 cases are preprocessed\nnext, to pretrain: nnUNetv2_train 30" in output) == is_last
     assert_equal_to_stock(preprocessed, stock)
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_channels_regions_and_voxels_to_ignore_are_treated_as_by_nnunet(
+    tmp_path, monkeypatch, fast_processes, capsys, configuration
+):
+    """A dataset with two channels, planned by nnU-Net from a made-up fingerprint."""
+    for folder in (tmp_path / "stock", tmp_path / "ours"):
+        set_folders(folder, monkeypatch)
+        write_regions_dataset(folder / "nnUNet_raw" / DATASET)
+        preprocessed = folder / "nnUNet_preprocessed" / DATASET
+        write_fingerprint(preprocessed)
+        plan_experiments([DATASET_ID], gpu_memory_target_in_gb=1)
+        if folder.name == "stock":
+            preprocess([DATASET_ID], configurations=[configuration], num_processes=[1])
+    main(["preprocess", "-d", str(DATASET_ID), "-c", configuration, "-np", "1"])
+    assert_equal_to_stock(preprocessed, tmp_path / "stock", f"nnUNetPlans_{configuration}")
+    assert ("nnUNetv2_train" in capsys.readouterr().out) == (configuration != "2d")  # 2d cannot be pretrained
+
+
+def write_regions_dataset(folder: Path) -> None:
+    write_dataset(folder, range(2), spacing=16)
+    for case in ("torso_0000", "torso_0001"):
+        image = sitk.ReadImage(str(folder / "imagesTr" / f"{case}_0000.nii.gz"))
+        sitk.WriteImage(sitk.Cast(image, sitk.sitkFloat32) * 0.3, str(folder / "imagesTr" / f"{case}_0001.nii.gz"))
+        label_file = str(folder / "labelsTr" / f"{case}.nii.gz")
+        labels = sitk.GetArrayFromImage(sitk.ReadImage(label_file))
+        labels = np.where(labels > 3, 3, labels)  # 3: ignore
+        labels[0] = 0
+        changed = sitk.GetImageFromArray(labels)
+        changed.CopyInformation(image)
+        sitk.WriteImage(changed, label_file)
+
+    def change(description: dict) -> None:
+        labels = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}
+        description.update(channel_names={"0": "CT", "1": "MR"}, labels=labels, regions_class_order=[1, 2])
+
+    edit_json(folder / "dataset.json", change)
+
+
+def write_fingerprint(preprocessed: Path) -> None:
+    preprocessed.mkdir()
+    statistics = {"mean": 50.0, "median": 50.0, "std": 100.0, "min": -500.0, "max": 900.0}
+    fingerprint = {
+        "spacings": [[16.0, 16.0, 16.0]] * 2,
+        "shapes_after_crop": [[15, 14, 20]] * 2,
+        "foreground_intensity_properties_per_channel": {
+            str(channel): {**statistics, "percentile_00_5": -200.0, "percentile_99_5": 400.0} for channel in range(2)
+        },
+        "median_relative_size_after_cropping": 1.0,
+    }
+    (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
 
 
 def test_what_is_done_and_whole_is_not_done_again(preprocessed, stock):
@@ -106,6 +164,83 @@ def test_added_cases_are_done_and_the_files_of_removed_ones_are_removed(raw, pre
     assert kept.items() <= times(folder).items()
 
 
+def list_cases(raw: Path) -> None:
+    """List the cases in dataset.json, as an import does: they belong to the dataset even if their files are gone."""
+
+    def change(description: dict) -> None:
+        description["dataset"] = {
+            f"torso_{number:04d}": {
+                "images": [f"imagesTr/torso_{number:04d}_0000.nii.gz"],
+                "label": f"labelsTr/torso_{number:04d}.nii.gz",
+            }
+            for number in range(CASES)
+        }
+
+    edit_json(raw / "dataset.json", change)
+
+
+def test_preprocessed_files_stay_while_the_raw_files_are_away(raw, preprocessed, stock):
+    list_cases(raw)
+    run()
+    before = times(preprocessed / IDENTIFIER)
+    (raw / "imagesTr").rename(raw / "unmounted")
+    with pytest.raises(SystemExit, match="6 of 6 cases failed"):
+        run()
+    assert times(preprocessed / IDENTIFIER) == before
+    (raw / "unmounted").rename(raw / "imagesTr")
+    run()
+    assert times(preprocessed / IDENTIFIER) == before
+
+
+def test_a_case_of_another_part_that_has_changed_since_is_not_finished(raw, preprocessed, stock, capsys):
+    run("-num_parts", 2, "-part_id", 0)
+    (preprocessed / IDENTIFIER / "torso_0000.b2nd").unlink()
+    os.utime(raw / "imagesTr" / "torso_0002_0000.nii.gz")
+    run("-num_parts", 2, "-part_id", 1)
+    assert "part 1 of 2 is finished; 2 cases of other parts are not" in capsys.readouterr().out
+    run()
+    assert_equal_to_stock(preprocessed, stock)
+
+
+def test_removed_cases_are_removed_although_another_one_fails(raw, preprocessed, capsys):
+    run()
+    for path in (raw / "imagesTr" / "torso_0000_0000.nii.gz", raw / "labelsTr" / "torso_0000.nii.gz"):
+        path.unlink()
+    (raw / "imagesTr" / "torso_0003_0000.nii.gz").write_bytes(b"")
+    with pytest.raises(SystemExit, match="1 of 5 cases failed"):
+        run()
+    assert "4 of 5 cases are preprocessed; 1 have failed" in capsys.readouterr().out
+    assert {name[:10] for name in files(preprocessed / IDENTIFIER)} == {f"torso_000{number}" for number in (1, 2, 4, 5)}
+
+
+def test_plans_that_were_moved_without_their_dataset_json_are_enough(preprocessed, stock):
+    (preprocessed / "dataset.json").unlink()
+    run()
+    assert_equal_to_stock(preprocessed, stock)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bad": {"inherits_from": "gone"}}, "the configuration bad of .*nnUNetPlans.json cannot be read: "),
+        (
+            {"bad": {"inherits_from": "3d_fullres", "preprocessor_name": "Own"}},
+            "nnU-Net has no preprocessor Own, which",
+        ),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_is_refused(preprocessed, change, message):
+    edit_json(preprocessed / "nnUNetPlans.json", lambda plans: plans["configurations"].update(change))
+    with pytest.raises(SystemExit, match=message):
+        run("-c", "bad")
+
+
+def test_a_dataset_json_that_cannot_be_read_is_refused(raw, preprocessed):
+    (raw / "dataset.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"dataset.json or its cases cannot be read: JSONDecodeError"):
+        run()
+
+
 def test_a_case_that_fails_is_named_and_left_out(raw, preprocessed, stock):
     (preprocessed / IDENTIFIER).mkdir()
     (preprocessed / IDENTIFIER / "torso_0003.b2nd").write_bytes(b"of an earlier preprocessing")
@@ -142,7 +277,7 @@ def test_a_killed_run_leaves_whole_cases_only_and_continues(preprocessed, stock)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-c", "4d"], "the plans nnUNetPlans have no configuration '4d'; legal: .*3d_fullres"),
+        (["-c", "4d"], "nnUNetPlans.json has no configuration '4d'; legal: .*3d_fullres"),
         (["-plans_name", "Other"], "no plans .*Other.json"),
         (["-np", "0"], "-np is 0"),
         (["-part_id", "1"], "--part_id is 1; with --num_parts 1"),
