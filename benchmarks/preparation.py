@@ -1,11 +1,11 @@
 """The road before training: import, fingerprint and preprocessing, beside nnU-Net's own commands.
 
-    python benchmarks/preparation.py --work FOLDER [--volumes 2000]
+    python benchmarks/preparation.py --work FOLDER [--volumes 2000] [--spacing 5]
 
-CT-like volumes (about 48x44x64 voxels of 5 mm) go through ``nnUNetv2_vf import``, ``fingerprint`` and ``preprocess``,
-and through ``nnUNetv2_extract_fingerprint`` and ``nnUNetv2_preprocess``, with 1 and with 2 processes. Each of our
-commands is then killed with SIGKILL after half of its time, and run again. At the end all files are compared with those
-of nnU-Net.
+CT-like volumes (about 48x44x64 voxels of 5 mm, 240x220x320 of 1 mm) go through ``nnUNetv2_vf import``, ``fingerprint``
+and ``preprocess``, and through ``nnUNetv2_extract_fingerprint`` and ``nnUNetv2_preprocess``, with 1 and with 2
+processes. Each of our commands is then killed with SIGKILL after half of its time, and run again. At the end all files
+are compared with those of nnU-Net.
 
 Efficiency is the time with 1 process, divided by twice the time with 2. Memory is the proportional set size of all
 processes. Writes ``preparation_cpu.json``.
@@ -40,17 +40,24 @@ STOCK = {"fingerprint": "nnUNetv2_extract_fingerprint", "preprocess": "nnUNetv2_
 def main() -> None:
     parser = make_parser(__doc__, output=True, work=True)
     parser.add_argument("--volumes", type=int, default=2000)
+    parser.add_argument("--spacing", type=float, default=5.0, metavar="MM")
     args = parser.parse_args()
     with one_line_errors():
         data = args.work / "volumes"
         if not data.is_dir():
-            write_volumes(data, args.volumes, spacing=5.0)
+            write_volumes(data, args.volumes, args.spacing)
         runs = {name: Run(args.work / name, data) for name in ("ours", "stock")}
         rows = measure(runs["ours"], runs["stock"])
         killed = [measure_kill(Run(args.work / "killed", data), step, rows) for step in ("import", *STOCK)]
         compare(runs["ours"].cases, runs["stock"].cases)
         compare(args.work / "killed" / "preprocessed" / DATASET / CASES, runs["stock"].cases)
-    result = {"machine": f"{os.cpu_count()} CPU cores", "volumes": args.volumes, "steps": rows, "killed": killed}
+    result = {
+        "machine": f"{os.cpu_count()} CPU cores",
+        "volumes": args.volumes,
+        "spacing, mm": args.spacing,
+        "steps": rows,
+        "killed": killed,
+    }
     write_result(args.output or RESULTS / "preparation_cpu.json", result)
     print(f"\n{markdown_table(rows)}\n\n{markdown_table(killed)}")
 

@@ -179,7 +179,8 @@ def _preprocess_part(
         with journals.lock_merge():
             lines = _read_lines(journals, task.digest)
             unfinished = {name for name, case in cases.items() if not _is_finished(case, lines.get(name), task.output)}
-            pending = {name for name in unfinished if "failure" not in lines.get(name, {})}
+            failed = {failure.case for failure in failures}
+            pending = {name for name in unfinished - failed if "failure" not in lines.get(name, {})}
             if not pending:
                 _remove_other_cases(task.output, cases)
                 _update_description(task, journals)
@@ -211,9 +212,9 @@ def _preprocess_cases(task: _Task, cases: Sequence[RawCase], journals: PartJourn
         if isinstance(result, Failure):
             failures.append(result)
             tqdm.write(f"{case.name} failed: {result.reason}")
-            journals.append_line({"case": case.name, "digest": task.digest, "failure": result.reason})
-            if case.is_readable():  # else its raw files may come back, and may be those of the preprocessed files
+            if case.is_readable():  # else its raw files may come back as they were, when a disk is mounted again
                 _remove_case(task.output, case.name)
+                journals.append_line({"case": case.name, "digest": task.digest, "failure": result.reason})
         else:
             journals.append_line(result)
     return failures

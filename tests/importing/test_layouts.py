@@ -91,14 +91,16 @@ def test_labels_of_common_layouts_are_left_out_and_counted(dataset, data, capsys
         )
 
 
-def test_nested_dicom_with_segmentations_beside_the_images(dataset, data):
+def test_nested_dicom_with_segmentations_beside_the_images(dataset, data, capsys):
     patient = data / "LIDC-IDRI-0001" / "01-01-2000-30178"
     write_dicom(patient / "3000566.000000-03192", ct(0))
     write_dicom(patient / "1000.000000-Nodule 1 - Segmentation", ct(1), series=2, tags={"0008|0060": "SEG"})
     write_dicom(patient / "0.000000-NA", ct(2)[:1], series=3, tags={"0008|0060": "RTSTRUCT"})
+    write_dicom(patient / "5.000000-41281", ct(3), series=4, tags={"0008|0060": "SEG"})
     run_import(data)
     assert_consistent(dataset)
-    assert list(read_outcomes(dataset).values()) == ["modality", "modality", "accepted"]
+    assert list(read_outcomes(dataset).values()) == ["modality", "accepted", "modality"]
+    assert "left out 1 volumes with names of labels" in capsys.readouterr().out
 
 
 def test_kept_labels_are_imported(dataset, data):

@@ -90,8 +90,9 @@ def test_each_channel_gets_the_statistics_of_its_own_intensities(tmp_path):
         expected = np.concatenate([channels[channel] for channels in intensities])
         assert properties[channel]["mean"] == float(np.mean(expected))
         assert properties[channel]["std"] == float(np.std(expected))
-        assert properties[channel]["median"] == float(np.percentile(expected, 50))
-        assert properties[channel]["percentile_99_5"] == float(np.percentile(expected, 99.5))
+        low, median, high = np.percentile(expected, (0.5, 50.0, 99.5))
+        names = ("percentile_00_5", "median", "percentile_99_5")
+        assert [properties[channel][name] for name in names] == [low, median, high]
 
 
 def test_a_line_that_a_kill_has_cut_off_and_its_intensities_do_not_count(fingerprint, expected):
