@@ -103,6 +103,8 @@ def plans_file(dataset: str, plans_name: str) -> Path:
     if not path.is_file():
         available = ", ".join(sorted(p.stem for p in path.parent.glob("*Plans*.json"))) or "none"
         command = _PLAN_COMMANDS.get(plans_name)
+        if plans_name == "nnUNetPlans" and (path.parent / "dataset_fingerprint.json").is_file():
+            command = "nnUNetv2_plan_experiment -d {}"
         hint = f"; make them: {command.format(convert_dataset_name_to_id(name))}" if command else ""
         raise UserError(f"no plans {path}; there are: {available}{hint}")
     return path

@@ -62,7 +62,7 @@ def _merge(job: ImportJob, state: ImportState) -> None:
 
 def _report_rows(state: ImportState) -> list[ReportRow]:
     """Return the rows of all sources. A volume whose files are no longer in the dataset is rejected."""
-    missing = "missing: its files are no longer in the dataset; import its path again"
+    missing = "missing: its files are no longer in the dataset; if it still exists, import it again"
     return [
         replace(row, case="", reason=missing) if row.case and row.case not in state.complete_cases else row
         for rows in state.rows.values()
@@ -121,4 +121,6 @@ def _next_steps(folder: Path, cases: Sequence[str]) -> list[str]:
         f"next: nnUNetv2_plan_and_preprocess -d {dataset_id} -c 3d_fullres{clean}",
         f"  or, for PCT-Net: nnUNetv2_extract_fingerprint -d {dataset_id}{clean}; nnUNetv2_vf plan -d {dataset_id}",
     ]
+    if clean:
+        lines.append(f"  or, to keep the plans: nnUNetv2_vf preprocess -d {dataset_id} -plans_name PLANS -c 3d_fullres")
     return lines

@@ -38,10 +38,13 @@ def describe_left_out(found: FoundSources) -> list[str]:
     phrases = []
     if found.num_labels:
         phrases.append(
-            f"left out {found.num_labels} volumes with names of labels or derivatives (to import them: --keep labels)"
+            f"left out {found.num_labels} volumes with names of labels or derivatives, such as {found.label_example} "
+            "(to import them: --keep labels)"
         )
     if found.num_not_selected:
         phrases.append(f"left out {found.num_not_selected} volumes that --select does not name")
+    if found.unused_patterns:
+        phrases.append(f"no volume matches --select {','.join(found.unused_patterns)}")
     if found.ignored:
         kinds = ", ".join(f"{kind} {count}" for kind, count in found.ignored.most_common(5))
         phrases.append(f"ignored {sum(found.ignored.values())} other files ({kinds})")

@@ -42,13 +42,17 @@ class FoundSources:
         sources: sorted by path.
         ignored: number of files that are no volumes, by kind.
         num_labels: number of volumes that were left out because their name or folder says that they are labels.
+        label_example: path of one of them.
         num_not_selected: number of volumes that were left out because ``--select`` does not name them.
+        unused_patterns: patterns of ``--select`` that name no volume.
     """
 
     sources: list[Source]
     ignored: Counter[str]
     num_labels: int = 0
+    label_example: str = ""
     num_not_selected: int = 0
+    unused_patterns: tuple[str, ...] = ()
 
 
 def find_sources(
@@ -77,7 +81,8 @@ def find_sources(
             raise UserError(f"{path} does not exist; give folders or files with volumes")
         absolute = os.path.abspath(path)
         if path.is_file():
-            files.setdefault(os.path.dirname(absolute), []).append(os.path.basename(absolute))
+            header = _header_of(absolute)
+            files.setdefault(os.path.dirname(header), []).append(os.path.basename(header))
         else:
             found += search.find_in_tree(absolute, excluded)
     for folder, names in files.items():
@@ -86,15 +91,24 @@ def find_sources(
         raise UserError(search.describe_failure(paths))
     by_key = {source.key: source for source in found}
     ignored = +search.ignored  # + drops the kinds without files
-    return FoundSources([by_key[key] for key in sorted(by_key)], ignored, search.num_labels, search.num_not_selected)
+    return FoundSources(
+        [by_key[key] for key in sorted(by_key)],
+        ignored,
+        search.num_labels,
+        search.label_example,
+        search.num_not_selected,
+        tuple(pattern for pattern in select if pattern not in search.used_patterns),
+    )
 
 
 class _Search:
     """A search in progress: its options, and the numbers of files that it has left out."""
 
     def __init__(self, select: Sequence[str], keep_labels: bool):
-        self.patterns = [f"*{pattern.replace('[', '[[]')}*" for pattern in select]  # only * and ? are special
-        self.select, self.keep_labels = select, keep_labels
+        self.patterns = {pattern: f"*{pattern.replace('[', '[[]')}*" for pattern in select}  # only * and ? are special
+        self.used_patterns: set[str] = set()
+        self.keep_labels = keep_labels
+        self.label_example = ""
         self.ignored: Counter[str] = Counter()
         self.num_labels = self.num_not_selected = 0
 
@@ -129,8 +143,10 @@ class _Search:
         return not self.keep_labels and is_label_folder(name, siblings)
 
     def _count_labels(self, folder: str, names: Sequence[str]) -> None:
-        volumes = sum(bool(volume_ending(name)) for name in names)
-        self.num_labels += volumes or any(may_be_dicom(folder, name) for name in names)
+        volumes = [name for name in names if volume_ending(name)]
+        if volumes or any(may_be_dicom(folder, name) for name in names):
+            self.num_labels += len(volumes) or 1
+            self.label_example = self.label_example or os.path.join(folder, *volumes[:1])
 
     def find_among_files(self, folder: str, names: Sequence[str], below: str) -> Iterator[Source]:
         """Yield the sources among some files of a folder.
@@ -145,7 +161,7 @@ class _Search:
         data = {os.path.basename(file).lower() for name in volumes for file in data_files(name)}
         others = [name for name in visible if not volume_ending(name) and name.lower() not in data]
         above = f"{folder[len(below) :].lstrip(os.sep)}{os.sep}" if below and folder != below else ""
-        yield from _group_files(folder, [name for name in volumes if self._is_wanted(name, above)])
+        yield from _group_files(folder, [name for name in volumes if self._is_wanted(folder, name, above)])
         if not below:  # given files: not the whole folder
             slices = [name for name in others if may_be_dicom(folder, name)]
             yield from (_file_source((os.path.join(folder, name),)) for name in slices if self._is_selected(name))
@@ -157,27 +173,31 @@ class _Search:
         for name in others:
             if not name.lower().endswith(_UNREAD_ENDINGS):
                 self.ignored[os.path.splitext(name)[1].lower() or "no ending"] += 1
-            elif self._is_wanted(name, above):
+            elif self._is_wanted(folder, name, above):
                 yield _file_source((os.path.join(folder, name),), _describe_unread_format(name))
 
-    def _is_wanted(self, name: str, above: str) -> bool:
+    def _is_wanted(self, folder: str, name: str, above: str) -> bool:
         """True unless a volume file is left out; counts it if it is."""
         if not self.keep_labels and is_label_file(file_stem(name)):
             self.num_labels += 1
+            self.label_example = self.label_example or os.path.join(folder, name)
             return False
         return self._is_selected(above + name)
 
     def _is_selected(self, path: str) -> bool:
-        is_selected = not self.patterns or any(fnmatchcase(path, pattern) for pattern in self.patterns)
-        self.num_not_selected += not is_selected
-        return is_selected
+        if not self.patterns:
+            return True
+        matching = [select for select, pattern in self.patterns.items() if fnmatchcase(path, pattern)]
+        self.used_patterns.update(matching)
+        self.num_not_selected += not matching
+        return bool(matching)
 
     def describe_failure(self, paths: Sequence[Path]) -> str:
         """Return the message for a search that has found nothing."""
         searched = ", ".join(map(str, paths))
         if self.num_not_selected:
             return (
-                f"--select {','.join(self.select)} matches none of {self.num_not_selected} volumes in {searched}; "
+                f"--select {','.join(self.patterns)} matches none of {self.num_not_selected} volumes in {searched}; "
                 "legal: parts of their paths, such as T1w"
             )
         if self.num_labels:
@@ -201,6 +221,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _inode(path: str | Path) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
+
+
+def _header_of(path: str) -> str:
+    """Return the path of the header if a file holds the voxels of a pair; else the path itself."""
+    stem, ending = os.path.splitext(path.removesuffix(".gz"))
+    header = f"{stem}{ending.replace('img', 'hdr').replace('IMG', 'HDR')}{path[len(stem) + len(ending) :]}"
+    return header if ending.lower() == ".img" and os.path.isfile(header) else path
 
 
 def _describe_unread_format(name: str) -> str:

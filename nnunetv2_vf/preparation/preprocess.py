@@ -117,10 +117,7 @@ def preprocess_dataset(
         with continuable_errors(file.parent):
             failures += _preprocess_part(task, cases, processes, num_parts, part_id)
     if failures:
-        raise UserError(
-            f"{describe_failures(failures, len(cases))}; they are left out. Mend or remove them, then run the same "
-            "command"
-        )
+        raise UserError(f"{describe_failures(failures, len(cases))}; mend or remove them, then run the same command")
 
 
 def _make_task(

@@ -64,7 +64,8 @@ def read_raw_dataset(dataset_name: str) -> tuple[dict[str, Any], dict[str, RawCa
     """
     folder = Path(nnUNet_raw) / dataset_name
     if not (folder / "dataset.json").is_file():
-        raise UserError(f"no raw dataset {dataset_name}: {folder / 'dataset.json'} does not exist")
+        hint = "; import writes it when all of its parts are finished" if folder.is_dir() else ""
+        raise UserError(f"no raw dataset {dataset_name}: {folder / 'dataset.json'} does not exist{hint}")
     try:
         description = json.loads((folder / "dataset.json").read_text())
         files = get_filenames_of_train_images_and_targets(str(folder), description)

@@ -27,6 +27,7 @@ _MAX_MEAN_SHIFT = 0.25
 _MAX_STD_RATIO = 1.5
 _MR = "mr"  # MR images of unspecified contrast: MR, MRI, MRI2
 _MR_CONTRAST = re.compile(r"(mri?|adc|pd)(?![a-z])|t[12]|flair|dwi|swi")
+_OPTIONS = {"normalization": "the normalisation", "spacing": "the spacing"}  # of plan --like
 # Arguments of the network that change what it computes, but not the shapes of its weights.
 _LAYERS_WITHOUT_SHAPE = ("norm_op", "norm_op_kwargs", "nonlin", "nonlin_kwargs")
 
@@ -125,10 +126,10 @@ def _compare_normalization(metadata: Mapping[str, Any], target: TargetPlans) -> 
     pretrained, current = metadata["normalization_schemes"], target.configuration.normalization_schemes
     if _same_per_channel(pretrained, current):
         return None
-    consequence = (
-        "intensities have another meaning than in pretraining, which costs more than any other difference; "
-        f"{_replan_hint(metadata, target, 'normalization')}"
-    )
+    consequence = "intensities have another meaning than in pretraining"
+    names = metadata.get("channel_names", {}).values()
+    if not names or same_modality([*names], [*target.channel_names.values()]):  # HU clipping would ruin an MR image
+        consequence += f"; {_replan_hint(metadata, target, 'normalization')}"
     return Difference("normalisation", ", ".join(pretrained), ", ".join(current), consequence)
 
 
@@ -219,8 +220,9 @@ def _compare_layers(metadata: Mapping[str, Any], target: TargetPlans) -> list[Di
 
 def _replan_hint(metadata: Mapping[str, Any], target: TargetPlans, option: str) -> str:
     if not _can_be_planned(metadata):
-        return f"to use the {option} of pretraining, write it into the plans and preprocess again"
-    return f"to use the {option} of pretraining, add --{option} pretrained to {plan_like_command('FILE', target)}"
+        return f"to use {_OPTIONS[option]} of pretraining, write it into the plans and preprocess again"
+    command = plan_like_command("FILE", target)
+    return f"to use {_OPTIONS[option]} of pretraining, add --{option} pretrained to {command}"
 
 
 def _can_be_planned(metadata: Mapping[str, Any]) -> bool:

@@ -85,10 +85,7 @@ def test_labels_of_common_layouts_are_left_out_and_counted(dataset, data, capsys
     assert {row["source"] for row in read_report(dataset)} == {str(data / file) for file in images}
     found, *_, summary = capsys.readouterr().out.split(f"{DATASET}: ")[1:]
     for output in (found, summary):
-        assert (
-            f"left out {len(labels)} volumes with names of labels or derivatives (to import them: --keep labels)"
-            in output
-        )
+        assert f"left out {len(labels)} volumes with names of labels or derivatives, such as {data}" in output
 
 
 def test_nested_dicom_with_segmentations_beside_the_images(dataset, data, capsys):
@@ -199,10 +196,13 @@ def test_names_that_only_look_like_bids_are_not_refused(dataset, data, suffixes)
     assert len(cases(dataset)) == 2
 
 
-def test_patterns_may_follow_the_comma_with_a_space_and_brackets_are_no_wildcards(dataset, bids):
+def test_patterns_may_follow_the_comma_with_a_space_and_brackets_are_no_wildcards(dataset, bids, capsys):
     write_volume(bids / "[T]_old.nii.gz", mr(9))
     run_import(bids, "--select", "[T], _T1w")
     assert cases(dataset)[0] == "T_old"
+    assert "no volume matches" not in capsys.readouterr().out
+    run_import(bids, "--select", "[T],_T1w,_bold")
+    assert "no volume matches --select _bold" in capsys.readouterr().out
     assert len(cases(dataset)) == 4
 
 

@@ -69,6 +69,13 @@ def test_a_path_may_be_a_file_and_no_source_is_found_twice(tmp_path):
     assert len(find(tmp_path, tmp_path / "2.nii.gz", tmp_path).sources) == 2
 
 
+@pytest.mark.parametrize(("voxels", "header"), [("a.img", "a.hdr"), ("a.img.gz", "a.hdr.gz"), ("A.IMG", "A.HDR")])
+def test_either_file_of_a_pair_may_be_given(tmp_path, voxels, header):
+    create_files(tmp_path, voxels, header)
+    for given in ([tmp_path / voxels], [tmp_path / voxels, tmp_path / header]):
+        assert file_names(find(*given).sources) == [[header]]
+
+
 def test_given_files_are_grouped_into_cases_like_those_of_a_folder(tmp_path):
     create_files(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz", "b_0001.nii.gz")
     sources = find(*sorted(tmp_path.iterdir())).sources

@@ -61,6 +61,15 @@ def test_a_suggested_command_names_the_dataset_and_the_option(metadata, target):
     assert found.consequence.endswith("add --spacing pretrained to nnUNetv2_vf plan -d 7 --like FILE")
 
 
+def test_the_normalisation_of_another_modality_is_not_suggested(metadata, change_target):
+    schemes = ["CTNormalization"]
+    metadata |= {"channel_names": {"0": "CT"}, "normalization_schemes": schemes}
+    for channel, is_suggested in (("CT", True), ("MR", False)):
+        target = change_target([channel], normalization_schemes=["ZScoreNormalization"])
+        (found,) = (each for each in find_differences(metadata, target) if each.aspect == "normalisation")
+        assert ("--normalization pretrained" in found.consequence) == is_suggested
+
+
 def test_only_recorded_aspects_are_called_equal(metadata, target):
     for key in ("channel_names", "plans"):
         del metadata[key]
