@@ -33,7 +33,7 @@ print(job)
 
 @pytest.mark.slow
 def test_the_script_prepares_a_dataset_and_submits_the_training_last(tmp_path):
-    write_images(tmp_path / "ct", range(4), spacing=16)
+    write_images(tmp_path / "ct", range(4), spacing=10)
     (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", PAGE.read_text(), re.DOTALL)
     for words, fewer in (
         ("/data/ct", tmp_path / "ct"),
