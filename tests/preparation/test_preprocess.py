@@ -247,7 +247,7 @@ def test_a_case_that_fails_is_named_and_left_out(raw, preprocessed, stock):
     damaged = raw / "imagesTr" / "torso_0003_0000.nii.gz"
     content = damaged.read_bytes()
     damaged.write_bytes(b"")
-    with pytest.raises(SystemExit, match=r"1 of 6 cases failed, the first is torso_0003: RuntimeError.*left out"):
+    with pytest.raises(SystemExit, match=r"1 of 6 cases failed, the first is torso_0003: RuntimeError.*mend or remove"):
         run()
     assert len(files(preprocessed / IDENTIFIER)) == 15
     damaged.write_bytes(content)
