@@ -163,9 +163,11 @@ class _Search:
         above = f"{folder[len(below) :].lstrip(os.sep)}{os.sep}" if below and folder != below else ""
         yield from _group_files(folder, [name for name in volumes if self._is_wanted(folder, name, above)])
         if not below:  # given files: not the whole folder
-            slices = [name for name in others if may_be_dicom(folder, name)]
-            yield from (_file_source((os.path.join(folder, name),)) for name in slices if self._is_selected(name))
-            others = [name for name in others if name not in slices]
+            is_slice = {name: may_be_dicom(folder, name) for name in others}
+            for name in others:
+                if is_slice[name] and self._is_selected(name):
+                    yield _file_source((os.path.join(folder, name),))
+            others = [name for name in others if not is_slice[name]]
         elif any(may_be_dicom(folder, name) for name in others):
             if self._is_selected(above or os.path.basename(folder)):
                 yield Source((folder,), f"{len(others)} files {os.stat(folder).st_mtime_ns}")
