@@ -11,8 +11,8 @@ from nnunetv2_vf.importing.body_mask import random_intensities
 _MAX_VALUES = 512  # atlases of the brain have up to 200 labels
 _SMALLEST_VALUES = (-1, 0, 1)  # 0 is the background, -1 marks voxels to ignore; some maps have no background
 # A volume with more values is a label map if this share of the neighbours within its slices is equal. It is at least
-# 0.82 in the label maps of the tests. It is at most 0.24 in MR images of left atrium and hippocampus, 0.56 in a CT of 16
-# grey levels, and 0.70 in one of 8 bits that was enlarged three times without interpolation.
+# 0.82 in the label maps of the tests. It is at most 0.24 in MR images of left atrium and hippocampus, 0.56 in a CT of
+# 16 grey levels, and 0.70 in one of 8 bits that was enlarged three times without interpolation.
 _MIN_EQUAL_NEIGHBOURS = 0.75
 _FEW_VALUES = 4  # no image has so few
 _MAX_SLICES = 15
