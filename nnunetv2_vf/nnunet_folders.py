@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,12 @@ from nnunetv2.utilities.dataset_name_id_conversion import (
 from nnunetv2_vf.errors import UserError
 
 if TYPE_CHECKING:  # it imports torch, which an import of volumes does not need
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 _DATASET_NAME = re.compile(r"Dataset\d{3}_[^/]+")
 _NO_DATASET = "{!r} is not a dataset; legal: an id such as 7, or a full name such as Dataset007_Liver"
 # Errors of nnU-Net if entries of a configuration are missing, or if it inherits from itself or from an unknown one.
-UNREADABLE_CONFIGURATION = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+_UNREADABLE_CONFIGURATION = (RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 _PLAN_COMMANDS = {  # plans name -> the command that makes such plans
     "nnUNetPlans": "nnUNetv2_plan_and_preprocess -d {} -c 3d_fullres",
     "PCTNetPlans": "nnUNetv2_vf plan -d {}",
@@ -81,8 +81,34 @@ def _is_legal(plans_manager: PlansManager, name: str) -> bool:
             warnings.simplefilter("ignore")
             configuration = plans_manager.get_configuration(name)
         return len(configuration.patch_size) == 3 and configuration.previous_stage_name is None
-    except UNREADABLE_CONFIGURATION:
+    except _UNREADABLE_CONFIGURATION:
         return False
+
+
+def require_configuration(
+    plans_manager: PlansManager, name: str, legal: Sequence[str] | None = None
+) -> ConfigurationManager:
+    """Return a configuration of the plans.
+
+    Args:
+        legal: configurations that the message names; default: all configurations of the plans.
+
+    Raises:
+        UserError: the plans have no such configuration, or it cannot be read, for example because the configuration
+            that it inherits from is missing.
+    """
+    available = plans_manager.available_configurations
+    hint = f"legal: {', '.join(available if legal is None else legal) or 'none, these plans have no 3D configuration'}"
+    if name not in available:
+        raise UserError(f"the plans {plans_manager.plans_name} have no configuration {name!r}; {hint}")
+    try:
+        configuration = plans_manager.get_configuration(name)
+        _ = configuration.patch_size, configuration.preprocessor_name
+    except _UNREADABLE_CONFIGURATION as error:
+        raise UserError(
+            f"configuration {name!r} of the plans {plans_manager.plans_name} cannot be read: {error!r}; {hint}"
+        ) from error
+    return configuration
 
 
 def plans_file(dataset: str, plans_name: str) -> Path:

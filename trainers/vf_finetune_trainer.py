@@ -14,7 +14,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.errors import UserError, one_line_errors
-from nnunetv2_vf.nnunet_folders import require_variables
+from nnunetv2_vf.nnunet_folders import require_configuration, require_variables
 from nnunetv2_vf.settings import FINETUNE_RECIPES, FinetuneSettings
 from nnunetv2_vf.training.checkpoints import require_same_plans
 from nnunetv2_vf.training.finetune_schedule import (
@@ -24,7 +24,7 @@ from nnunetv2_vf.training.finetune_schedule import (
     reinitialized_parameters,
 )
 from nnunetv2_vf.training.optimizer import clip_gradients, make_optimizer
-from nnunetv2_vf.training.preflight import check_fold, preprocessed_cases, require_configuration, require_gpu
+from nnunetv2_vf.training.preflight import check_fold, preprocessed_cases, require_gpu
 from nnunetv2_vf.training.random_state import get_random_state, seeded_initialization
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
 from nnunetv2_vf.transfer.kernel_norms import kernel_factors, scale_kernels

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_folders import (
-    UNREADABLE_CONFIGURATION,
     legal_configurations,
     plans_file,
+    require_configuration,
     require_variables,
 )
 from nnunetv2_vf.parts import PartJournals, check_parts, continuable_errors, part_name
@@ -123,7 +123,7 @@ def preprocess_dataset(
 def _make_task(
     file: Path, plans_manager: PlansManager, configuration_name: str, description: Mapping[str, Any], part: str
 ) -> _Task:
-    configuration = _require_configuration(plans_manager, configuration_name, file)
+    configuration = _require_preprocessable(plans_manager, configuration_name)
     relevant = [
         {entry: configuration.configuration.get(entry) for entry in _CONFIGURATION_ENTRIES},
         {entry: plans_manager.plans.get(entry) for entry in _PLANS_ENTRIES},
@@ -137,24 +137,18 @@ def _make_task(
     return _Task(file, configuration_name, json.dumps(description), digest, can_be_pretrained, output, labels, scratch)
 
 
-def _require_configuration(plans_manager: PlansManager, name: str, file: Path) -> ConfigurationManager:
+def _require_preprocessable(plans_manager: PlansManager, name: str) -> ConfigurationManager:
     """Return a configuration that can be preprocessed.
 
     Raises:
         UserError: the plans do not have it, it cannot be read, or nnU-Net does not have its preprocessor.
     """
-    if name not in plans_manager.available_configurations:
-        legal = ", ".join(plans_manager.available_configurations)
-        raise UserError(f"{file} has no configuration {name!r}; legal: {legal}")
-    try:
-        configuration = plans_manager.get_configuration(name)
-        preprocessor_name, preprocessor = configuration.preprocessor_name, configuration.preprocessor_class
-    except UNREADABLE_CONFIGURATION as error:
-        raise UserError(f"the configuration {name} of {file} cannot be read: {error!r}") from error
-    if preprocessor is None:
+    configuration = require_configuration(plans_manager, name)
+    if configuration.preprocessor_class is None:
         raise UserError(
-            f"nnU-Net has no preprocessor {preprocessor_name}, which the configuration {name} of {file} names; legal: "
-            "DefaultPreprocessor or another class in nnunetv2.preprocessing"
+            f"nnU-Net has no preprocessor {configuration.preprocessor_name}, which the configuration {name} of the "
+            f"plans {plans_manager.plans_name} names; legal: DefaultPreprocessor or another class in "
+            "nnunetv2.preprocessing"
         )
     return configuration
 

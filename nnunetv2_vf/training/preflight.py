@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_folders import (
-    UNREADABLE_CONFIGURATION,
     describe_left_out_cases,
     legal_configurations,
     read_splits,
+    require_configuration,
     require_variables,
 )
 from nnunetv2_vf.settings import VFSettings
@@ -80,32 +80,6 @@ def require_gpu(device: torch.device) -> None:
     """Raise UserError if the device is a GPU and torch finds none."""
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("torch finds no GPU; train on the CPU with -device cpu, or find out why: nnUNetv2_vf doctor")
-
-
-def require_configuration(
-    plans_manager: PlansManager, name: str, legal: Sequence[str] | None = None
-) -> ConfigurationManager:
-    """Return a configuration of the plans.
-
-    Args:
-        legal: configurations that the message names; default: all configurations of the plans.
-
-    Raises:
-        UserError: the plans have no such configuration, or it cannot be read, for example because the configuration
-            that it inherits from is missing.
-    """
-    available = plans_manager.available_configurations
-    hint = f"legal: {', '.join(available if legal is None else legal) or 'none, these plans have no 3D configuration'}"
-    if name not in available:
-        raise UserError(f"the plans {plans_manager.plans_name} have no configuration {name!r}; {hint}")
-    try:
-        configuration = plans_manager.get_configuration(name)
-        _ = configuration.patch_size
-    except UNREADABLE_CONFIGURATION as error:
-        raise UserError(
-            f"configuration {name!r} of the plans {plans_manager.plans_name} cannot be read: {error!r}; {hint}"
-        ) from error
-    return configuration
 
 
 def pretraining_configuration(plans_manager: PlansManager, name: str) -> ConfigurationManager:

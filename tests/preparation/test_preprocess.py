@@ -222,7 +222,7 @@ def test_plans_that_were_moved_without_their_dataset_json_are_enough(preprocesse
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bad": {"inherits_from": "gone"}}, "the configuration bad of .*nnUNetPlans.json cannot be read: "),
+        ({"bad": {"inherits_from": "gone"}}, "configuration 'bad' of the plans nnUNetPlans cannot be read: "),
         (
             {"bad": {"inherits_from": "3d_fullres", "preprocessor_name": "Own"}},
             "nnU-Net has no preprocessor Own, which",
@@ -277,7 +277,7 @@ def test_a_killed_run_leaves_whole_cases_only_and_continues(preprocessed, stock)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-c", "4d"], "nnUNetPlans.json has no configuration '4d'; legal: .*3d_fullres"),
+        (["-c", "4d"], "the plans nnUNetPlans have no configuration '4d'; legal: .*3d_fullres"),
         (["-plans_name", "Other"], "no plans .*Other.json"),
         (["-np", "0"], "-np is 0"),
         (["-part_id", "1"], "--part_id is 1; with --num_parts 1"),
