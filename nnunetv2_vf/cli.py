@@ -307,7 +307,7 @@ def _add_plan(commands: _Commands) -> None:
         choices=("auto", "target", "pretrained"),
         default="auto",
         help="target: nnU-Net's choice for this dataset; pretrained: the intensity normalisation of the pretraining; "
-        "auto (default): that of the pretraining if both datasets are of one modality, else nnU-Net's choice",
+        "auto (default): that of the pretraining if both datasets are CT, else nnU-Net's choice",
     )
 
 

@@ -16,8 +16,7 @@ from nnunetv2_vf.pct_net import PCT_NET_PATH
 from nnunetv2_vf.planners.topology_planner import TopologyPlanner, describe_plans, plan_datasets
 from nnunetv2_vf.transfer.architectures import can_be_planned
 from nnunetv2_vf.transfer.artifact import read_with_architecture
-from nnunetv2_vf.transfer.differences import describe_differences, same_modality
-from nnunetv2_vf.transfer.metadata import read_channel_names
+from nnunetv2_vf.transfer.differences import describe_differences
 from nnunetv2_vf.transfer.suggested_commands import adapt_command, adapted_file_name, finetune_command
 from nnunetv2_vf.transfer.target_plans import load_target
 
@@ -71,8 +70,8 @@ class LikePlanner(TopologyPlanner):
         spacing: "target": nnU-Net's choice for the dataset; "pretrained": the spacing of the pretraining.
         normalization: "target": nnU-Net's choice for the dataset; "pretrained": the schemes of the pretraining and,
             for a scheme that uses intensity statistics, its statistics too, so that a voxel value means the same as
-            in pretraining; "auto": "pretrained" if both datasets are of one modality and the file records how its
-            images were normalised, else "target".
+            in pretraining; "auto": "pretrained" if both are CT, which is normalised with the statistics of a dataset,
+            and the file records those of the pretraining, else "target".
 
     Raises:
         UserError: the metadata lacks the requested spacing or normalisation, or the network is 2D or has no strides.
@@ -130,17 +129,15 @@ class LikePlanner(TopologyPlanner):
             )
 
     def _choose_normalization(self) -> str:
-        """Return "pretrained" if both datasets are of one modality and the file says how to normalise as it was, else
-        "target"; also "target" if both normalise each image by itself in the same way.
+        """Return "pretrained" if each channel has the same scheme in both, and one uses recorded statistics of CT.
+
+        Other schemes normalise each image by itself. If they differ, nnU-Net's choice for the target was better in
+        benchmarks/normalization.py.
         """
-        schemes, names = (self.pretrained.get(key) for key in ("normalization_schemes", "channel_names"))
-        if not schemes or not names or "plans" not in self.pretrained:
-            return "target"
-        own_names = [*read_channel_names(self.dataset_json).values()]
+        schemes = self.pretrained.get("normalization_schemes") or []
         own_schemes, _ = super().determine_normalization_scheme_and_whether_mask_is_used_for_norm()
-        fits = len(schemes) == len(own_names) or len({*schemes}) == 1
-        is_different = _CT in schemes or list(schemes) != list(own_schemes)
-        return "pretrained" if fits and is_different and same_modality([*names.values()], own_names) else "target"
+        are_equal = list(schemes) == own_schemes or {*schemes} == {*own_schemes} == {_CT}
+        return "pretrained" if are_equal and _CT in schemes and "plans" in self.pretrained else "target"
 
     def choose_architecture(self, spacing: Sequence[float]) -> dict[str, Any]:
         architecture: dict[str, Any] = self.pretrained["architecture"]

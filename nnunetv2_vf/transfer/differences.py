@@ -128,7 +128,8 @@ def _compare_normalization(metadata: Mapping[str, Any], target: TargetPlans) -> 
         return None
     consequence = "intensities have another meaning than in pretraining"
     names = metadata.get("channel_names", {}).values()
-    if not names or same_modality([*names], [*target.channel_names.values()]):  # HU clipping would ruin an MR image
+    # HU clipping would ruin an MR image, and for MR the target's scheme was better (docs/explanation/transfer.md).
+    if _CT in pretrained and (not names or same_modality([*names], [*target.channel_names.values()])):
         consequence += f"; {_replan_hint(metadata, target, 'normalization')}"
     return Difference("normalisation", ", ".join(pretrained), ", ".join(current), consequence)
 

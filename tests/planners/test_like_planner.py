@@ -175,13 +175,12 @@ def test_the_pretrained_normalisation_comes_with_its_statistics(empty_dataset, p
         (("T1",), {}, "target"),
         (("CT",), {"plans": None}, "target"),  # the statistics are not recorded
         (("CT",), {"normalization_schemes": None}, "target"),
-        (("CT",), {"channel_names": None}, "target"),
         (("CT",), {"schemes": ("CTNormalization", "NoNormalization")}, "target"),  # two channels cannot become one
-        (("T1",), {"schemes": ("RescaleTo01Normalization",), "channel_names": {"0": "MR"}}, "pretrained"),
-        (("T1",), {"schemes": ("ZScoreNormalization",), "channel_names": {"0": "MR"}}, "target"),  # nothing to change
+        (("T1",), {"schemes": ("RescaleTo01Normalization",), "channel_names": {"0": "MR"}}, "target"),
+        (("CT",), {"schemes": ("ZScoreNormalization",)}, "target"),
     ],
 )
-def test_the_normalisation_of_pretraining_is_the_default_within_a_modality(
+def test_the_normalisation_of_pretraining_is_the_default_for_ct(
     empty_dataset, pretrained, capsys, channels, vf, expected
 ):
     plans_file = empty_dataset(*TARGETS["tiny"], channels=channels)
@@ -190,7 +189,7 @@ def test_the_normalisation_of_pretraining_is_the_default_within_a_modality(
     assert plans["volume_fusion_like"]["normalization"] == expected
     schemes = plans["configurations"]["3d_fullres"]["normalization_schemes"]
     if expected == "pretrained":
-        assert schemes == [vf.get("schemes", ("CTNormalization",))[0]] * len(channels)
+        assert schemes == ["CTNormalization"] * len(channels)
         assert "and the normalisation of its pretraining" in capsys.readouterr().out
     else:
         assert schemes == ["CTNormalization" if channels == ("CT",) else "ZScoreNormalization"]

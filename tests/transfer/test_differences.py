@@ -61,13 +61,21 @@ def test_a_suggested_command_names_the_dataset_and_the_option(metadata, target):
     assert found.consequence.endswith("add --spacing pretrained to nnUNetv2_vf plan -d 7 --like FILE")
 
 
-def test_the_normalisation_of_another_modality_is_not_suggested(metadata, change_target):
-    schemes = ["CTNormalization"]
-    metadata |= {"channel_names": {"0": "CT"}, "normalization_schemes": schemes}
-    for channel, is_suggested in (("CT", True), ("MR", False)):
-        target = change_target([channel], normalization_schemes=["ZScoreNormalization"])
-        (found,) = (each for each in find_differences(metadata, target) if each.aspect == "normalisation")
-        assert ("--normalization pretrained" in found.consequence) == is_suggested
+@pytest.mark.parametrize(
+    ("scheme", "pretrained_channel", "channel", "is_suggested"),
+    [
+        ("CTNormalization", "CT", "CT", True),
+        ("CTNormalization", "CT", "MR", False),
+        ("RescaleTo01Normalization", "MR", "MR", False),
+    ],
+)
+def test_only_the_normalisation_of_ct_is_suggested_and_only_for_ct(
+    metadata, change_target, scheme, pretrained_channel, channel, is_suggested
+):
+    metadata |= {"channel_names": {"0": pretrained_channel}, "normalization_schemes": [scheme]}
+    target = change_target([channel], normalization_schemes=["ZScoreNormalization"])
+    (found,) = (each for each in find_differences(metadata, target) if each.aspect == "normalisation")
+    assert ("--normalization pretrained" in found.consequence) == is_suggested
 
 
 def test_only_recorded_aspects_are_called_equal(metadata, target):
