@@ -45,7 +45,8 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nnunetv2_vf.pct_net import MODES, PUBLISHED_FEATURES, PCTNet
+from nnunetv2_vf.five_level_network import MODES
+from nnunetv2_vf.pct_net import PUBLISHED_FEATURES, PCTNet
 from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.training.optimizer import make_optimizer
 from nnunetv2_vf.training.step import Precision, take_step

@@ -26,8 +26,8 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_vf.errors import one_line_errors
+from nnunetv2_vf.five_level_network import MODES
 from nnunetv2_vf.nnunet_commands import Workspace
-from nnunetv2_vf.pct_net import MODES
 
 FINGERPRINTS = {  # spacing in mm, median shape in voxels, slices first; cases
     "anisotropic": ((5.0, 0.7, 0.7), (24, 320, 320), 40),

@@ -39,7 +39,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnunetv2_vf.pct_net import MODES, PUBLISHED_FEATURES, PCTNet
+from nnunetv2_vf.five_level_network import MODES
+from nnunetv2_vf.pct_net import PUBLISHED_FEATURES, PCTNet
 from nnunetv2_vf.training.step import Precision
 
 KINDS = {  # kind -> parts of operator names; the first kind that matches counts

@@ -12,12 +12,14 @@ nnU-Net finds and runs two kinds of classes. In the repository their folders lie
 package contains them::
 
     trainers     VFPretrainTrainer pretrains, VFFinetuneTrainer fine-tunes
-    planners     PCTNetPlanner plans PCT-Net, LikePlanner plans the network of pretrained weights
+    planners     PCTNetPlanner and FMUNetPlanner plan these networks, LikePlanner that of pretrained weights
 
 Networks. Plans store their dotted paths, so they never move::
 
-    pct_net            PCTNet, the network of the paper
-    window_attention   its attention layers
+    pct_net              PCTNet, the network of the paper
+    window_attention     its attention layers
+    fmunet               FMUNet, the convolutional network of the journal version
+    five_level_network   what both share: levels, resolution modes, encoder and decoder
 
 Entrances::
 

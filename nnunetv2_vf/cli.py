@@ -261,12 +261,12 @@ def _add_plan(commands: _Commands) -> None:
         commands,
         "plan",
         _run_plan,
-        "run nnU-Net's experiment planning with PCT-Net or with the network of pretrained weights",
+        "run nnU-Net's experiment planning with PCT-Net, FMUNet or the network of pretrained weights",
         "Run nnU-Net's experiment planning; nnUNetv2_extract_fingerprint must have run before. The 3D configurations "
-        "get PCT-Net or, with --like, the network of pretrained weights, which then fit without adaptation. Patch and "
-        "batch size follow from the dataset and the GPU memory. Writes the plans where nnU-Net keeps them and prints "
-        "the next commands. PCT-Net's resolution mode follows from the ratio of slice distance to voxel size within "
-        "the slices: mode 0 below 2, mode 1 below 4, else mode 2.",
+        "get PCT-Net, FMUNet or, with --like, the network of pretrained weights, which then fit without adaptation. "
+        "Patch and batch size follow from the dataset and the GPU memory. Writes the plans where nnU-Net keeps them "
+        "and prints the next commands. The resolution mode of PCT-Net and FMUNet follows from the ratio of slice "
+        "distance to voxel size within the slices: mode 0 below 2, mode 1 below 4, else mode 2.",
     )
     parser.add_argument("-d", required=True, nargs="+", metavar="DATASET", help="dataset ids or names")
     parser.add_argument(
@@ -292,8 +292,9 @@ def _add_plan(commands: _Commands) -> None:
     parser.add_argument(
         "-overwrite_plans_name",
         metavar="PLANS",
-        help="name of the new plans; default: PCTNetPlans for PCT-Net, VFPlans for other networks",
+        help="name of the new plans; default: PCTNetPlans, FMUNetPlans, or VFPlans for other networks",
     )
+    parser.add_argument("--network", choices=("PCTNet", "FMUNet"), help="network of the plans; default: PCTNet")
     like = parser.add_argument_group("plans for pretrained weights")
     like.add_argument("--like", type=Path, metavar="FILE", help="vf_pretrained.pth, or a checkpoint of nnU-Net")
     like.add_argument(
@@ -312,8 +313,10 @@ def _add_plan(commands: _Commands) -> None:
 
 
 def _run_plan(args: argparse.Namespace) -> None:
+    from nnunetv2_vf.planners.five_level_planner import plan_network
+    from nnunetv2_vf.planners.fmunet_planner import FMUNetPlanner
     from nnunetv2_vf.planners.like_planner import plan_like
-    from nnunetv2_vf.planners.pct_net_planner import plan_pct_net
+    from nnunetv2_vf.planners.pct_net_planner import PCTNetPlanner
 
     options = {
         "gpu_memory_target": args.gpu_memory_target,
@@ -322,12 +325,16 @@ def _run_plan(args: argparse.Namespace) -> None:
         "plans_name": args.overwrite_plans_name,
     }
     if args.like is not None:
+        if args.network is not None:
+            raise UserError(
+                "--network and --like exclude each other: --like takes the network of the file; leave one out"
+            )
         reports = plan_like(args.d, args.like, args.spacing, args.normalization, **options)
     else:
         for option in ("spacing", "normalization"):
             if getattr(args, option) == "pretrained":
                 raise UserError(f"--{option} pretrained needs --like FILE, the pretrained weights")
-        reports = plan_pct_net(args.d, **options)
+        reports = plan_network(args.d, FMUNetPlanner if args.network == "FMUNet" else PCTNetPlanner, **options)
     for report in reports:
         print(report)
 
@@ -401,7 +408,7 @@ def _add_convert(commands: _Commands) -> None:
         _run_convert,
         "make vf_pretrained.pth from a checkpoint of MIS-FM or nnssl",
         "Make a vf_pretrained.pth from weights that other projects pretrained with Volume Fusion: MIS-FM's released "
-        "PCT-Net; nnssl's ResEnc-L, other residual encoder U-Nets, and Primus-M.",
+        "PCT-Net and FMUNet; nnssl's ResEnc-L, other residual encoder U-Nets, and Primus-M.",
     )
     parser.add_argument("release", type=Path, metavar="CHECKPOINT", help="checkpoint of MIS-FM or nnssl")
     parser.add_argument("-o", type=Path, required=True, metavar="OUT.pth", help="file to write")
@@ -409,7 +416,7 @@ def _add_convert(commands: _Commands) -> None:
         "--mode",
         type=int,
         choices=(0, 1, 2),
-        help="resolution mode of MIS-FM's PCT-Net; default: the mode that the release was trained with",
+        help="resolution mode of MIS-FM's network; default: the mode that the release was trained with",
     )
 
 

@@ -29,6 +29,7 @@ _UNREADABLE_CONFIGURATION = (RuntimeError, ValueError, LookupError, TypeError, A
 _PLAN_COMMANDS = {  # plans name -> the command that makes such plans
     "nnUNetPlans": "nnUNetv2_plan_and_preprocess -d {} -c 3d_fullres",
     "PCTNetPlans": "nnUNetv2_vf plan -d {}",
+    "FMUNetPlans": "nnUNetv2_vf plan -d {} --network FMUNet",
     "VFPlans": "nnUNetv2_vf plan -d {} --like FILE",
 }
 

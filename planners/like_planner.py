@@ -12,7 +12,10 @@ import numpy as np
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.fmunet import FMUNET_PATH
 from nnunetv2_vf.pct_net import PCT_NET_PATH
+from nnunetv2_vf.planners.fmunet_planner import FMUNetPlanner
+from nnunetv2_vf.planners.pct_net_planner import PCTNetPlanner
 from nnunetv2_vf.planners.topology_planner import TopologyPlanner, describe_plans, plan_datasets
 from nnunetv2_vf.transfer.architectures import can_be_planned
 from nnunetv2_vf.transfer.artifact import read_with_architecture
@@ -114,7 +117,7 @@ class LikePlanner(TopologyPlanner):
         if not can_be_planned(architecture):
             raise UserError(
                 f"{self.file} holds weights of {architecture['network_class_name']}, which is two-dimensional or takes "
-                "patches of one size only; legal: 3D U-Nets, residual encoder U-Nets and PCT-Net"
+                "patches of one size only; legal: 3D U-Nets, residual encoder U-Nets, PCT-Net and FMUNet"
             )
         for option, value, key in (
             ("--spacing", self.spacing, "spacing"),
@@ -182,9 +185,9 @@ class LikePlanner(TopologyPlanner):
 
 
 def _default_plans_name(pretrained: Mapping[str, Any]) -> str:
-    """Return ``PCTNetPlans`` for PCT-Net, else ``VFPlans``; nnU-Net's planners write plans of other names."""
-    is_pct_net = pretrained["architecture"]["network_class_name"] == PCT_NET_PATH
-    return "PCTNetPlans" if is_pct_net else "VFPlans"
+    """Return the name that plans of PCT-Net and FMUNet always have, else ``VFPlans``: not a name of nnU-Net's plans."""
+    names = {PCT_NET_PATH: PCTNetPlanner.default_plans_name, FMUNET_PATH: FMUNetPlanner.default_plans_name}
+    return names.get(pretrained["architecture"]["network_class_name"], "VFPlans")
 
 
 def _describe_plans(plans: dict[str, Any], name: str, pretrained: Mapping[str, Any], file: Path) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.network_topology import pad_shape
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.pct_net import total_stride
+from nnunetv2_vf.five_level_network import total_stride
 from nnunetv2_vf.planners.step_memory import GIB, USABLE_FRACTION, StepMemory
 
 _LARGEST_PATCH_VOXELS = 256**3  # as in nnU-Net

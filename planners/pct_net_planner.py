@@ -2,98 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
-
-from nnunetv2_vf.pct_net import MODES, PCT_NET_PATH, PUBLISHED_FEATURES
-from nnunetv2_vf.planners.topology_planner import TopologyPlanner, describe_plans, plan_datasets
-from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME
+from nnunetv2_vf.pct_net import PCT_NET_PATH, PUBLISHED_FEATURES
+from nnunetv2_vf.planners.five_level_planner import FiveLevelPlanner
 
 
-def plan_pct_net(datasets: Sequence[str], **options: Any) -> Iterator[str]:
-    """Write PCT-Net plans for datasets.
+class PCTNetPlanner(FiveLevelPlanner):
+    """Plan PCT-Net; the plans are called ``PCTNetPlans``."""
 
-    Args:
-        datasets: ids or names; their fingerprints must exist.
-        options: of :func:`~nnunetv2_vf.planners.topology_planner.plan_datasets`.
+    default_plans_name = "PCTNetPlans"
 
-    Yields:
-        for each dataset a description of its plans and the next commands.
-
-    Raises:
-        UserError: see :func:`~nnunetv2_vf.planners.topology_planner.plan_datasets`.
-    """
-    for plans, name in plan_datasets(datasets, PCTNetPlanner, **options):
-        yield _describe_plans(plans, name)
-
-
-class PCTNetPlanner(TopologyPlanner):
-    """Plan PCT-Net in the resolution mode that follows from the spacing; the plans are called ``PCTNetPlans``."""
-
-    def __init__(
-        self,
-        dataset_name_or_id: str | int,
-        gpu_memory_target_in_gb: float = 8,
-        preprocessor_name: str = "DefaultPreprocessor",
-        plans_name: str = "PCTNetPlans",
-        overwrite_target_spacing: list[float] | tuple[float, ...] | None = None,
-        suppress_transpose: bool = False,
-    ):
-        super().__init__(
-            dataset_name_or_id,
-            gpu_memory_target_in_gb,
-            preprocessor_name,
-            plans_name,
-            overwrite_target_spacing,
-            suppress_transpose,
-        )
-
-    def choose_architecture(self, spacing: Sequence[float]) -> dict[str, Any]:
-        return pct_net_architecture(resolution_mode(spacing))
-
-
-def resolution_mode(spacing: Sequence[float]) -> int:
-    """Return the paper's resolution mode: the number of levels that do not halve the slice axis, 0, 1 or 2.
-
-    A level halves the slice axis if the slices are less than twice as far apart as the voxels along the coarser
-    in-plane axis. nnU-Net also uses the factor 2, but it compares each axis with the finest one, and may skip the
-    halving of any axis.
-
-    Args:
-        spacing: mm, slice axis first.
-    """
-    anisotropy = spacing[0] / max(spacing[1:])
-    return min(math.floor(math.log2(max(anisotropy, 1))), len(MODES) - 1)
-
-
-def pct_net_architecture(mode: int) -> dict[str, Any]:
-    """Return the plan's entry ``architecture`` for the published PCT-Net in a resolution mode."""
-    return {
-        "network_class_name": PCT_NET_PATH,
-        "arch_kwargs": {
-            "features_per_stage": list(PUBLISHED_FEATURES),
-            "strides": [list(stride) for stride in MODES[mode]],
-            "norm_op": "torch.nn.modules.batchnorm.BatchNorm3d",
-            "norm_op_kwargs": {"affine": True},
-        },
-        "_kw_requires_import": ["norm_op"],
-    }
-
-
-def _describe_plans(plans: dict[str, Any], name: str) -> str:
-    planned_here = [plan for plan in plans["configurations"].values() if "estimated_training_memory_gb" in plan]
-    modes = {resolution_mode(plan["spacing"]) for plan in planned_here}
-    remark = f", resolution mode {' and '.join(map(str, sorted(modes)))}"
-    dataset_id = convert_dataset_name_to_id(plans["dataset_name"])
-    fold = f"$nnUNet_results/{plans['dataset_name']}/VFPretrainTrainer__{name}__3d_fullres/fold_all"
-    train = f"nnUNetv2_train {dataset_id} 3d_fullres"
-    weights = f"{fold}/{ARTIFACT_NAME}"  # not quoted: the shell replaces $nnUNet_results
-    commands = [
-        f"{train} all -p {name} -tr VFPretrainTrainer      # pretrain on this dataset",
-        f"{train} 0 -p {name} -tr VFFinetuneTrainer -pretrained_weights {weights}"
-        "      # fine-tune on the labels of this dataset; for another one: nnUNetv2_vf plan --like",
-    ]
-    return describe_plans(plans, name, remark, commands)
+    @staticmethod
+    def published_architecture(strides: Sequence[Sequence[int]]) -> dict[str, Any]:
+        return {
+            "network_class_name": PCT_NET_PATH,
+            "arch_kwargs": {
+                "features_per_stage": list(PUBLISHED_FEATURES),
+                "strides": [list(stride) for stride in strides],
+                "norm_op": "torch.nn.modules.batchnorm.BatchNorm3d",
+                "norm_op_kwargs": {"affine": True},
+            },
+            "_kw_requires_import": ["norm_op"],
+        }

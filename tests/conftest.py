@@ -93,19 +93,30 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def pct_plans(nnunet: Path) -> str:
     """The name of plans for DATASET with a small PCT-Net, preprocessed."""
+    return _plan_small_network("PCTNet")
+
+
+@pytest.fixture(scope="session")
+def fmunet_plans(nnunet: Path) -> str:
+    """The name of plans for DATASET with a small FMUNet, preprocessed."""
+    return _plan_small_network("FMUNet")
+
+
+def _plan_small_network(network: str) -> str:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
 
     from nnunetv2_vf.cli import main
 
-    main(["plan", "-d", str(DATASET_ID)])
-    preprocess([DATASET_ID], "PCTNetPlans", configurations=["3d_fullres"], num_processes=[1])
-    plans_file = nnunet / "preprocessed" / DATASET / "PCTNetPlans.json"
+    name = f"{network}Plans"
+    main(["plan", "-d", str(DATASET_ID), "--network", network])
+    preprocess([DATASET_ID], name, configurations=["3d_fullres"], num_processes=[1])
+    plans_file = _preprocessed(DATASET_ID) / f"{name}.json"
     plans = json.loads(plans_file.read_text())
     configuration = plans["configurations"]["3d_fullres"]
     configuration["batch_size"] = 2
     configuration["architecture"]["arch_kwargs"]["features_per_stage"] = [4, 8, 8, 16, 32]
     plans_file.write_text(json.dumps(plans))
-    return "PCTNetPlans"
+    return name
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,9 @@ import re
 import torch
 from networks import unet
 
-from nnunetv2_vf.pct_net import MODES, PCTNet
+from nnunetv2_vf.five_level_network import MODES
+from nnunetv2_vf.fmunet import FMUNet
+from nnunetv2_vf.pct_net import PCTNet
 
 FEATURES = (4, 8, 8, 16, 32)
 WINDOWS = (3, 3, 2)
@@ -70,6 +72,31 @@ def misfm_release(trained_mode: int) -> dict[str, torch.Tensor]:
                 released[name.replace("bias_table", "index")] = released_index(w)
     for level in ("e2", "e3", "e4", "d2", "d3"):
         released[f"pyramid_ct.convtrans_{level}.norm_layer.weight"] = torch.ones(8)
+    return released
+
+
+FMUNET_NAMES = [  # FMUNet's names -> the release's
+    (r"^encoder\.stem", "project"),
+    (r"^encoder\.stages\.(\d)\.convs", r"encoder.en_conv\1.conv_list"),
+    (r"^encoder\.downs\.(\d)\.3", r"encoder.down\1.down.2"),
+    (r"^encoder\.downs\.(\d)", r"encoder.down\1.down"),
+    (r"^decoder\.bottom\.convs", "decoder.de_conv4.conv_list"),
+    *((rf"^decoder\.stages\.{3 - level}\.convs", f"decoder.de_conv{level}.conv_list") for level in range(4)),
+    *((rf"^decoder\.ups\.{3 - level}\.up\.0", f"decoder.upcat{level}.up") for level in range(4)),
+    *((rf"^decoder\.ups\.{3 - level}\.conv", f"decoder.upcat{level}.conv") for level in range(4)),
+    *((rf"^decoder\.seg_layers\.{3 - level}", f"out_layers.{level}") for level in range(4)),
+    (r"^(decoder\.upcat.\.(?:up|conv)|out_layers\..)\.3\.", r"\1.2."),
+]
+
+
+def fmunet_release(mode: int, depth: int = 2) -> dict[str, torch.Tensor]:
+    """Return random weights in the format of MIS-FM's FMUNet."""
+    torch.manual_seed(0)
+    released = {}
+    for name, value in FMUNet(2, FEATURES, MODES[mode], 3, depth=depth).state_dict().items():
+        for pattern, released_name in FMUNET_NAMES:
+            name = re.sub(pattern, released_name, name)
+        released[name] = torch.randn(value.shape).half()
     return released
 
 

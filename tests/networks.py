@@ -1,4 +1,4 @@
-"""Small networks with random weights: nnU-Net's U-Nets and PCT-Net."""
+"""Small networks with random weights: nnU-Net's U-Nets, PCT-Net and FMUNet."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
-from nnunetv2_vf.pct_net import MODES, PCTNet
+from nnunetv2_vf.five_level_network import MODES
+from nnunetv2_vf.fmunet import FMUNet
+from nnunetv2_vf.pct_net import PCTNet
 from nnunetv2_vf.transfer.architectures import build_network
 
 
@@ -45,6 +47,10 @@ def unet(channels=1, kernels=((3, 3, 3),) * 3, strides=((1, 1, 1), (2, 2, 2), (2
 
 def pct_net(mode=0, channels=1, window=3):
     return randomise(PCTNet(channels, (4, 8, 8, 16, 32), MODES[mode], 5, window_sizes=(window,) * 3))
+
+
+def fmunet(mode=0, channels=1):
+    return randomise(FMUNet(channels, (4, 8, 8, 16, 32), MODES[mode], 5))
 
 
 def randomise(network: nn.Module) -> nn.Module:

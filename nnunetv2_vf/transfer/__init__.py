@@ -29,8 +29,11 @@ Weights and the plans of a target dataset::
 ``nnUNetv2_vf convert`` makes artifacts from checkpoints of other projects::
 
     convert              recognises the project
-    convert_misfm        renames the weights of MIS-FM's PCT-Net
-    misfm_position_bias  undoes a mistake in the position bias of MIS-FM's PCT-Net
+    convert_misfm        tells MIS-FM's networks apart by the names of their weights
+    misfm_pct_net        renames the weights of its PCT-Net
+    misfm_position_bias  undoes a mistake in the position bias of its PCT-Net
+    misfm_fmunet         renames the weights of its FMUNet
+    misfm_conversion     the result, and the checks for both
     convert_nnssl        translates the names of networks in DKFZ's nnssl to those in nnU-Net's plans
 
 May import: the networks and the ground. Knows nothing of the trainers or of the other wings.

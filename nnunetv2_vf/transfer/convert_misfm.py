@@ -1,240 +1,26 @@
-"""Convert released weights of MIS-FM's PCT-Net: state dict in, state dict out.
-
-A release holds one embedding and one prediction head for each of the three resolution modes, but only one mode was
-trained; the conversion keeps that one.
-"""
+"""Convert released weights of MIS-FM's networks: state dict in, state dict out."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.pct_net import MODES, PCT_NET_PATH, PCTNet
-from nnunetv2_vf.transfer.misfm_position_bias import separate_offsets
-from nnunetv2_vf.window_attention import window_side
-
-_BIAS_TABLE = "attn.relative_position_bias_table"
-_BIAS_INDEX = "attn.relative_position_index"
-_COUNT_OF_BATCHES = "conv0.conv_conv.0.num_batches_tracked"
-# PCT blocks end with a norm that the original never applies.
-_UNUSED_NORM = re.compile(r"pyramid_ct\.convtrans_[ed][234]\.norm_layer\.(weight|bias)")
-_ARGUMENTS = ("features_per_stage", "depths", "num_heads", "window_sizes")  # the others follow from the mode
-
-# Prefix in the release -> prefix in PCTNet; {mode} is the resolution mode.
-_MODULES = {
-    "embeddings.{mode}.proj": "encoder.stem",
-    "embeddings.{mode}.conv0.conv_conv": "encoder.stages.0",
-    "embeddings.{mode}.conv1.conv_conv": "encoder.stages.1",
-    "embeddings.{mode}.down1": "encoder.downs.0",
-    "embeddings.{mode}.down2": "encoder.downs.1",
-    "pyramid_ct.down3": "encoder.downs.2",
-    "pyramid_ct.down4": "encoder.downs.3",
-    "pyramid_ct.convtrans_e2": "encoder.stages.2",
-    "pyramid_ct.convtrans_e3": "encoder.stages.3",
-    "pyramid_ct.convtrans_e4": "encoder.stages.4",
-    "pyramid_ct.up4": "decoder.ups.0",
-    "pyramid_ct.up3": "decoder.ups.1",
-    "pred_heads.{mode}.up2": "decoder.ups.2",
-    "pred_heads.{mode}.up1": "decoder.ups.3",
-    "pyramid_ct.convtrans_d3": "decoder.stages.0",
-    "pyramid_ct.convtrans_d2": "decoder.stages.1",
-    "pred_heads.{mode}.conv1.conv_conv": "decoder.stages.2",
-    "pred_heads.{mode}.conv0.conv_conv": "decoder.stages.3",
-    "pyramid_ct.out_conv3.conv": "decoder.seg_layers.0",
-    "pyramid_ct.out_conv2.conv": "decoder.seg_layers.1",
-    "pred_heads.{mode}.out_conv1.conv": "decoder.seg_layers.2",
-    "pred_heads.{mode}.out_conv0.conv": "decoder.seg_layers.3",
-}
-# The same for modules within a PCT block.
-_MODULES_OF_A_BLOCK = {
-    "conv.conv_conv": "convolution",
-    "trans.blocks": "attention",
-    _BIAS_TABLE: "attention.position_bias",
-    "attn.qkv": "attention.qkv",
-    "attn.proj": "attention.projection",
-    "mlp.fc1": "mlp.0",
-    "mlp.fc2": "mlp.3",
-}
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """A released network: how to build it, and its weights with PCTNet's names."""
-
-    mode: int
-    input_channels: int
-    num_classes: int
-    arch_kwargs: dict[str, Any]  # plain data, as in plans
-    state_dict: dict[str, Tensor]
-
-    @property
-    def architecture(self) -> dict[str, Any]:
-        """The network as an entry ``architecture`` of plans."""
-        return {
-            "network_class_name": PCT_NET_PATH,
-            "arch_kwargs": self.arch_kwargs,
-            "_kw_requires_import": ["norm_op"],
-        }
-
-    def __str__(self) -> str:
-        arguments = ", ".join(f"{name} {self.arch_kwargs[name]}" for name in _ARGUMENTS)
-        parameters = sum(tensor.numel() for tensor in self.state_dict.values()) / 1e6
-        return (
-            f"PCT-Net of resolution mode {self.mode}, {self.input_channels} input channels, "
-            f"{self.num_classes} classes, {arguments}; {parameters:.1f} M parameters"
-        )
+from nnunetv2_vf.transfer.misfm_conversion import Conversion, require_complete, require_finite_tensors
+from nnunetv2_vf.transfer.misfm_fmunet import convert_fmunet, is_fmunet
+from nnunetv2_vf.transfer.misfm_pct_net import convert_pct_net
 
 
 def convert_state_dict(released: Mapping[str, Any], mode: int | None = None) -> Conversion:
-    """Convert a released ``model_state_dict`` for :class:`nnunetv2_vf.pct_net.PCTNet`, in single precision.
+    """Convert a released ``model_state_dict`` of PCT-Net or FMUNet, in single precision.
 
     Args:
-        mode: the resolution mode to keep; None: the mode whose batch statistics were updated in training, if there is
-            exactly one.
+        mode: the resolution mode; None: the one with which the release was trained. A PCT-Net shows it by the mode
+            whose batch statistics were updated, if there is exactly one; an FMUNet by its kernels.
 
     Raises:
-        UserError: tensors are missing, unexpected or not finite, or the mode cannot be determined.
+        UserError: tensors are missing, unexpected or not finite, or the mode is another one or cannot be determined.
     """
-    _require_finite_tensors(released)
-    mode = _determine_mode(released, mode)
-    state = _rename(released, mode)
-    try:
-        arch_kwargs = {
-            "features_per_stage": _read_features(state),
-            "strides": [list(stride) for stride in MODES[mode]],
-            **_read_attention_arguments(state),
-            "norm_op": "torch.nn.modules.batchnorm.BatchNorm3d",
-            "norm_op_kwargs": {"affine": True},
-        }
-        channels, classes = state["encoder.stem.weight"].shape[1], state["decoder.seg_layers.3.2.weight"].shape[0]
-    except (KeyError, IndexError) as error:
-        raise UserError(
-            f"the checkpoint is not MIS-FM's PCT-Net: it lacks the tensor that PCTNet calls {error}"
-        ) from None
-    converted = Conversion(mode, channels, classes, arch_kwargs, state)
-    _require_complete(converted)
+    require_finite_tensors(released)
+    converted = (convert_fmunet if is_fmunet(released) else convert_pct_net)(released, mode)
+    require_complete(converted)
     return converted
-
-
-def _require_finite_tensors(released: Mapping[Any, Any]) -> None:
-    is_tensor = {str(name): isinstance(name, str) and isinstance(value, Tensor) for name, value in released.items()}
-    _require_none_unexpected([name for name in is_tensor if not is_tensor[name]])
-    for name, value in released.items():
-        if not value.isfinite().all():
-            raise UserError(f"the checkpoint holds NaN or infinity in {name}")
-
-
-def _require_none_unexpected(names: list[str]) -> None:
-    if names:
-        raise UserError(f"the checkpoint is not MIS-FM's PCT-Net: unexpected {_shorten_list(sorted(names))}")
-
-
-def _shorten_list(entries: list[str]) -> str:
-    """Join entries for a message; of many, only the first three."""
-    hidden = len(entries) - 3
-    return ", ".join(entries[:3]) + (f" and {hidden} more" if hidden > 0 else "")
-
-
-def _determine_mode(released: Mapping[str, Tensor], requested: int | None) -> int:
-    """Return the requested mode, or the one whose batch statistics have counted batches."""
-    counts = [released.get(f"embeddings.{mode}.{_COUNT_OF_BATCHES}") for mode in range(len(MODES))]
-    trained = [mode for mode, count in enumerate(counts) if count is not None and count.any()]
-    if requested is None and len(trained) == 1:
-        return trained[0]
-    if requested is None:
-        raise UserError(
-            "the checkpoint does not show with which resolution mode it was trained "
-            f"({'several modes have' if trained else 'no mode has'} updated batch statistics); "
-            "take resolution_mode from the configuration of its training: --mode 0|1|2"
-        )
-    if trained and requested not in trained:
-        raise UserError(
-            f"--mode {requested}, but the checkpoint was trained with resolution mode {', '.join(map(str, trained))} "
-            "(the batch statistics of the others were never updated); leave --mode out"
-        )
-    return requested
-
-
-def _rename(released: Mapping[str, Tensor], mode: int) -> dict[str, Tensor]:
-    """Return the tensors of a mode with PCTNet's names, in single precision."""
-    prefixes = {old.format(mode=mode): new for old, new in _MODULES.items()}
-    state: dict[str, Tensor] = {}
-    unexpected = []
-    for name, value in released.items():
-        if _is_unused(name, mode):
-            continue
-        prefix = next((prefix for prefix in prefixes if name.startswith(prefix + ".")), None)
-        tensor: Tensor | None = value
-        if name.endswith(_BIAS_TABLE):
-            tensor = separate_offsets(value, released.get(name.replace(_BIAS_TABLE, _BIAS_INDEX)))
-        if prefix is None or tensor is None:
-            unexpected.append(name)
-        elif not name.endswith(_BIAS_INDEX):
-            new_name = _new_name(name, prefix, prefixes[prefix])
-            state[new_name] = tensor.float() if tensor.is_floating_point() else tensor
-    _require_none_unexpected(unexpected)
-    return state
-
-
-def _is_unused(name: str, mode: int) -> bool:
-    """True for embeddings and heads of other modes, and for norms that the original never applies."""
-    mode_of_tensor = re.match(r"(?:embeddings|pred_heads)\.([0-2])\.", name)
-    if mode_of_tensor is not None and int(mode_of_tensor[1]) != mode:
-        return True
-    return _UNUSED_NORM.fullmatch(name) is not None
-
-
-def _new_name(name: str, old_prefix: str, new_prefix: str) -> str:
-    inner = name.removeprefix(old_prefix)
-    if "convtrans" in old_prefix:
-        for old, new in _MODULES_OF_A_BLOCK.items():
-            inner = inner.replace(f".{old}", f".{new}")
-    return new_prefix + inner
-
-
-def _read_features(state: Mapping[str, Tensor]) -> list[int]:
-    downs = [state[f"encoder.downs.{i}.conv.2.weight"].shape[0] for i in range(4)]
-    return [state["encoder.stem.weight"].shape[0], *downs]
-
-
-def _read_attention_arguments(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """Return depths, heads and windows of the levels 2, 3 and 4."""
-    depths, heads, windows = [], [], []
-    for level in (2, 3, 4):
-        tables = [name for name in state if re.fullmatch(rf"encoder\.stages\.{level}\..*\.position_bias", name)]
-        if not tables:
-            raise KeyError(f"encoder.stages.{level}.attention")
-        rows, num_heads = state[tables[0]].shape
-        depths.append(len(tables))
-        heads.append(num_heads)
-        windows.append(window_side(rows))  # below the paper's 6 if feature maps in training were smaller
-    return {"depths": depths, "num_heads": heads, "window_sizes": windows}
-
-
-def _require_complete(converted: Conversion) -> None:
-    """Raise UserError unless names, shapes and types are those of the network that the arguments describe."""
-    kwargs = {key: value for key, value in converted.arch_kwargs.items() if key != "norm_op"}
-    try:
-        with torch.device("meta"):
-            network = PCTNet(converted.input_channels, num_classes=converted.num_classes, **kwargs)
-    except ValueError as error:
-        raise UserError(f"the checkpoint is not MIS-FM's PCT-Net: {error}") from error
-    expected = {name: _format_type(tensor) for name, tensor in network.state_dict().items()}
-    found = {name: _format_type(tensor) for name, tensor in converted.state_dict.items()}
-    wrong = [
-        f"{name} {found.get(name, 'missing')} (expected {expected.get(name, 'nothing')})"
-        for name in sorted({*expected, *found})
-        if expected.get(name) != found.get(name)
-    ]
-    if wrong:
-        raise UserError(f"the checkpoint does not fit the PCT-Net that its tensors describe: {_shorten_list(wrong)}")
-
-
-def _format_type(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

@@ -11,8 +11,10 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.cli import main
+from nnunetv2_vf.five_level_network import MODES
+from nnunetv2_vf.planners.fmunet_planner import FMUNetPlanner
 from nnunetv2_vf.planners.memory_fitting import patch_divisor
-from nnunetv2_vf.planners.pct_net_planner import pct_net_architecture
+from nnunetv2_vf.planners.pct_net_planner import PCTNetPlanner
 from nnunetv2_vf.transfer.architectures import build_network
 from nnunetv2_vf.transfer.network_fit import mismatched_tensors
 from nnunetv2_vf.transfer.target_plans import load_target
@@ -35,7 +37,8 @@ NETWORKS = {
         },
         "_kw_requires_import": ["conv_op", "norm_op"],
     },
-    "PCT-Net": pct_net_architecture(1),
+    "PCT-Net": PCTNetPlanner.published_architecture(MODES[1]),
+    "FMUNet": FMUNetPlanner.published_architecture(MODES[1]),
 }
 PRIMUS = "dynamic_network_architectures.architectures.primus.Primus"
 TARGETS = {
@@ -86,7 +89,7 @@ def test_the_plans_of_any_target_get_the_pretrained_network(empty_dataset, pretr
     plans_file = empty_dataset(*TARGETS[target])
     path = pretrained(network)
     main(["plan", "-d", "42", "--like", str(path), "-gpu_memory_target", "6"])
-    name = {"U-Net": "VFPlans", "PCT-Net": "PCTNetPlans"}[network]
+    name = {"U-Net": "VFPlans", "PCT-Net": "PCTNetPlans", "FMUNet": "FMUNetPlans"}[network]
     plans = plans_of(plans_file, name)
     divisor = patch_divisor(NETWORKS[network])
     three_dimensional = [c for c in plans["configurations"] if c in ("3d_fullres", "3d_lowres")]

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from nnunetv2_vf.pct_net import MODES, PCTNet
+from nnunetv2_vf.five_level_network import MODES
+from nnunetv2_vf.pct_net import PCTNet
 from nnunetv2_vf.planners.step_memory import measure_step
 
 build = functools.partial(PCTNet, 1, (4, 8, 16, 32, 64), MODES[0], 3, deep_supervision=True)

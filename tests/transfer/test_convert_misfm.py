@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from foreign_checkpoints import FEATURES, WINDOWS, misfm_network, misfm_release, released_index
+from foreign_checkpoints import FEATURES, WINDOWS, fmunet_release, misfm_network, misfm_release, released_index
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_vf.cli import main
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.pct_net import MODES
+from nnunetv2_vf.five_level_network import MODES
+from nnunetv2_vf.fmunet import FMUNet
 from nnunetv2_vf.transfer.artifact import read_artifact
 from nnunetv2_vf.transfer.convert_misfm import convert_state_dict
 
@@ -87,6 +88,37 @@ def test_unexpected_tensors_are_listed_and_rejected(change, mode, message):
         convert_state_dict(released, mode)
 
 
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_fmunet_is_recognised_and_its_arguments_are_read_from_the_tensors(mode):
+    released = fmunet_release(mode, depth=1)
+    converted = convert_state_dict(released)
+    assert (converted.mode, converted.input_channels, converted.num_classes) == (mode, 2, 3)
+    strides = [list(stride) for stride in MODES[mode]]
+    assert converted.arch_kwargs == {"features_per_stage": list(FEATURES), "strides": strides, "depth": 1}
+    network = FMUNet(2, FEATURES, MODES[mode], 3, depth=1)
+    network.load_state_dict(converted.state_dict)
+    assert torch.equal(network.decoder.bottom.convs[0][3].bias, released["decoder.de_conv4.conv_list.0.3.bias"].float())
+    assert torch.equal(network.decoder.ups[3].up[0][3].bias, released["decoder.upcat0.up.2.bias"].float())
+
+
+@pytest.mark.parametrize(
+    ("change", "mode", "message"),
+    [
+        ({"encoder.extra.weight": torch.ones(1)}, None, "unexpected encoder.extra.weight"),
+        ({"project.bias": torch.ones(4).long()}, None, "unexpected project.bias"),
+        ({"project.bias": torch.full((4,), torch.nan)}, None, "NaN or infinity in project.bias"),
+        ({"project.bias": torch.ones(5)}, None, r"encoder.stem.bias \(5,\) float32 \(expected \(4,\)"),
+        ({"project.weight": None}, None, "lacks the tensor that FMUNet calls .*encoder.stem.weight"),
+        ({"encoder.en_conv0.conv_list.0.3.weight": torch.ones(4, 4, 3, 1, 3)}, None, r"kernels \[\(3, 1, 3\)"),
+        ({}, 0, "--mode 0, but the kernels are those of resolution mode 1"),
+    ],
+)
+def test_tensors_that_no_fmunet_has_are_rejected(change, mode, message):
+    released = {name: value for name, value in {**fmunet_release(1), **change}.items() if value is not None}
+    with pytest.raises(UserError, match=message):
+        convert_state_dict(released, mode)
+
+
 def test_an_empty_checkpoint_is_rejected():
     with pytest.raises(UserError, match="lacks the tensor that PCTNet calls"):
         convert_state_dict({}, 1)
@@ -158,10 +190,12 @@ def test_an_output_that_cannot_be_written_is_rejected(tmp_path, monkeypatch, out
     assert Path("release.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("mode", [0, 1])
-def test_outputs_of_the_original_code_are_reproduced(mode, tmp_path, real_data):
+@pytest.mark.parametrize(
+    ("network", "mode", "num_outputs"), [("pctnet", 0, 1), ("pctnet", 1, 4), ("fmunet", 0, 4), ("fmunet", 1, 4)]
+)
+def test_outputs_of_the_original_code_are_reproduced(network, mode, num_outputs, tmp_path, real_data):
     """Compare with outputs of MIS-FM's own code, in ``fixtures`` beside the folder of real test data."""
-    path = real_data.parent / "fixtures" / f"misfm_pctnet_mode{mode}.pt"
+    path = real_data.parent / "fixtures" / f"misfm_{network}_mode{mode}.pt"
     if not path.is_file():
         pytest.skip(f"no {path}")
     fixture = torch.load(path, weights_only=True)
@@ -172,6 +206,6 @@ def test_outputs_of_the_original_code_are_reproduced(mode, tmp_path, real_data):
     with torch.no_grad():
         outputs = converted(fixture["input_int8"].float() * fixture["input_scale"])
     published = list(zip(fixture["outputs_strided"], fixture["strides"], strict=True))
-    assert len(published) == (1 if mode == 0 else 4)
+    assert len(published) == num_outputs
     for output, (expected, step) in zip(outputs[: len(published)], published, strict=True):
         torch.testing.assert_close(output[..., ::step, ::step, ::step], expected, atol=1e-4, rtol=0)

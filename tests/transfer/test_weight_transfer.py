@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from networks import pct_net, unet
+from networks import fmunet, pct_net, unet
 from torch import Tensor, nn
 
 from nnunetv2_vf.transfer.weight_transfer import (
@@ -25,7 +25,7 @@ def residual_unet(**kwargs) -> nn.Module:
     return unet(residual=True, **kwargs)
 
 
-ALL_NETWORKS = pytest.mark.parametrize("make", [unet, residual_unet, pct_net], ids=["unet", "resenc", "pct_net"])
+ALL_NETWORKS = pytest.mark.parametrize("make", [unet, residual_unet, pct_net, fmunet])
 
 
 def predict(network: nn.Module, image: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def test_an_equal_network_takes_all_weights_unchanged(make):
 def test_a_network_with_more_channels_gives_the_same_output_for_equal_channels(make):
     one_channel, four_channels = make(channels=1), make(channels=4)
     outcomes = transfer_weights(one_channel.state_dict(), four_channels)
-    image = torch.randn(1, 1, 16, 16, 32)
+    image = torch.randn(1, 1, 16, 32, 32)
     output, expected = predict(four_channels, image.expand(-1, 4, -1, -1, -1)), predict(one_channel, image)
     torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
     changed = [(outcome.kind, outcome.detail) for outcome in outcomes if outcome.kind != TRANSFERRED]
@@ -113,21 +113,23 @@ def test_additional_residual_blocks_stay_random_and_surplus_ones_are_dropped():
     assert {outcome.kind for outcome in outcomes} == {TRANSFERRED}
 
 
-# ---------------------------------------------------------------- PCT-Net
+# ---------------------------------------------------------------- PCT-Net and FMUNet
 
 
+@pytest.mark.parametrize(("make", "changes"), [(pct_net, {"kernel", "upsampling"}), (fmunet, {"kernel"})])
 @pytest.mark.parametrize(("old", "new"), [*itertools.permutations(range(3), 2)])
-def test_every_resolution_mode_takes_the_weights_of_every_other(old, new):
-    target = pct_net(new)
-    outcomes = transfer_weights(pct_net(old).state_dict(), target)
+def test_every_resolution_mode_takes_the_weights_of_every_other(make, changes, old, new):
+    target = make(new)
+    outcomes = transfer_weights(make(old).state_dict(), target)
     assert transferred_share(outcomes) == 1
-    assert {outcome.detail.partition(" ")[0] for outcome in outcomes if outcome.detail} == {"kernel", "upsampling"}
-    assert predict(target, torch.randn(1, 1, 16, 16, 16)).isfinite().all()
+    assert {outcome.detail.partition(" ")[0] for outcome in outcomes if outcome.detail} == changes
+    assert predict(target, torch.randn(1, 1, 16, 16, 32)).isfinite().all()
 
 
+@pytest.mark.parametrize("make", [pct_net, fmunet])
 @pytest.mark.parametrize(("old", "new"), [(1, 0), (2, 0), (2, 1)])
-def test_changing_to_a_finer_mode_and_back_restores_the_network(old, new):
-    network, finer, restored = pct_net(old), pct_net(new), pct_net(old)
+def test_changing_to_a_finer_mode_and_back_restores_the_network(make, old, new):
+    network, finer, restored = make(old), make(new), make(old)
     transfer_weights(network.state_dict(), finer)
     transfer_weights(finer.state_dict(), restored)
     assert have_same_weights(network, restored)

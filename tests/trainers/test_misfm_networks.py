@@ -1,4 +1,4 @@
-"""PCT-Net in nnU-Net's training and prediction, with plans of ``nnUNetv2_vf plan``."""
+"""PCT-Net and FMUNet in nnU-Net's training and prediction, with plans of ``nnUNetv2_vf plan``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ CPU = torch.device("cpu")
 TRAINING = (str(DATASET_ID), "3d_fullres", 0)
 
 
+@pytest.fixture(params=["pct_plans", "fmunet_plans"])
+def plans(request, nnunet) -> str:
+    return request.getfixturevalue(request.param)
+
+
 @pytest.mark.parametrize("trainer_name", ["nnUNetTrainer", "nnUNetTrainerNoDeepSupervision"])
-def test_stock_trainers_train_pct_net(two_epochs, pct_plans, trainer_name):
-    trainer = get_trainer_from_args(*TRAINING, trainer_name, pct_plans, device=CPU)
+def test_stock_trainers_train_the_network(two_epochs, plans, trainer_name):
+    trainer = get_trainer_from_args(*TRAINING, trainer_name, plans, device=CPU)
     trainer.on_train_start()
     before = [p.detach().clone() for p in trainer.network.decoder.seg_layers[-1].parameters()]
     losses = [float(trainer.train_step(next(trainer.dataloader_train))["loss"]) for _ in range(2)]
@@ -30,15 +35,15 @@ def test_stock_trainers_train_pct_net(two_epochs, pct_plans, trainer_name):
     trainer.on_train_end()
 
 
-def test_pretrain_then_finetune_then_predict(two_epochs, pct_plans, tmp_path):
+def test_pretrain_then_finetune_then_predict(two_epochs, plans, tmp_path):
     results = tmp_path / "results" / DATASET
-    run_training(*TRAINING, "VFPretrainTrainer", pct_plans, device=CPU)
-    artifact_file = results / f"VFPretrainTrainer__{pct_plans}__3d_fullres" / "fold_0" / "vf_pretrained.pth"
+    run_training(*TRAINING, "VFPretrainTrainer", plans, device=CPU)
+    artifact_file = results / f"VFPretrainTrainer__{plans}__3d_fullres" / "fold_0" / "vf_pretrained.pth"
     pretrained = read_artifact(artifact_file)
     assert pretrained["vf"]["settings"]["optimizer"] == "adam"
 
-    run_training(*TRAINING, "VFFinetuneTrainer", pct_plans, pretrained_weights=str(artifact_file), device=CPU)
-    model = results / f"VFFinetuneTrainer__{pct_plans}__3d_fullres"
+    run_training(*TRAINING, "VFFinetuneTrainer", plans, pretrained_weights=str(artifact_file), device=CPU)
+    model = results / f"VFFinetuneTrainer__{plans}__3d_fullres"
     case = sorted((two_epochs / "raw" / DATASET / "imagesTr").iterdir())[0]
     images, predicted = tmp_path / "images", tmp_path / "predicted"
     images.mkdir()

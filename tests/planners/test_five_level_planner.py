@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 
@@ -10,10 +9,10 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.cli import main
-from nnunetv2_vf.pct_net import MODES, PUBLISHED_FEATURES, PCTNet, total_stride
+from nnunetv2_vf.five_level_network import MODES, total_stride
+from nnunetv2_vf.planners.five_level_planner import resolution_mode
 from nnunetv2_vf.planners.memory_fitting import candidate_patches
-from nnunetv2_vf.planners.pct_net_planner import resolution_mode
-from nnunetv2_vf.planners.step_memory import GIB, measure_step
+from nnunetv2_vf.planners.step_memory import GIB, measure_architecture
 
 CASES = {  # spacing in mm, median shape in voxels, cases, resolution mode
     "isotropic": ((1.0, 1.0, 1.0), (160, 200, 180), 100, 0),
@@ -26,12 +25,18 @@ CASES = {  # spacing in mm, median shape in voxels, cases, resolution mode
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_plans_are_legal_and_fit_the_memory_target(empty_dataset, name):
+NETWORKS = {"PCTNet": [], "FMUNet": ["--network", "FMUNet"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "network"), [*((name, "PCTNet") for name in CASES), ("between", "FMUNet"), ("thin, isotropic", "FMUNet")]
+)
+def test_plans_are_legal_and_fit_the_memory_target(empty_dataset, name, network):
     spacing, shape, cases, mode = CASES[name]
     plans_file = empty_dataset(spacing, shape, cases)
-    main(["plan", "-d", "42", "-gpu_memory_target", "6"])
-    plan = json.loads(plans_file.read_text())["configurations"]["3d_fullres"]
+    main(["plan", "-d", "42", "-gpu_memory_target", "6", *NETWORKS[network]])
+    plan = json.loads(plans_file.with_name(f"{network}Plans.json").read_text())["configurations"]["3d_fullres"]
+    assert plan["architecture"]["network_class_name"].endswith(f".{network}")
     divisor = total_stride(MODES[mode])
     assert plan["architecture"]["arch_kwargs"]["strides"] == [list(stride) for stride in MODES[mode]]
     assert all(side % d == 0 for side, d in zip(plan["patch_size"], divisor, strict=True))
@@ -41,8 +46,7 @@ def test_plans_are_legal_and_fit_the_memory_target(empty_dataset, name):
     patches = candidate_patches(spacing, shape, divisor)
     larger = patches[: patches.index(tuple(plan["patch_size"]))]
     if larger:  # as large as the target allows
-        build = functools.partial(PCTNet, 1, PUBLISHED_FEATURES, MODES[mode], 5, deep_supervision=True)
-        assert measure_step(build, 1, larger[-1], 2).total > 0.9 * 6 * GIB
+        assert measure_architecture(plan["architecture"], 1, 5, larger[-1], 2).total > 0.9 * 6 * GIB
 
 
 def test_everything_except_the_network_is_as_nnunet_plans_it(empty_dataset):
@@ -103,6 +107,7 @@ def test_the_target_spacing_can_be_set_and_the_next_commands_are_printed(empty_d
         (["-d", "42", "-gpu_memory_target", "0"], "-gpu_memory_target 0; legal: a positive number"),
         (["-d", "42", "-gpu_memory_target", "0.5"], "-gpu_memory_target 0.5 is too small.*use at least 1.. GB"),
         (["-d", "42", "-overwrite_target_spacing", "1", "0", "1"], "three positive numbers"),
+        (["-d", "42", "--network", "FMUNet", "--like", "w.pth"], "--network and --like exclude each other"),
     ],
 )
 def test_errors_are_one_line_and_no_plans_are_written(empty_dataset, arguments, message):
