@@ -1,11 +1,12 @@
 """One pretrained weights file of each network on targets of every kind: transferred share, loss and time of a step.
 
-    python benchmarks/transfer_matrix.py [--memory 3]
+    python benchmarks/transfer_matrix.py [--memory 3] [--networks U-Net ResEnc-M PCT-Net FMUNet]
 
-Pretrains the default U-Net, ResEnc-M and PCT-Net for one step on generated phantoms. The targets have 1 or 4 channels,
-1 mm or 5 x 1 x 1 mm voxels, and tiny or large volumes. For each target and network the script plans with the pretrained
-network (``nnUNetv2_vf plan --like``), adapts the weights if the channels differ, and takes a step of nnU-Net's training
-from the transferred weights. It also adapts the weights to the plans that the target gets without pretraining.
+Pretrains the default U-Net, ResEnc-M, PCT-Net and FMUNet for one step on generated phantoms. The targets have 1 or 4
+channels, 1 mm or 5 x 1 x 1 mm voxels, and tiny or large volumes. For each target and network the script plans with the
+pretrained network (``nnUNetv2_vf plan --like``), adapts the weights if the channels differ, and takes a step of
+nnU-Net's training from the transferred weights. It also adapts the weights to the plans that the target gets without
+pretraining.
 
 Duration: 1 hour on 2 CPU cores. Needs: 6 GB of memory.
 """
@@ -18,7 +19,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ OWN_PLANS = {  # network -> planner and plans name without pretraining
     "U-Net": ("ExperimentPlanner", "nnUNetPlans"),
     "ResEnc-M": ("nnUNetPlannerResEncM", "nnUNetResEncUNetMPlans"),
     "PCT-Net": (None, "PCTNetPlans"),
+    "FMUNet": (None, "FMUNetPlans"),
 }
 TARGETS = [
     (channels, spacing, shape)
@@ -51,6 +53,7 @@ CASES = 2
 def main() -> None:
     parser = make_parser(__doc__, output=True)
     parser.add_argument("--memory", type=float, default=3, metavar="GB", help="-gpu_memory_target of every plan")
+    parser.add_argument("--networks", nargs="+", default=[*OWN_PLANS], choices=[*OWN_PLANS])
     args = parser.parse_args()
     with one_line_errors(), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -59,15 +62,16 @@ def main() -> None:
             "nnUNet_vf_iterations_per_epoch": "1",
             "nnUNet_vf_val_iterations_per_epoch": "1",
         }
-        rows = list(measure_matrix(folder, args.memory))
+        rows = list(measure_matrix(folder, args.memory, args.networks))
     write_result(args.output or RESULTS / "transfer_matrix_cpu.json", rows)
     print(f"\n{markdown_table(rows)}")
 
 
-def measure_matrix(folder: Path, memory: float) -> Iterator[dict[str, Any]]:
+def measure_matrix(folder: Path, memory: float, networks: Sequence[str]) -> Iterator[dict[str, Any]]:
     write_dataset(folder / "raw" / f"Dataset{PRETRAINING:03d}_Phantoms", range(CASES), spacing=2.0)
     with quiet():
-        artifacts = {network: pretrain(network, folder, memory) for network in OWN_PLANS}
+        extract(PRETRAINING)
+        artifacts = {network: pretrain(network, folder, memory) for network in networks}
     for index, target in enumerate(TARGETS):
         dataset_id = PRETRAINING + 1 + index
         write_target(folder / "raw" / f"Dataset{dataset_id:03d}_Target", dataset_id, *target)
@@ -86,8 +90,6 @@ def pretrain(network: str, folder: Path, memory: float) -> Path:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
     from nnunetv2.run.run_training import run_training
 
-    if network == "U-Net":
-        extract(PRETRAINING)
     plans = plan(network, PRETRAINING, memory)
     if network != "ResEnc-M":  # ResEnc-M uses the preprocessed data of the default plans
         preprocess([PRETRAINING], plans, configurations=["3d_fullres"], num_processes=[1])
@@ -110,7 +112,8 @@ def plan(network: str, dataset_id: int, memory: float) -> str:
 
     planner, plans = OWN_PLANS[network]
     if planner is None:
-        command(["plan", "-d", str(dataset_id), "-gpu_memory_target", str(memory)])
+        name = plans.removesuffix("Plans")
+        command(["plan", "-d", str(dataset_id), "--network", name, "-gpu_memory_target", str(memory)])
     else:
         plan_experiments([dataset_id], planner, gpu_memory_target_in_gb=memory, overwrite_plans_name=plans)
     return plans

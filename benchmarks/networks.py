@@ -1,6 +1,7 @@
-"""Time and peak memory of PCT-Net beside MIS-FM's release: forward pass, backward pass and training step.
+"""Time and peak memory of PCT-Net or FMUNet beside MIS-FM's: forward pass, backward pass and training step.
 
-    python benchmarks/pct_net.py [--peers FOLDER] [--device cpu|cuda] [--size 64 64 64] [--batch 2] [--repeats 5]
+    python benchmarks/networks.py pct_net|fmunet [--peers FOLDER] [--device cpu|cuda] [--size 64 64 64] [--batch 2]
+        [--repeats 5]
 
 All contenders have the published sizes, one output and 5 classes:
 
@@ -14,7 +15,8 @@ convolutions run in TF32, which is torch's default; ours in the same precision i
 Peak memory is measured over a training step: on CUDA the memory that torch allocated for the contender, weights
 included; on the CPU the growth of the resident set, each contender in a process of its own.
 
-Duration: 7 minutes on 2 CPU cores. Needs: for MIS-FM ``pip install einops``; with ``--device cuda`` a GPU.
+Duration: 7 minutes on 2 CPU cores. Needs: for MIS-FM ``pip install einops`` (PCT-Net) or
+``PyMIC`` in ``--peers`` (FMUNet); with ``--device cuda`` a GPU.
 """
 
 from __future__ import annotations
@@ -45,12 +47,15 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nnunetv2_vf import fmunet, pct_net
 from nnunetv2_vf.five_level_network import MODES
-from nnunetv2_vf.pct_net import PUBLISHED_FEATURES, PCTNet
 from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.training.optimizer import make_optimizer
 from nnunetv2_vf.training.step import Precision, take_step
 
+NETWORKS = {"pct_net": pct_net.PCTNet, "fmunet": fmunet.FMUNet}
+FEATURES = {"pct_net": pct_net.PUBLISHED_FEATURES, "fmunet": fmunet.PUBLISHED_FEATURES}
+NEEDED_PEERS = {"pct_net": ("MIS-FM",), "fmunet": ("MIS-FM", "PyMIC")}  # MIS-FM's FMUNet imports PyMIC
 CLASSES = 5
 MISFM = "MIS-FM, fp32"
 
@@ -121,7 +126,8 @@ TASKS = {"forward": "forward", "forward + backward": "forward_and_backward", "tr
 
 
 def main() -> None:
-    parser = make_parser(__doc__, device=True, peers=("MIS-FM",), output=True)
+    parser = make_parser(__doc__, device=True, peers=("MIS-FM", "PyMIC"), output=True)
+    parser.add_argument("network", choices=[*NETWORKS])
     parser.add_argument("--size", type=int, nargs=3, default=(64, 64, 64), metavar=("D", "H", "W"))
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
@@ -162,23 +168,22 @@ def main() -> None:
         for name in contenders
     ]
     about = f"batch {args.batch} of {by(args.size)}, {describe_device(args.device)}: median (range)"
-    report(args, f"pct_net_{args.device}", about, rows, seconds=seconds, peak_gb=peaks)
+    report(args, f"networks_{args.network}_{args.device}", about, rows, seconds=seconds, peak_gb=peaks)
 
 
 def contender_makers(args: argparse.Namespace) -> dict[str, Callable[[], Contender]]:
     """Return, by name, a function that makes each contender."""
 
     def ours(precision: str, compiled: bool = False, channels_last: bool = True) -> Contender:
-        network = PCTNet(1, PUBLISHED_FEATURES, MODES[0], CLASSES, channels_last=channels_last)
+        network = NETWORKS[args.network](1, FEATURES[args.network], MODES[0], CLASSES, channels_last=channels_last)
         return OurContender(torch.compile(network) if compiled else network, args.device, precision)
 
     def misfm(memory_format: torch.memory_format) -> Contender:
-        network = load_misfm(checkout, args.size).to(memory_format=memory_format)
+        network = load_misfm(args).to(memory_format=memory_format)
         return Contender(network, args.device, memory_format)
 
     makers: dict[str, Callable[[], Contender]] = {}
-    checkout = find_peer(args.peers, "MIS-FM")
-    if checkout is not None:
+    if all(find_peer(args.peers, name) for name in NEEDED_PEERS[args.network]):
         makers[MISFM] = functools.partial(misfm, torch.contiguous_format)
         makers[f"{MISFM}, channels-last"] = functools.partial(misfm, torch.channels_last_3d)
     makers["ours, fp32"] = functools.partial(ours, "fp32")
@@ -191,13 +196,17 @@ def contender_makers(args: argparse.Namespace) -> dict[str, Callable[[], Contend
     return makers
 
 
-def load_misfm(checkout: Path, size: tuple[int, ...]) -> nn.Module:
-    sys.path.insert(0, str(checkout))
+def load_misfm(args: argparse.Namespace) -> nn.Module:
+    """Return MIS-FM's network with one output, as released."""
+    sys.path[:0] = [str(find_peer(args.peers, name)) for name in NEEDED_PEERS[args.network]]
+    parameters = {"in_chns": 1, "class_num": CLASSES, "feature_chns": list(FEATURES[args.network])}
+    if args.network == "fmunet":
+        from net.fmunet import FMUNet as MisfmFMUNet
+
+        return MisfmFMUNet({**parameters, "multiscale_pred": False})
     from net.pct_net import PCTNet as MisfmPCTNet
 
-    return MisfmPCTNet(
-        {"in_chns": 1, "class_num": CLASSES, "input_size": list(size), "feature_chns": list(PUBLISHED_FEATURES)}
-    )
+    return MisfmPCTNet({**parameters, "input_size": list(args.size)})
 
 
 def make_run(contender: Contender, task: str, x: Tensor, target: Tensor) -> Callable[[], None]:

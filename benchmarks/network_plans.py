@@ -1,10 +1,12 @@
 """Plans that ``nnUNetv2_vf plan`` makes for different datasets, and the memory of a training step with each.
 
-    python benchmarks/pct_net_plans.py [--targets 3 8 24] [--device cpu|cuda] [--largest-step 3] [--compile]
+    python benchmarks/network_plans.py PCTNet|FMUNet [--targets 3 8 24] [--device cpu|cuda] [--largest-step 3]
+        [--compile]
 
-Plans made-up fingerprints for several values of ``-gpu_memory_target``. Where the plan's estimate is at most
-``--largest-step`` GB, builds its network as nnU-Net does and takes training steps with nnU-Net's loss on random data.
-On CUDA the peak of the allocated memory is compared with the estimate. The result file is written after each plan.
+Plans made-up fingerprints with the network for several values of ``-gpu_memory_target``. Where the plan's estimate is
+at most ``--largest-step`` GB, builds its network as nnU-Net does and takes training steps with nnU-Net's loss on random
+data. On CUDA the peak of the allocated memory is compared with the estimate. The result file is written after each
+plan.
 
 Duration: 10 minutes on 2 CPU cores. Needs: memory for ``--largest-step``; with ``--device cuda`` a GPU.
 """
@@ -42,6 +44,7 @@ STEPS = 3
 
 def main() -> None:
     parser = make_parser(__doc__, device=True, output=True)
+    parser.add_argument("network", choices=("PCTNet", "FMUNet"))
     parser.add_argument("--targets", type=float, nargs="+", default=[3, 8, 24], help="values of -gpu_memory_target, GB")
     parser.add_argument("--largest-step", type=float, default=3, metavar="GB", help="take steps up to this estimate")
     parser.add_argument("--compile", action="store_true", help="with torch.compile, as nnU-Net does on CUDA")
@@ -52,18 +55,19 @@ def main() -> None:
         for name in FINGERPRINTS:
             write_fingerprint(workspace, name)
         for name, target in itertools.product(FINGERPRINTS, args.targets):
-            plan, seconds = make_plan(workspace, name, target)
+            plan, seconds = make_plan(workspace, args.network, name, target)
             rows.append(make_row(name, target, plan, seconds, args))
-            write_result(args.output or RESULTS / f"pct_net_plans_{args.device}.json", rows)
+            write_result(args.output or RESULTS / f"network_plans_{args.network}_{args.device}.json", rows)
     print(f"\n{markdown_table(rows)}")
 
 
-def make_plan(workspace: Workspace, name: str, target: float) -> tuple[dict, float]:
+def make_plan(workspace: Workspace, network: str, name: str, target: float) -> tuple[dict, float]:
     """Plan one fingerprint; return the 3d_fullres configuration and the seconds that it took."""
     start, plans_name = time.monotonic(), f"For{target:g}GB"
     workspace.run(
-        "nnUNetv2_vf", "plan", "-d", dataset(name), "-gpu_memory_target", target, "-overwrite_plans_name", plans_name
-    )
+        "nnUNetv2_vf", "plan", "-d", dataset(name), "--network", network, "-gpu_memory_target", target,
+        "-overwrite_plans_name", plans_name,
+    )  # fmt: skip
     seconds = time.monotonic() - start
     plans = json.loads((workspace.preprocessed / dataset(name) / f"{plans_name}.json").read_text())
     return plans["configurations"]["3d_fullres"], seconds
