@@ -149,7 +149,8 @@ class Experiment:
         run = self.workspace.run
         run("nnUNetv2_extract_fingerprint", "-d", self.dataset_id, "-np", 2)
         run("nnUNetv2_plan_experiment", "-d", self.dataset_id)
-        run("nnUNetv2_vf", "plan", "-d", self.dataset_id)
+        for network in ("PCTNet", "FMUNet"):
+            run("nnUNetv2_vf", "plan", "-d", self.dataset_id, "--network", network)
         for plans in {change.get("of", name) for name, change in self.config["plans"].items()}:
             run("nnUNetv2_preprocess", "-d", self.dataset_id, "-plans_name", plans, "-c", "3d_fullres", "-np", 2)
         folds = [self._split(labels, seed) for labels in self.config["labels"] for seed in range(MAX_SEEDS)]
