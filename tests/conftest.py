@@ -17,7 +17,12 @@ from nnunetv2_vf.nnunet_commands import trainer_path
 
 DATASET_ID, DATASET = 7, "Dataset007_Phantoms"
 NUM_CASES = 10
-PLANS_OF_NETWORKS = {"U-Net": "nnUNetPlans", "ResEnc-M": "nnUNetResEncUNetMPlans", "PCT-Net": "PCTNetPlans"}
+PLANS_OF_NETWORKS = {
+    "U-Net": "nnUNetPlans",
+    "ResEnc-M": "nnUNetResEncUNetMPlans",
+    "PCT-Net": "PCTNetPlans",
+    "FMUNet": "FMUNetPlans",
+}
 SPACING_MM = 10.0  # about 24x22x32 voxels a case
 THREE_EPOCHS = {
     "nnUNet_vf_num_epochs": "3",
@@ -120,7 +125,9 @@ def _plan_small_network(network: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def artifacts(nnunet: Path, pct_plans: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def artifacts(
+    nnunet: Path, pct_plans: str, fmunet_plans: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """An artifact of each network, pretrained for a step on the one dataset."""
     results = tmp_path_factory.mktemp("pretrained")
     from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments

@@ -83,7 +83,7 @@ eval "$(nnUNetv2_vf env)"
 ## Cite
 
 - Wang et al., MIS-FM: 3D Medical Image Segmentation using Foundation Models Pretrained on a Large-Scale Unannotated
-  Dataset, arXiv 2306.16925, 2023; IEEE Transactions on Image Processing 34, 2025 (Volume Fusion, PCT-Net)
+  Dataset, arXiv 2306.16925, 2023; IEEE Transactions on Image Processing 34, 2025 (Volume Fusion, PCT-Net, FMUNet)
 - Isensee et al., nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation, Nature
   Methods 18, 2021
 

@@ -115,7 +115,7 @@ PLAN_FIELDS = {  # the fields of nnssl's dataclasses AdaptationPlan, Architectur
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["U-Net", "ResEnc-M", "PCT-Net"])
+@pytest.mark.parametrize("name", ["U-Net", "ResEnc-M", "PCT-Net", "FMUNet"])
 def test_the_plan_in_an_artifact_has_nnssls_fields_and_names_existing_weights(artifacts, name):
     artifact = torch.load(artifacts[name], weights_only=True)  # as nnU-Net's commands read it
     plan, weights = artifact["nnssl_adaptation_plan"], artifact["network_weights"]

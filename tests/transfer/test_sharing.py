@@ -75,7 +75,8 @@ def test_a_model_card_describes_each_artifact(artifacts):
     for network, artifact in artifacts.items():
         card = artifact.with_name(CARD_NAME).read_text()
         vf = read_artifact(artifact)["vf"]
-        name = {"U-Net": "PlainConvUNet", "ResEnc-M": "ResidualEncoderUNet", "PCT-Net": "PCTNet"}[network]
+        names = {"U-Net": "PlainConvUNet", "ResEnc-M": "ResidualEncoderUNet", "PCT-Net": "PCTNet", "FMUNet": "FMUNet"}
+        name = names[network]
         assert card.startswith(f"# vf_pretrained.pth: {name} pretrained with Volume Fusion on {DATASET}\n")
         assert f"| images | 10 cases of {DATASET}, fold all |" in card
         assert all(f"| {setting} | {value} |" in card for setting, value in vf["settings"].items())
