@@ -22,7 +22,7 @@ def plans(request, nnunet) -> str:
 
 
 @pytest.mark.parametrize("trainer_name", ["nnUNetTrainer", "nnUNetTrainerNoDeepSupervision"])
-def test_stock_trainers_train_the_network(two_epochs, plans, trainer_name):
+def test_stock_trainers_train_the_network(plans, two_epochs, trainer_name):
     trainer = get_trainer_from_args(*TRAINING, trainer_name, plans, device=CPU)
     trainer.on_train_start()
     before = [p.detach().clone() for p in trainer.network.decoder.seg_layers[-1].parameters()]
@@ -35,7 +35,7 @@ def test_stock_trainers_train_the_network(two_epochs, plans, trainer_name):
     trainer.on_train_end()
 
 
-def test_pretrain_then_finetune_then_predict(two_epochs, plans, tmp_path):
+def test_pretrain_then_finetune_then_predict(plans, two_epochs, tmp_path):
     results = tmp_path / "results" / DATASET
     run_training(*TRAINING, "VFPretrainTrainer", plans, device=CPU)
     artifact_file = results / f"VFPretrainTrainer__{plans}__3d_fullres" / "fold_0" / "vf_pretrained.pth"
