@@ -143,5 +143,5 @@ def norm_act_conv(
         nn.InstanceNorm3d(in_features, affine=True),
         nn.LeakyReLU(inplace=True),  # the norm's backward pass needs its input, not its output: saves a map per layer
         nn.Dropout(dropout),
-        nn.Conv3d(in_features, out_features, kernel, stride, padding=tuple(side // 2 for side in kernel)),
+        nn.Conv3d(in_features, out_features, kernel, stride, padding=(kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)),
     )

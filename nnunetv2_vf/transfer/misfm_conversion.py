@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.five_level_network import FiveLevelNetwork
+from nnunetv2_vf.fmunet import FMUNet
+from nnunetv2_vf.pct_net import PCTNet
 
 _NOT_DESCRIBED = ("strides", "norm_op", "norm_op_kwargs")  # they follow from the mode, or are always the same
 
@@ -19,7 +20,7 @@ _NOT_DESCRIBED = ("strides", "norm_op", "norm_op_kwargs")  # they follow from th
 class Conversion:
     """A released network: how to build it, and its weights with the names of our network."""
 
-    network: type[FiveLevelNetwork]
+    network: type[PCTNet] | type[FMUNet]
     mode: int
     input_channels: int
     num_classes: int
