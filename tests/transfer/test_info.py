@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DATASET, DATASET_ID
-from foreign_checkpoints import misfm_release, nnssl_checkpoint
+from foreign_checkpoints import fmunet_release, misfm_release, nnssl_checkpoint
 from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnunetv2_vf.cli import main
@@ -74,12 +75,23 @@ def test_a_checkpoint_of_pretraining_is_described(artifacts, capsys):
     assert lines[-1] == "use: vf_pretrained.pth beside it; this file is for nnUNetv2_train --c"
 
 
-def test_a_release_of_mis_fm_is_described(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("release", "network"),
+    [
+        (functools.partial(misfm_release, 1), "PCTNet of resolution mode 1, 2 input channels"),
+        (functools.partial(fmunet_release, 2), "FMUNet of resolution mode 2, 2 input channels"),
+    ],
+)
+def test_a_release_of_mis_fm_is_described(tmp_path, capsys, release, network):
     path = tmp_path / "release.pt"
-    torch.save({"model_state_dict": misfm_release(1)}, path)
+    torch.save({"model_state_dict": release()}, path)
     text = "\n".join(describe(capsys, path))
-    assert "PCT-Net of resolution mode 1, 2 input channels" in text
+    assert network in text
     assert f"nnUNetv2_vf convert {path}" in text
+
+
+def test_a_file_that_looks_like_a_release_of_mis_fm_but_is_none_is_described(tmp_path, capsys):
+    path = tmp_path / "release.pt"
     torch.save({"model_state_dict": {"layer.weight": torch.zeros(1)}}, path)
     assert "cannot be converted" in "\n".join(describe(capsys, path))
 
