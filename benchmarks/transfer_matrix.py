@@ -6,7 +6,7 @@ Pretrains the default U-Net, ResEnc-M, PCT-Net and FMUNet for one step on genera
 channels, 1 mm or 5 x 1 x 1 mm voxels, and tiny or large volumes. For each target and network the script plans with the
 pretrained network (``nnUNetv2_vf plan --like``), adapts the weights if the channels differ, and takes a step of
 nnU-Net's training from the transferred weights. It also adapts the weights to the plans that the target gets without
-pretraining.
+pretraining. The rows of other networks than ``--networks`` stay in the result file.
 
 Duration: 1 hour on 2 CPU cores. Needs: 6 GB of memory.
 """
@@ -63,7 +63,18 @@ def main() -> None:
             "nnUNet_vf_val_iterations_per_epoch": "1",
         }
         rows = list(measure_matrix(folder, args.memory, args.networks))
-    write_result(args.output or RESULTS / "transfer_matrix_cpu.json", rows)
+    file = args.output or RESULTS / "transfer_matrix_cpu.json"
+    earlier = json.loads(file.read_text()) if file.is_file() else []
+    rows += [row for row in earlier if row["network"] not in args.networks]
+    targets = [(channels, by(spacing), by(shape)) for channels, spacing, shape in TARGETS]
+    networks = [*OWN_PLANS]
+    rows.sort(
+        key=lambda row: (
+            targets.index((row["channels"], row["spacing, mm"], row["shape"])),
+            networks.index(row["network"]),
+        )
+    )
+    write_result(file, rows)
     print(f"\n{markdown_table(rows)}")
 
 
@@ -91,8 +102,7 @@ def pretrain(network: str, folder: Path, memory: float) -> Path:
     from nnunetv2.run.run_training import run_training
 
     plans = plan(network, PRETRAINING, memory)
-    if network != "ResEnc-M":  # ResEnc-M uses the preprocessed data of the default plans
-        preprocess([PRETRAINING], plans, configurations=["3d_fullres"], num_processes=[1])
+    preprocess([PRETRAINING], plans, configurations=["3d_fullres"], num_processes=[1])
     run_training(str(PRETRAINING), "3d_fullres", "all", "VFPretrainTrainer", plans, device=torch.device("cpu"))
     fold = f"VFPretrainTrainer__{plans}__3d_fullres/fold_all"
     return folder / "results" / f"Dataset{PRETRAINING:03d}_Phantoms" / fold / "vf_pretrained.pth"

@@ -334,7 +334,8 @@ def _run_plan(args: argparse.Namespace) -> None:
         for option in ("spacing", "normalization"):
             if getattr(args, option) == "pretrained":
                 raise UserError(f"--{option} pretrained needs --like FILE, the pretrained weights")
-        reports = plan_network(args.d, FMUNetPlanner if args.network == "FMUNet" else PCTNetPlanner, **options)
+        planners = {"PCTNet": PCTNetPlanner, "FMUNet": FMUNetPlanner}
+        reports = plan_network(args.d, planners[args.network or "PCTNet"], **options)
     for report in reports:
         print(report)
 

@@ -2,7 +2,7 @@
 
 A level is a resolution: level 0 has the input's, level 4 is the deepest. In resolution mode 0 every level halves all
 axes of the level above. Mode 1 is for thick slices: level 1 keeps axis 0 of level 0. Mode 2 is for thicker ones: level
-2 keeps it too.
+2 keeps it too. The modes are those of MIS-FM's ``net/pct_net.py`` and ``net/fmunet.py``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class FiveLevelNetwork(AbstractDynamicNetworkArchitectures):
     Args:
         input_channels: number of image channels.
         strides: of each level, relative to the level above; one of :data:`MODES`.
+        encoder, decoder: the halves of the network, for these strides.
         activation_checkpointing: recompute every block in the backward pass instead of keeping its activations.
         channels_last: store kernels, and therefore feature maps, channels-last in memory. Shapes and results do not
             change.
@@ -55,6 +56,7 @@ class FiveLevelNetwork(AbstractDynamicNetworkArchitectures):
         self.encoder = encoder
         self.decoder = decoder
         self.encoder.checkpointing = self.decoder.checkpointing = activation_checkpointing
+        self._has_instance_norms = any(isinstance(module, nn.InstanceNorm3d) for module in self.modules())
         if channels_last:
             _store_channels_last(self)
         # read by nnU-Net's fine-tuning of nnssl weights
@@ -63,11 +65,20 @@ class FiveLevelNetwork(AbstractDynamicNetworkArchitectures):
         self.keys_to_in_proj = ("encoder.stem",)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:  # (B, input_channels, D, H, W)
-        total = total_stride(self.strides)
-        if any(side % stride for side, stride in zip(x.shape[2:], total, strict=True)):
+        """Return the output, (B, num_classes, D, H, W), or with deep supervision those at 1/1, 1/2, 1/4 and 1/8.
+
+        Raises:
+            ValueError: a side is not a multiple of the total stride, or an instance norm would see a single voxel.
+        """
+        size, total = tuple(x.shape[2:]), total_stride(self.strides)
+        if any(side % stride for side, stride in zip(size, total, strict=True)):
             raise ValueError(
-                f"the input has {tuple(x.shape[2:])} voxels; for {type(self).__name__} each side must be a multiple of "
-                f"{total}"
+                f"the input has {size} voxels; for {type(self).__name__} each side must be a multiple of {total}"
+            )
+        if size == total and self._has_instance_norms:
+            raise ValueError(
+                f"the input has {size} voxels, which is one voxel in the deepest level; the instance norms of "
+                f"{type(self).__name__} need more: make one side twice as long"
             )
         return self.decoder(self.encoder(x))
 
@@ -113,8 +124,12 @@ class Decoder(nn.Module):
     nnU-Net transfers all pretrained weights except the output layers, ``seg_layers``.
 
     Args:
-        ups: called with the encoder's map of a level and the decoder's map of the deeper level.
-        bottom: block for the encoder's deepest map.
+        ups: steps to the levels 3, 2, 1 and 0; called with the encoder's map of the level and the decoder's map of the
+            deeper level.
+        stages: blocks of these levels.
+        seg_layers: output layers of these levels.
+        deep_supervision: return the outputs of all levels, not only that of level 0.
+        bottom: block of level 4; None: the decoder begins with the encoder's map.
     """
 
     def __init__(
@@ -147,7 +162,7 @@ class Decoder(nn.Module):
             self.seg_layers[:-1].requires_grad_(True)
         self._deep_supervision = enabled
 
-    def forward(self, maps: list[Tensor]) -> Tensor | list[Tensor]:
+    def forward(self, maps: list[Tensor]) -> Tensor | list[Tensor]:  # the encoder's; level 0 first, in and out
         x = _run_or_checkpoint(self.checkpointing, self.bottom, maps[-1])
         outputs = []
         for up, stage, seg_layer, skip in zip(self.ups, self.stages, self.seg_layers, maps[-2::-1], strict=True):
@@ -192,22 +207,30 @@ def require_mode(strides: Sequence[int | Sequence[int]]) -> tuple[Triple, ...]:
 def check_lengths(length: int, **arguments: Sequence[Any]) -> None:
     """Raise ValueError unless each argument has this many values."""
     for name, values in arguments.items():
-        if len(values) != length:
-            raise ValueError(f"{name} = {list(values)}; legal: {length} values")
+        if not isinstance(values, Sequence) or len(values) != length:
+            raise ValueError(f"{name} = {_format(values)}; legal: {length} values")
 
 
-def check_counts(**arguments: Sequence[int]) -> None:
+def check_counts(**arguments: int | Sequence[int]) -> None:
     """Raise ValueError unless all values are positive."""
-    for name, values in arguments.items():
-        if min(values) < 1:
-            raise ValueError(f"{name} = {list(values)}; legal: 1 and more")
+    for name, value in arguments.items():
+        if any(each < 1 for each in _values(value)):
+            raise ValueError(f"{name} = {_format(value)}; legal: 1 and more")
 
 
-def check_probabilities(**arguments: Sequence[float]) -> None:
+def check_probabilities(**arguments: float | Sequence[float]) -> None:
     """Raise ValueError unless all values are at least 0 and below 1."""
-    for name, values in arguments.items():
-        if min(values) < 0 or max(values) >= 1:
-            raise ValueError(f"{name} = {list(values)}; legal: from 0 to below 1")
+    for name, value in arguments.items():
+        if not all(0 <= each < 1 for each in _values(value)):
+            raise ValueError(f"{name} = {_format(value)}; legal: from 0 to below 1")
+
+
+def _values(value: float | Sequence[float]) -> Sequence[float]:
+    return [value] if isinstance(value, int | float) else value
+
+
+def _format(value: Any) -> str:
+    return str(list(value) if isinstance(value, Sequence) else value)
 
 
 # ------------------------------------------------------------------ activation checkpointing

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 
 from nnunetv2_vf.five_level_network import (
@@ -25,6 +26,7 @@ from nnunetv2_vf.five_level_network import (
 )
 
 PUBLISHED_FEATURES = (32, 64, 128, 256, 512)
+LEAKY_SLOPE = 0.01  # of the leaky ReLUs, and of the initial weights, which are He's
 FMUNET_PATH = "nnunetv2_vf.fmunet.FMUNet"  # as in plans
 
 
@@ -40,7 +42,9 @@ class FMUNet(FiveLevelNetwork):
         level 3  C3  D/8  H/8  W/8   residual block  ----> residual block  ------> 1/8
         level 4  C4  D/16 H/16 W/16  residual block  ----> residual block
 
-    Every convolution but the stem comes after an instance norm and a leaky ReLU. In mode 1, the stride from level 0 to
+    Every convolution but the stem comes after an instance norm and a leaky ReLU. An instance norm needs more than one
+    voxel, so the input must be larger than the total stride, (16, 16, 16) in mode 0. The initial weights are He's, as
+    published. In mode 1, the stride from level 0 to
     level 1 does not halve axis 0, and the kernels of level 0 are 1x3x3. In mode 2, the same also holds for the stride
     from level 1 to level 2 and the kernels of level 1.
 
@@ -77,10 +81,10 @@ class FMUNet(FiveLevelNetwork):
         triples = require_mode(strides)
         check_lengths(LEVELS, features_per_stage=features_per_stage, dropout_per_stage=dropout_per_stage)
         check_counts(
-            input_channels=[input_channels],
-            num_classes=[num_classes],
+            input_channels=input_channels,
+            num_classes=num_classes,
             features_per_stage=features_per_stage,
-            depth=[depth],
+            depth=depth,
         )
         check_probabilities(dropout_per_stage=dropout_per_stage)
         features, kernels = features_per_stage, level_kernels(triples)
@@ -105,6 +109,7 @@ class FMUNet(FiveLevelNetwork):
             bottom=block(LEVELS - 1),
         )
         super().__init__(input_channels, triples, encoder, decoder, activation_checkpointing, channels_last)
+        self.apply(InitWeights_He(LEAKY_SLOPE))
 
 
 class ResidualBlock(nn.Module):
@@ -114,7 +119,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.convs = nn.ModuleList(norm_act_conv(features, features, kernel, dropout=dropout) for _ in range(depth))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (B, features, D, H, W) -> the same
         for conv in self.convs:
             x = x + conv(x)
         return x
@@ -131,7 +136,7 @@ class Up(nn.Module):
         )
         self.conv = norm_act_conv(2 * skip_features, skip_features, kernel)
 
-    def forward(self, skip: Tensor, x: Tensor) -> Tensor:
+    def forward(self, skip: Tensor, x: Tensor) -> Tensor:  # (B, C, D, H, W) and the deeper level -> as the skip
         return self.conv(torch.cat([skip, self.up(x)], dim=1))
 
 
@@ -141,7 +146,8 @@ def norm_act_conv(
     """Return instance norm, leaky ReLU, dropout and convolution. The output has the size of the input / stride."""
     return nn.Sequential(
         nn.InstanceNorm3d(in_features, affine=True),
-        nn.LeakyReLU(inplace=True),  # the norm's backward pass needs its input, not its output: saves a map per layer
+        # In place, because the norm's backward pass needs its input, not its output: saves a map per layer.
+        nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
         nn.Dropout(dropout),
         nn.Conv3d(in_features, out_features, kernel, stride, padding=(kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)),
     )

@@ -48,6 +48,8 @@ def stages_to_output(names: Sequence[str]) -> dict[str, int]:
 
 def _stage_of(name: str) -> int:
     """Return the index of a parameter's stage within its part, in the order in which data passes the stages."""
-    match = re.match(r"\w+\.\w+\.(\d+)\.", name)  # decoder.bottom.convs.1 of FMUNet is in stage 0
+    if name.startswith("decoder.bottom."):  # of FMUNet: before the first step up
+        return 0
+    match = re.search(r"\.(\d+)\.", name)
     number = int(match[1]) if match else 0
     return number + (".downs." in name)  # encoder.downs.0 leads to encoder.stages.1

@@ -25,6 +25,9 @@ from nnunetv2_vf.five_level_network import (
     level_kernels,
     require_mode,
 )
+from nnunetv2_vf.five_level_network import (
+    MODES as MODES,  # scripts written for version 0.1.0 import it from here
+)
 from nnunetv2_vf.window_attention import SwinBlock
 
 EMBEDDING_LEVELS = 2  # levels 0 and 1 have convolution blocks, levels 2, 3 and 4 PCT blocks
@@ -93,14 +96,14 @@ class PCTNet(FiveLevelNetwork):
         check_lengths(LEVELS, features_per_stage=features_per_stage, dropout_per_stage=dropout_per_stage)
         check_lengths(LEVELS - EMBEDDING_LEVELS, depths=depths, num_heads=num_heads, window_sizes=window_sizes)
         check_counts(
-            input_channels=[input_channels],
-            num_classes=[num_classes],
+            input_channels=input_channels,
+            num_classes=num_classes,
             features_per_stage=features_per_stage,
             depths=depths,
             num_heads=num_heads,
             window_sizes=window_sizes,
         )
-        check_probabilities(dropout_per_stage=dropout_per_stage, drop_path=[drop_path])
+        check_probabilities(dropout_per_stage=dropout_per_stage, drop_path=drop_path)
         _check_heads(features_per_stage, num_heads)
         if norm_op not in (nn.BatchNorm3d, nn.InstanceNorm3d):
             raise ValueError(f"norm_op = {norm_op}; legal: torch.nn.BatchNorm3d, torch.nn.InstanceNorm3d")

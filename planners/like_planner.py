@@ -185,7 +185,7 @@ class LikePlanner(TopologyPlanner):
 
 
 def _default_plans_name(pretrained: Mapping[str, Any]) -> str:
-    """Return the name that plans of PCT-Net and FMUNet always have, else ``VFPlans``: not a name of nnU-Net's plans."""
+    """Return ``PCTNetPlans`` or ``FMUNetPlans`` for these networks, else ``VFPlans``; nnU-Net uses other names."""
     names = {PCT_NET_PATH: PCTNetPlanner.default_plans_name, FMUNET_PATH: FMUNetPlanner.default_plans_name}
     return names.get(pretrained["architecture"]["network_class_name"], "VFPlans")
 

@@ -22,7 +22,7 @@ FEATURES = (4, 8, 8, 16, 32)
         ({"norm_op": nn.GroupNorm}, "norm_op = .*BatchNorm3d"),
         ({"window_sizes": (0, 6, 6)}, r"window_sizes = \[0, 6, 6\]; legal: 1 and more"),
         ({"num_heads": (0, 8, 16)}, r"num_heads = \[0, 8, 16\]; legal: 1 and more"),
-        ({"drop_path": 1.0}, r"drop_path = \[1.0\]; legal: from 0 to below 1"),
+        ({"drop_path": 1.0}, r"drop_path = 1.0; legal: from 0 to below 1"),
     ],
 )
 def test_illegal_arguments_are_refused_with_the_legal_values(arguments, message):

@@ -119,7 +119,8 @@ def _next_steps(folder: Path, cases: Sequence[str]) -> list[str]:
     dataset_id = int(folder.name.removeprefix("Dataset")[:3])
     lines += [
         f"next: nnUNetv2_plan_and_preprocess -d {dataset_id} -c 3d_fullres{clean}",
-        f"  or, for PCT-Net: nnUNetv2_extract_fingerprint -d {dataset_id}{clean}; nnUNetv2_vf plan -d {dataset_id}",
+        f"  or, for PCT-Net: nnUNetv2_extract_fingerprint -d {dataset_id}{clean}; nnUNetv2_vf plan -d {dataset_id} "
+        "(for FMUNet: --network FMUNet)",
     ]
     if clean:
         lines.append(f"  or, to keep the plans: nnUNetv2_vf preprocess -d {dataset_id} -plans_name PLANS -c 3d_fullres")

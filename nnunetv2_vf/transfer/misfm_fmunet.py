@@ -8,60 +8,54 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.five_level_network import MODES, level_kernels
+from nnunetv2_vf.five_level_network import LEVELS, MODES, level_kernels
 from nnunetv2_vf.fmunet import FMUNet
-from nnunetv2_vf.transfer.misfm_conversion import Conversion, require_none_unexpected
+from nnunetv2_vf.transfer.misfm_conversion import Conversion, axis_length, not_released, require_none_unexpected
 
-# Prefix in the release -> prefix in FMUNet.
-_MODULES = {
-    "project": "encoder.stem",
-    **{f"encoder.en_conv{level}.conv_list": f"encoder.stages.{level}.convs" for level in range(5)},
+# Prefix in the release -> prefix in FMUNet, for sequences of norm, activation and convolution.
+_SEQUENCES = {
     **{f"encoder.down{level}.down": f"encoder.downs.{level}" for level in range(4)},
-    "decoder.de_conv4.conv_list": "decoder.bottom.convs",
-    **{f"decoder.de_conv{level}.conv_list": f"decoder.stages.{3 - level}.convs" for level in range(4)},
     **{f"decoder.upcat{level}.up": f"decoder.ups.{3 - level}.up.0" for level in range(4)},
     **{f"decoder.upcat{level}.conv": f"decoder.ups.{3 - level}.conv" for level in range(4)},
     **{f"out_layers.{level}": f"decoder.seg_layers.{3 - level}" for level in range(4)},
 }
-# The original's sequences of norm, activation and convolution have no dropout: their convolution is number 2, not 3.
-_WITHOUT_DROPOUT = re.compile(
-    r"(encoder\.downs\.\d|decoder\.ups\.\d\.up\.0|decoder\.ups\.\d\.conv|seg_layers\.\d)\.2\."
-)
-
-
-def is_fmunet(released: Mapping[str, Tensor]) -> bool:
-    """Return True if the names are those of an FMUNet."""
-    return any(name.startswith("encoder.en_conv") for name in released)
+# The same for all modules. Ours have a dropout before the convolution, which is number 3 and not 2.
+_MODULES = {
+    "project": "encoder.stem",
+    **{f"encoder.en_conv{level}.conv_list": f"encoder.stages.{level}.convs" for level in range(5)},
+    "decoder.de_conv4.conv_list": "decoder.bottom.convs",
+    **{f"decoder.de_conv{level}.conv_list": f"decoder.stages.{3 - level}.convs" for level in range(4)},
+    **{f"{old}.0": f"{new}.0" for old, new in _SEQUENCES.items()},
+    **{f"{old}.2": f"{new}.3" for old, new in _SEQUENCES.items()},
+}
 
 
 def convert_fmunet(released: Mapping[str, Tensor], mode: int | None) -> Conversion:
     """Convert a released ``model_state_dict`` for :class:`nnunetv2_vf.fmunet.FMUNet`.
 
     Args:
-        mode: the resolution mode, which the kernels show too; None: the one that they show.
+        mode: the resolution mode; it must be that of the kernels. None: read it from the kernels.
 
     Raises:
-        UserError: tensors are missing or unexpected, or the mode is another one.
+        UserError: tensors are missing, unexpected or have another number of axes, or the kernels have another mode.
     """
     state = _rename(released)
-    try:
-        stem = state["encoder.stem.weight"]
-        features = [stem.shape[0], *(state[f"encoder.downs.{i}.3.weight"].shape[0] for i in range(4))]
-        kernels = [tuple(state[f"encoder.stages.{level}.convs.0.3.weight"].shape[2:]) for level in range(5)]
-        classes = state["decoder.seg_layers.3.3.weight"].shape[0]
-    except (KeyError, IndexError) as error:
-        raise UserError(
-            f"the checkpoint is not MIS-FM's FMUNet: it lacks the tensor that FMUNet calls {error}"
-        ) from None
+
+    def length(tensor: str, axis: int) -> int:
+        return axis_length(state, FMUNet, tensor, axis)
+
+    block = "encoder.stages.{}.convs.0.3.weight"
+    kernels = [tuple(length(block.format(level), axis) for axis in (2, 3, 4)) for level in range(LEVELS)]
     found = _mode_of_kernels(kernels)
     if mode not in (None, found):
         raise UserError(f"--mode {mode}, but the kernels are those of resolution mode {found}; leave --mode out")
     arch_kwargs = {
-        "features_per_stage": features,
+        "features_per_stage": [length(block.format(level), 0) for level in range(LEVELS)],
         "strides": [list(stride) for stride in MODES[found]],
         "depth": sum(re.fullmatch(r"encoder\.stages\.0\.convs\.\d+\.3\.weight", name) is not None for name in state),
     }
-    return Conversion(FMUNet, found, stem.shape[1], classes, arch_kwargs, state)
+    channels, classes = length("encoder.stem.weight", 1), length("decoder.seg_layers.3.3.weight", 0)
+    return Conversion(FMUNet, found, channels, classes, arch_kwargs, state)
 
 
 def _rename(released: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -70,17 +64,18 @@ def _rename(released: Mapping[str, Tensor]) -> dict[str, Tensor]:
     unexpected = []
     for name, value in released.items():
         prefix = next((prefix for prefix in _MODULES if name.startswith(prefix + ".")), None)
-        if prefix is None or not value.is_floating_point():
+        if prefix is None:
             unexpected.append(name)
-            continue
-        new_name = _MODULES[prefix] + name.removeprefix(prefix)
-        state[_WITHOUT_DROPOUT.sub(r"\1.3.", new_name)] = value.float()
-    require_none_unexpected(unexpected)
+        else:
+            new_name = _MODULES[prefix] + name.removeprefix(prefix)
+            state[new_name] = value.float() if value.is_floating_point() else value
+    require_none_unexpected(unexpected, FMUNet)
     return state
 
 
 def _mode_of_kernels(kernels: list[tuple[int, ...]]) -> int:
-    for mode, strides in enumerate(MODES):
-        if kernels == level_kernels(strides):
-            return mode
-    raise UserError(f"the checkpoint is not MIS-FM's FMUNet: its levels have the kernels {kernels}")
+    of_modes = [level_kernels(strides) for strides in MODES]
+    if kernels not in of_modes:
+        legal = "; ".join(f"{list(map(list, each))} (mode {mode})" for mode, each in enumerate(of_modes))
+        raise not_released(FMUNet, f"its levels have the kernels {list(map(list, kernels))}; legal: {legal}")
+    return of_modes.index(kernels)

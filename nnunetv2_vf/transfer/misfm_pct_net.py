@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.five_level_network import MODES
+from nnunetv2_vf.five_level_network import LEVELS, MODES
 from nnunetv2_vf.pct_net import PCTNet
-from nnunetv2_vf.transfer.misfm_conversion import Conversion, require_none_unexpected
+from nnunetv2_vf.transfer.misfm_conversion import Conversion, axis_length, require_none_unexpected
 from nnunetv2_vf.transfer.misfm_position_bias import separate_offsets
 from nnunetv2_vf.window_attention import window_side
 
@@ -73,19 +73,19 @@ def convert_pct_net(released: Mapping[str, Tensor], mode: int | None) -> Convers
     """
     mode = _determine_mode(released, mode)
     state = _rename(released, mode)
-    try:
-        arch_kwargs = {
-            "features_per_stage": _read_features(state),
-            "strides": [list(stride) for stride in MODES[mode]],
-            **_read_attention_arguments(state),
-            "norm_op": "torch.nn.modules.batchnorm.BatchNorm3d",
-            "norm_op_kwargs": {"affine": True},
-        }
-        channels, classes = state["encoder.stem.weight"].shape[1], state["decoder.seg_layers.3.2.weight"].shape[0]
-    except (KeyError, IndexError) as error:
-        raise UserError(
-            f"the checkpoint is not MIS-FM's PCT-Net: it lacks the tensor that PCTNet calls {error}"
-        ) from None
+
+    def length(tensor: str, axis: int) -> int:
+        return axis_length(state, PCTNet, tensor, axis)
+
+    downs = [length(f"encoder.downs.{level}.conv.2.weight", 0) for level in range(LEVELS - 1)]
+    arch_kwargs = {
+        "features_per_stage": [length("encoder.stem.weight", 0), *downs],
+        "strides": [list(stride) for stride in MODES[mode]],
+        **_read_attention_arguments(state),
+        "norm_op": "torch.nn.modules.batchnorm.BatchNorm3d",
+        "norm_op_kwargs": {"affine": True},
+    }
+    channels, classes = length("encoder.stem.weight", 1), length("decoder.seg_layers.3.2.weight", 0)
     return Conversion(PCTNet, mode, channels, classes, arch_kwargs, state)
 
 
@@ -126,7 +126,7 @@ def _rename(released: Mapping[str, Tensor], mode: int) -> dict[str, Tensor]:
         elif not name.endswith(_BIAS_INDEX):
             new_name = _new_name(name, prefix, prefixes[prefix])
             state[new_name] = tensor.float() if tensor.is_floating_point() else tensor
-    require_none_unexpected(unexpected)
+    require_none_unexpected(unexpected, PCTNet)
     return state
 
 
@@ -146,19 +146,13 @@ def _new_name(name: str, old_prefix: str, new_prefix: str) -> str:
     return new_prefix + inner
 
 
-def _read_features(state: Mapping[str, Tensor]) -> list[int]:
-    downs = [state[f"encoder.downs.{i}.conv.2.weight"].shape[0] for i in range(4)]
-    return [state["encoder.stem.weight"].shape[0], *downs]
-
-
 def _read_attention_arguments(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
     """Return depths, heads and windows of the levels 2, 3 and 4."""
     depths, heads, windows = [], [], []
     for level in (2, 3, 4):
         tables = [name for name in state if re.fullmatch(rf"encoder\.stages\.{level}\..*\.position_bias", name)]
-        if not tables:
-            raise KeyError(f"encoder.stages.{level}.attention")
-        rows, num_heads = state[tables[0]].shape
+        table = tables[0] if tables else f"encoder.stages.{level}.attention.0.attention.position_bias"
+        rows, num_heads = (axis_length(state, PCTNet, table, axis) for axis in (0, 1))
         depths.append(len(tables))
         heads.append(num_heads)
         windows.append(window_side(rows))  # below the paper's 6 if feature maps in training were smaller

@@ -250,7 +250,7 @@ def test_each_schedule_trains_its_parts_with_its_rates_in_each_epoch(
 
 
 @pytest.mark.parametrize("norms", ["fresh", "pretrained"])
-@pytest.mark.parametrize("network", ["U-Net", "PCT-Net"])
+@pytest.mark.parametrize("network", ["U-Net", "PCT-Net", "FMUNet"])
 def test_encoder_only_loads_the_encoder_and_keeps_all_else_as_from_scratch(
     artifacts, schedule_of, monkeypatch, network, norms
 ):
@@ -278,7 +278,7 @@ def test_encoder_only_loads_the_encoder_and_keeps_all_else_as_from_scratch(
 
 
 @pytest.mark.parametrize("norms", ["fresh", "pretrained"])
-@pytest.mark.parametrize("network", ["U-Net", "PCT-Net"])
+@pytest.mark.parametrize("network", ["U-Net", "PCT-Net", "FMUNet"])
 def test_the_last_decoder_stages_can_start_from_new_weights(artifacts, schedule_of, monkeypatch, network, norms):
     plans, pretrained = PLANS_OF_NETWORKS[network], read_artifact(artifacts[network])["network_weights"]
     scratch = trainer_of(plans)

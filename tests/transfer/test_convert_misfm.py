@@ -105,11 +105,14 @@ def test_fmunet_is_recognised_and_its_arguments_are_read_from_the_tensors(mode):
     ("change", "mode", "message"),
     [
         ({"encoder.extra.weight": torch.ones(1)}, None, "unexpected encoder.extra.weight"),
-        ({"project.bias": torch.ones(4).long()}, None, "unexpected project.bias"),
+        ({"project.bias": torch.ones(4).long()}, None, r"encoder.stem.bias \(4,\) int64 \(expected \(4,\) float32"),
         ({"project.bias": torch.full((4,), torch.nan)}, None, "NaN or infinity in project.bias"),
         ({"project.bias": torch.ones(5)}, None, r"encoder.stem.bias \(5,\) float32 \(expected \(4,\)"),
-        ({"project.weight": None}, None, "lacks the tensor that FMUNet calls .*encoder.stem.weight"),
-        ({"encoder.en_conv0.conv_list.0.3.weight": torch.ones(4, 4, 3, 1, 3)}, None, r"kernels \[\(3, 1, 3\)"),
+        ({"project.weight": None}, None, "lacks the tensor that FMUNet calls encoder.stem.weight"),
+        ({"project.weight": torch.ones(4)}, None, r"FMUNet calls encoder.stem.weight has the shape \(4,\)"),
+        ({"encoder.en_conv2.conv_list.0.3.weight": torch.tensor(1.0)}, None, r"stages.2.* has the shape \(\)"),
+        ({"encoder.en_conv0.conv_list.0.3.weight": torch.ones(4, 4, 3, 1, 3)}, None, r"kernels .*legal: .* \(mode 2\)"),
+        ({"out_layers.0.3.weight": torch.ones(3)}, None, "MIS-FM's FMUNet: unexpected out_layers.0.3.weight"),
         ({}, 0, "--mode 0, but the kernels are those of resolution mode 1"),
     ],
 )
@@ -119,9 +122,16 @@ def test_tensors_that_no_fmunet_has_are_rejected(change, mode, message):
         convert_state_dict(released, mode)
 
 
-def test_an_empty_checkpoint_is_rejected():
-    with pytest.raises(UserError, match="lacks the tensor that PCTNet calls"):
-        convert_state_dict({}, 1)
+def test_a_pct_net_with_a_tensor_of_other_axes_is_rejected():
+    released = {**misfm_release(1), "embeddings.1.proj.weight": torch.ones(4)}
+    with pytest.raises(UserError, match=r"MIS-FM's PCTNet: the tensor .* encoder.stem.weight has the shape \(4,\)"):
+        convert_state_dict(released)
+
+
+@pytest.mark.parametrize(("released", "found"), [({}, "none"), ({"unet.weight": torch.ones(1)}, "unet.weight")])
+def test_a_checkpoint_of_neither_network_is_rejected(released, found):
+    with pytest.raises(UserError, match=f"neither PCT-Net nor FMUNet of MIS-FM.*embeddings.*en_conv.*it has {found}"):
+        convert_state_dict(released, 1)
 
 
 def test_the_command_writes_an_artifact_that_nnunet_can_build(tmp_path, capsys):
