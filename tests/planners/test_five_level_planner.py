@@ -81,17 +81,19 @@ def test_a_larger_memory_target_gives_a_larger_patch(empty_dataset):
     assert voxels[1] > 2 * voxels[0]
 
 
-def test_the_target_spacing_can_be_set_and_the_next_commands_are_printed(empty_dataset, capsys):
-    plans_file = empty_dataset((1.0, 1.0, 1.0), (40, 60, 60))
-    main(["plan", "-d", "42", "-overwrite_target_spacing", "4", "1", "1"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_target_spacing_can_be_set_and_the_next_commands_are_printed(empty_dataset, capsys, network):
+    name = f"{network}Plans"
+    plans_file = empty_dataset((1.0, 1.0, 1.0), (40, 60, 60)).with_name(f"{name}.json")
+    main(["plan", "-d", "42", "-overwrite_target_spacing", "4", "1", "1", *NETWORKS[network]])
     plans = PlansManager(str(plans_file))
     assert list(plans.get_configuration("3d_fullres").spacing) == [4.0, 1.0, 1.0]
     out = capsys.readouterr().out
     assert "resolution mode 2" in out
-    assert "  nnUNetv2_preprocess -d 42 -plans_name PCTNetPlans -c 3d_fullres\n" in out
-    assert "  nnUNetv2_train 42 3d_fullres all -p PCTNetPlans -tr VFPretrainTrainer" in out
-    assert "  nnUNetv2_train 42 3d_fullres 0 -p PCTNetPlans" in out
-    pretrained = "$nnUNet_results/Dataset042_Made/VFPretrainTrainer__PCTNetPlans__3d_fullres/fold_all/vf_pretrained.pth"
+    assert f"  nnUNetv2_preprocess -d 42 -plans_name {name} -c 3d_fullres\n" in out
+    assert f"  nnUNetv2_train 42 3d_fullres all -p {name} -tr VFPretrainTrainer" in out
+    assert f"  nnUNetv2_train 42 3d_fullres 0 -p {name}" in out
+    pretrained = f"$nnUNet_results/Dataset042_Made/VFPretrainTrainer__{name}__3d_fullres/fold_all/vf_pretrained.pth"
     assert f" -tr VFFinetuneTrainer -pretrained_weights {pretrained} " in out
 
 
@@ -121,6 +123,12 @@ def test_a_missing_fingerprint_names_the_command_that_makes_it(empty_dataset):
     empty_dataset((1.0, 1.0, 1.0), (40, 60, 60), fingerprint=False)
     with pytest.raises(SystemExit, match="nnUNetv2_extract_fingerprint -d 42"):
         main(["plan", "-d", "42"])
+
+
+def test_missing_plans_name_the_command_that_makes_them(empty_dataset):
+    empty_dataset((1.0, 1.0, 1.0), (40, 60, 60))
+    with pytest.raises(SystemExit, match=r"no plans .*FMUNetPlans.json.*nnUNetv2_vf plan -d 42 --network FMUNet"):
+        main(["preprocess", "-d", "42", "-plans_name", "FMUNetPlans", "-c", "3d_fullres"])
 
 
 def test_two_dimensional_images_get_only_nnunets_2d_plan(empty_dataset, capsys):

@@ -9,11 +9,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from nnunetv2_vf.five_level_network import MODES
+from nnunetv2_vf.fmunet import FMUNet
 from nnunetv2_vf.pct_net import PCTNet
 from nnunetv2_vf.planners.step_memory import measure_step
 
-build = functools.partial(PCTNet, 1, (4, 8, 16, 32, 64), MODES[0], 3, deep_supervision=True)
+ARGUMENTS = (1, (4, 8, 16, 32, 64), MODES[0], 3)
+build = functools.partial(PCTNet, *ARGUMENTS, deep_supervision=True)
 PATCH = (32, 48, 32)
+networks = pytest.mark.parametrize("network", [PCTNet, FMUNet])
 
 
 def test_parameters_are_weights_gradients_and_two_states_of_adam():
@@ -21,14 +24,18 @@ def test_parameters_are_weights_gradients_and_two_states_of_adam():
     assert measure_step(build, 1, PATCH, 2).parameters == 4 * weights
 
 
-def test_memory_grows_with_batch_and_patch():
+@networks
+def test_memory_grows_with_batch_and_patch(network):
+    build = functools.partial(network, *ARGUMENTS, deep_supervision=True)
     one, two, three = (measure_step(build, 1, PATCH, batch).activations for batch in (1, 2, 3))
     assert one < two < three
     assert three - two == pytest.approx(two - one, rel=0.02)
     assert measure_step(build, 1, (32, 64, 48), 2).total > measure_step(build, 1, PATCH, 2).total
 
 
-def test_recomputing_activations_saves_memory():
+@networks
+def test_recomputing_activations_saves_memory(network):
+    build = functools.partial(network, *ARGUMENTS, deep_supervision=True)
     lean = functools.partial(build, activation_checkpointing=True)
     assert measure_step(lean, 1, PATCH, 2).activations < 0.5 * measure_step(build, 1, PATCH, 2).activations
 

@@ -152,8 +152,8 @@ def synchronizing_is_an_error() -> Iterator[None]:
 
 
 @needs_gpu
-@pytest.mark.parametrize("plans", ["nnUNetPlans", "PCTNetPlans"])
-def test_the_steps_of_the_trainer_never_wait_for_the_gpu(two_epochs, pct_plans, monkeypatch, plans):
+@pytest.mark.parametrize("plans", ["nnUNetPlans", "PCTNetPlans", "FMUNetPlans"])
+def test_the_steps_of_the_trainer_never_wait_for_the_gpu(two_epochs, pct_plans, fmunet_plans, monkeypatch, plans):
     """This covers fusion, network, deep supervision, nnU-Net's loss, optimiser and confusion matrix."""
     monkeypatch.setenv("nnUNet_compile", "f")
     trainer = get_trainer_from_args(str(DATASET_ID), "3d_fullres", 0, "VFPretrainTrainer", plans)
