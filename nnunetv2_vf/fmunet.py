@@ -108,8 +108,9 @@ class FMUNet(FiveLevelNetwork):
             deep_supervision,
             bottom=block(LEVELS - 1),
         )
+        for half in (encoder, decoder):  # before the kernels are stored channels-last, which would change their order
+            half.apply(InitWeights_He(LEAKY_SLOPE))
         super().__init__(input_channels, triples, encoder, decoder, activation_checkpointing, channels_last)
-        self.apply(InitWeights_He(LEAKY_SLOPE))
 
 
 class ResidualBlock(nn.Module):
