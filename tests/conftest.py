@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from nnunetv2_vf.demo.phantoms import write_dataset
 from nnunetv2_vf.nnunet_commands import trainer_path
@@ -30,8 +31,29 @@ THREE_EPOCHS = {
     "nnUNet_vf_val_iterations_per_epoch": "2",
 }
 
+DRAW = Figure.savefig
+
 os.environ.update(nnUNet_def_n_proc="1", nnUNet_n_proc_DA="1")  # nnU-Net reads these when it is imported
 torch.set_num_threads(1)  # the networks are tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def empty_pictures() -> Iterator[None]:
+    """Write empty picture files: drawing takes more than half of the time of a training of two epochs."""
+
+    def write_empty(figure: Figure, file, **options) -> None:
+        Path(file).touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", write_empty)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def drawn_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw in tests that are marked with ``pictures``."""
+    if request.node.get_closest_marker("pictures"):
+        monkeypatch.setattr(Figure, "savefig", DRAW)
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +77,7 @@ def plan_and_preprocess(dataset_id: int) -> None:
     """Plan and preprocess a dataset with nnU-Net's commands, and shrink its network."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 
-    extract_fingerprints([dataset_id], num_processes=1, check_dataset_integrity=True, clean=True)
+    extract_fingerprints([dataset_id], num_processes=1, check_dataset_integrity=False, clean=True)
     plan_experiments([dataset_id])
     preprocess([dataset_id], "nnUNetPlans", configurations=["3d_fullres"], num_processes=[1])
     shrink_network(_preprocessed(dataset_id) / "nnUNetPlans.json")

@@ -73,6 +73,7 @@ def test_importing_and_parsing_load_neither_torch_nor_nnunet(statement):
 # ---------------------------------------------------------------- preview
 
 
+@pytest.mark.pictures
 def test_preview_draws_the_requested_number_of_samples(two_epochs, tmp_path, capsys):
     for count in (1, 2):
         path = tmp_path / f"{count}.png"

@@ -76,6 +76,7 @@ def test_ranks_that_share_a_batch_get_the_weights_of_a_single_process(batch_of_f
     assert len(list(shared.glob("training_log*.txt"))) == 1
 
 
+@pytest.mark.slow
 def test_batch_per_gpu_gives_every_rank_its_own_batch(batch_of_four, tmp_path):
     settings = {"nnUNet_vf_iterations_per_epoch": 2, "nnUNet_vf_batch_per_gpu": 3}
     done = torchrun(2, "--disable_checkpointing", **settings)
@@ -109,6 +110,7 @@ def test_a_terminated_launch_continues_from_its_checkpoint(batch_of_four, tmp_pa
     assert "seed = 1 (recorded: 0)" in done.stderr, "it continues, and therefore refuses other settings"
 
 
+@pytest.mark.slow
 def test_ranks_stay_equal_with_new_decoder_stages_and_an_encoder_that_trains_later(batch_of_four, artifacts):
     """Ranks compare their weights at the end. DDP ignores parameters that need no gradient when it is built."""
     schedule = {"num_epochs": 2, "iterations_per_epoch": 3, "schedule": "sawtooth", "decoder_fraction": 0.5}

@@ -54,7 +54,7 @@ def environment(tmp_path) -> Path:
     return python
 
 
-@pytest.mark.parametrize("kind", ["wheel", "editable"])
+@pytest.mark.parametrize("kind", ["wheel", pytest.param("editable", marks=pytest.mark.slow)])
 def test_stock_nnunet_finds_both_trainers(kind, wheel, source, environment):
     what = [wheel] if kind == "wheel" else ["--editable", source]
     pip("--python", environment, "install", "--no-deps", "--no-build-isolation", "--ignore-installed", *what)

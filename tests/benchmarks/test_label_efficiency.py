@@ -285,6 +285,7 @@ def write_results(tables, dice: dict[str, float], curves: dict[str, list[float]]
             write_cell(tables / CURVES, CELL, cell, curve)
 
 
+@pytest.mark.pictures
 def test_the_table_shows_gains_speed_and_collapsed_trainings(tmp_path):
     curves = {"scratch": [0, 0, 0.5, 0.5, 0.5, 0.5], "encoder": [0.0] * 6, "full": [0.5] * 6}
     write_results(tmp_path, {"scratch": 0.5, "encoder": 0.0, "full": 0.6}, curves)

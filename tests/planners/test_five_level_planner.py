@@ -29,7 +29,12 @@ NETWORKS = {"PCTNet": [], "FMUNet": ["--network", "FMUNet"]}
 
 
 @pytest.mark.parametrize(
-    ("name", "network"), [*((name, "PCTNet") for name in CASES), ("between", "FMUNet"), ("thin, isotropic", "FMUNet")]
+    ("name", "network"),
+    [
+        *(pytest.param(name, "PCTNet", marks=pytest.mark.slow if name == "isotropic" else []) for name in CASES),
+        pytest.param("between", "FMUNet", marks=pytest.mark.slow),
+        ("thin, isotropic", "FMUNet"),
+    ],
 )
 def test_plans_are_legal_and_fit_the_memory_target(empty_dataset, name, network):
     spacing, shape, cases, mode = CASES[name]

@@ -83,7 +83,9 @@ def plans_of(plans_file: Path, name: str) -> dict:
     return json.loads(plans_file.with_name(f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target", [pytest.param(name, marks=pytest.mark.slow if name == "isotropic" else []) for name in TARGETS]
+)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_plans_of_any_target_get_the_pretrained_network(empty_dataset, pretrained, capsys, network, target):
     plans_file = empty_dataset(*TARGETS[target])

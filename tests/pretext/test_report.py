@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
 import torch
 
 from nnunetv2_vf.pretext.report import count_confusion, dice_per_class, pretext_warning, write_report
@@ -42,6 +43,7 @@ def test_a_solved_pretext_task_gives_a_warning_only_if_every_class_is_solved():
     assert pretext_warning(confusion) is None
 
 
+@pytest.mark.pictures
 def test_the_report_is_written_as_json_and_as_a_picture(tmp_path):
     confusion = np.ones((5, 5), int) + 9 * np.eye(5, dtype=int)
     report = write_report(confusion, 4, VFSettings().as_dict(), tmp_path)

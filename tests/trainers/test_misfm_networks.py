@@ -35,6 +35,7 @@ def test_stock_trainers_train_the_network(plans, two_epochs, trainer_name):
     trainer.on_train_end()
 
 
+@pytest.mark.parametrize("plans", ["pct_plans", pytest.param("fmunet_plans", marks=pytest.mark.slow)], indirect=True)
 def test_pretrain_then_finetune_then_predict(plans, two_epochs, tmp_path):
     results = tmp_path / "results" / DATASET
     run_training(*TRAINING, "VFPretrainTrainer", plans, device=CPU)

@@ -222,7 +222,7 @@ def test_the_network_learns_the_pretext_task(two_epochs, monkeypatch):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_resumed_run_equals_an_uninterrupted_one(two_epochs, tmp_path, monkeypatch, workers):
     monkeypatch.setenv("nnUNet_n_proc_DA", str(workers))
     monkeypatch.setenv("nnUNet_vf_num_epochs", "3")
@@ -281,7 +281,14 @@ def test_other_fusion_maps_pairings_and_optimizers_train(two_epochs, folder, mon
     assert settings.items() <= vf["settings"].items()
 
 
-@pytest.mark.parametrize("planner", ["nnUNetPlannerResEncM", "nnUNetPlannerResEncL", "nnUNetPlannerResEncXL"])
+@pytest.mark.parametrize(
+    "planner",
+    [
+        "nnUNetPlannerResEncM",
+        pytest.param("nnUNetPlannerResEncL", marks=pytest.mark.slow),
+        pytest.param("nnUNetPlannerResEncXL", marks=pytest.mark.slow),
+    ],
+)
 def test_residual_encoder_plans_train(copied_dataset, planner, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # the planner sets as many threads
     plans_name = plan_experiments([DATASET_ID], planner)

@@ -352,7 +352,7 @@ def test_schedules_for_pretrained_encoders_need_pretrained_weights(schedule_of, 
 
 
 @pytest.mark.parametrize(
-    "schedule", ["full", "sawtooth", *(pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES[2:])]
+    "schedule", [pytest.param(name, marks=[] if name == "sawtooth" else pytest.mark.slow) for name in SCHEDULES]
 )
 def test_a_training_interrupted_in_any_phase_ends_like_an_uninterrupted_one(
     artifacts, schedule_of, tmp_path, monkeypatch, schedule
@@ -382,7 +382,9 @@ def test_a_training_interrupted_in_any_phase_ends_like_an_uninterrupted_one(
         assert_same_training(uninterrupted, continued)
 
 
-@pytest.mark.parametrize(("network", "schedule"), [("U-Net", "encoder_only"), ("PCT-Net", "full")])
+@pytest.mark.parametrize(
+    ("network", "schedule"), [("U-Net", "encoder_only"), pytest.param("PCT-Net", "full", marks=pytest.mark.slow)]
+)
 def test_a_training_killed_before_its_first_checkpoint_restarts_from_the_pretrained_weights(
     artifacts, schedule_of, tmp_path, monkeypatch, network, schedule
 ):
@@ -433,7 +435,10 @@ def test_continuing_with_other_plans_is_refused(schedule_of, copied_dataset):
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
-    [("kernel_norms", "fresh", "'fresh' .recorded: 'pretrained'"), ("fresh_decoder_stages", "1", "1 .recorded: 0")],
+    [
+        ("kernel_norms", "fresh", "'fresh' .recorded: 'pretrained'"),
+        pytest.param("fresh_decoder_stages", "1", "1 .recorded: 0", marks=pytest.mark.slow),
+    ],
 )
 def test_a_checkpoint_without_a_later_added_setting_continues_with_its_default(
     schedule_of, tmp_path, monkeypatch, name, value, message

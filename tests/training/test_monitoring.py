@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import torch
 from trainings import make_trainer
 
@@ -47,6 +48,7 @@ class Backend:
         pass
 
 
+@pytest.mark.pictures
 def test_monitored_values_reach_the_log_the_progress_plot_and_nnunets_loggers(three_epochs, folder):
     trainer = make_trainer()
     backend = Backend()

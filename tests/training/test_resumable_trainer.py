@@ -54,7 +54,7 @@ def ctrl_c_enabled():
     [
         pytest.param(signal.SIGTERM, 0, id="before the first step", marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, 2, id="within an epoch"),
-        pytest.param(signal.SIGTERM, 5, id="in validation"),
+        pytest.param(signal.SIGTERM, 5, id="in validation", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 9, id="in the second epoch", marks=pytest.mark.slow),
     ],
 )
@@ -91,7 +91,7 @@ def test_many_signals_and_frequent_checkpoints_do_not_change_the_result(
     ("trainer", "number"),
     [
         ("VFPretrainTrainer", signal.SIGTERM),
-        ("VFFinetuneTrainer", signal.SIGUSR1),
+        pytest.param("VFFinetuneTrainer", signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param("VFPretrainTrainer", signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param("VFFinetuneTrainer", signal.SIGTERM, marks=pytest.mark.slow),
         ("VFFinetuneTrainer", signal.SIGINT),

@@ -85,7 +85,20 @@ def write(array: np.ndarray, spacing, path: Path) -> None:
     sitk.WriteImage(image, path)
 
 
-@pytest.mark.parametrize("index", range(len(TARGETS)), ids=[f"{c}ch-{s[0]:g}mm-{max(n)}" for c, s, n in TARGETS])
+ALWAYS_RUN = (0, 3, 5, 6)  # these have each number of channels, spacing and size twice
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        pytest.param(
+            index,
+            id=f"{channels}ch-{spacing[0]:g}mm-{max(shape)}",
+            marks=[] if index in ALWAYS_RUN else pytest.mark.slow,
+        )
+        for index, (channels, spacing, shape) in enumerate(TARGETS)
+    ],
+)
 def test_an_artifact_is_transferred_to_the_target_and_trained(
     index, two_epochs, artifacts, tmp_path, monkeypatch, capsys
 ):

@@ -42,7 +42,9 @@ def export_fine_tuned_model(plans: str, weights: Path, zip_file: Path, monkeypat
     )
 
 
-@pytest.mark.parametrize(("network", "blocked"), [("U-Net", ["nnunetv2_vf"]), ("PCT-Net", [])])
+@pytest.mark.parametrize(
+    ("network", "blocked"), [("U-Net", ["nnunetv2_vf"]), pytest.param("PCT-Net", [], marks=pytest.mark.slow)]
+)
 def test_plain_nnunet_installs_a_fine_tuned_model_and_predicts_with_it(
     network, blocked, two_epochs, copied_dataset, artifacts, tmp_path, monkeypatch
 ):
