@@ -10,15 +10,17 @@ from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.settings.legal_values import setting
 from nnunetv2_vf.settings.shared import OPTIMIZER_DESCRIPTION, OPTIMIZERS, TrainingSettings
 
+_ADAMW = {
+    "optimizer": "adamw",
+    "initial_lr": 1e-3,
+    "weight_decay": 1e-2,
+    "warmup_fraction": 0.05,
+    "gradient_clip": 1.0,
+}
 # Defaults for networks, by class, that do not train well with nnU-Net's SGD at a learning rate of 0.01.
 FINETUNE_RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "nnunetv2_vf.pct_net.PCTNet": {
-        "optimizer": "adamw",
-        "initial_lr": 1e-3,
-        "weight_decay": 1e-2,
-        "warmup_fraction": 0.05,
-        "gradient_clip": 1.0,
-    },
+    "nnunetv2_vf.pct_net.PCTNet": _ADAMW,
+    "nnunetv2_vf.fmunet.FMUNet": _ADAMW,
 }
 
 _MAX_WARMUP = 0.9  # largest fraction of the epochs before the learning rate decays

@@ -47,6 +47,7 @@ def write_all_formats(data: Path) -> None:
     write_4d(data / "4d.nii.gz", [ct(13), ct(14)])
 
 
+@pytest.mark.pictures
 def test_volumes_of_every_format_become_a_dataset(dataset, data, capsys):
     write_all_formats(data)
     run_import(data)

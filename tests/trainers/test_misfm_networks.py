@@ -56,9 +56,9 @@ def test_pretrain_then_finetune_then_predict(plans, two_epochs, tmp_path):
     assert (predicted / (case.name.removesuffix("_0000.nii.gz") + ".nii.gz")).is_file()
 
 
-def test_pct_net_is_fine_tuned_with_its_own_recipe(two_epochs, pct_plans, monkeypatch):
+def test_the_networks_are_fine_tuned_with_their_own_recipe(two_epochs, plans, monkeypatch):
     monkeypatch.setenv("nnUNet_vf_finetune_num_epochs", "100")
-    trainer = get_trainer_from_args(*TRAINING, "VFFinetuneTrainer", pct_plans, device=CPU)
+    trainer = get_trainer_from_args(*TRAINING, "VFFinetuneTrainer", plans, device=CPU)
     trainer.initialize()
     assert type(trainer.optimizer) is torch.optim.AdamW
     rates = []
