@@ -312,7 +312,7 @@ def test_the_committed_tables_are_those_of_the_committed_results(tmp_path):
     write_report(tmp_path, CONFIG)
     tables, committed = (folder / "label_efficiency_table.md" for folder in (tmp_path, RESULTS))
     assert tables.read_text() == committed.read_text()
-    rows = [line for line in tables.read_text().splitlines() if line.startswith(("| PCTNet", "| nnUNet"))]
+    rows = [line for line in tables.read_text().splitlines() if line.startswith(("| FMUNet", "| PCTNet", "| nnUNet"))]
     assert len(rows) > 20
 
 
@@ -320,7 +320,7 @@ def test_the_page_shows_the_committed_tables():
     (page,) = (RESULTS.parents[1] / "docs").rglob("label-efficiency.md")
     lines = page.read_text().splitlines()
     rows = (RESULTS / "label_efficiency_table.md").read_text().splitlines()
-    assert all(row in lines for row in rows if row.startswith(("| PCTNet", "| nnUNet")))
+    assert all(row in lines for row in rows if row.startswith(("| FMUNet", "| PCTNet", "| nnUNet")))
 
 
 def test_curves_are_tabulated_without_scores_of_test_cases(tmp_path):
