@@ -59,8 +59,8 @@ class FMUNet(FiveLevelNetwork):
         dropout_per_stage: dropout probability in the blocks of each level.
         depth: number of convolutions in each residual block.
         activation_checkpointing: recompute every block in the backward pass instead of keeping its activations.
-        channels_last: store kernels, and therefore feature maps, channels-last in memory. Shapes and results do not
-            change.
+        channels_last: store kernels channels-last in memory, so that convolutions compute in this layout. Shapes and
+            results do not change.
 
     Raises:
         ValueError: an argument is not legal; the message lists the legal values.
