@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -74,7 +75,7 @@ def _rename(released: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _mode_of_kernels(kernels: list[tuple[int, ...]]) -> int:
-    of_modes = [level_kernels(strides) for strides in MODES]
+    of_modes: list[Any] = [level_kernels(strides) for strides in MODES]
     if kernels not in of_modes:
         legal = "; ".join(f"{list(map(list, each))} (mode {mode})" for mode, each in enumerate(of_modes))
         raise not_released(FMUNet, f"its levels have the kernels {list(map(list, kernels))}; legal: {legal}")
