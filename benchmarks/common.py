@@ -24,6 +24,12 @@ PEERS = {
     "PyMIC": "https://github.com/HiLab-git/PyMIC",
     "nnssl": "https://github.com/MIC-DKFZ/nnssl",
 }
+NETWORK_PLANS = {  # network -> the command that plans it, the name of the plans
+    "U-Net": (("nnUNetv2_plan_experiment",), "nnUNetPlans"),
+    "ResEnc-L": (("nnUNetv2_plan_experiment", "-pl", "nnUNetPlannerResEncL"), "nnUNetResEncUNetLPlans"),
+    "PCT-Net": (("nnUNetv2_vf", "plan"), "PCTNetPlans"),
+    "FMUNet": (("nnUNetv2_vf", "plan", "--network", "FMUNet"), "FMUNetPlans"),
+}
 PHANTOMS_ID = 1
 PHANTOMS = f"Dataset{PHANTOMS_ID:03d}_Phantoms"
 
@@ -69,18 +75,25 @@ def find_peer(peers: Path | None, name: str) -> Path | None:
 # ---------------------------------------------------------------- data
 
 
-def prepare_phantoms(workspace: Workspace, cases: int, spacing: float) -> dict[str, Any]:
+def prepare_phantoms(
+    workspace: Workspace, cases: int, spacing: float, network: str = "U-Net", memory: float = 2
+) -> dict[str, Any]:
     """Plan and preprocess generated phantoms with nnU-Net's commands.
 
     Args:
         spacing: mm; smaller voxels mean larger patches.
+        network: one of :data:`NETWORK_PLANS`.
+        memory: target of planning, GB.
 
     Returns:
         The 3d_fullres configuration of the plans.
     """
     write_dataset(workspace.raw / PHANTOMS, range(cases), spacing=spacing)
-    workspace.run("nnUNetv2_plan_and_preprocess", "-d", PHANTOMS_ID, "-c", "3d_fullres", "-gpu_memory_target", 2)
-    plans = json.loads((workspace.preprocessed / PHANTOMS / "nnUNetPlans.json").read_text())
+    planning, plans_name = NETWORK_PLANS[network]
+    workspace.run("nnUNetv2_extract_fingerprint", "-d", PHANTOMS_ID)
+    workspace.run(*planning, "-d", PHANTOMS_ID, "-gpu_memory_target", memory, "-overwrite_plans_name", plans_name)
+    workspace.run("nnUNetv2_preprocess", "-d", PHANTOMS_ID, "-plans_name", plans_name, "-c", "3d_fullres")
+    plans = json.loads((workspace.preprocessed / PHANTOMS / f"{plans_name}.json").read_text())
     configuration: dict[str, Any] = plans["configurations"]["3d_fullres"]
     return configuration
 

@@ -1,12 +1,12 @@
 """Plans that ``nnUNetv2_vf plan`` makes for different datasets, and the memory of a training step with each.
 
-    python benchmarks/network_plans.py PCTNet|FMUNet [--targets 3 8 24] [--device cpu|cuda] [--largest-step 3]
+    python benchmarks/network_plans.py PCT-Net|FMUNet|U-Net [--targets 3 8 24] [--device cpu|cuda] [--largest-step 3]
         [--compile]
 
 Plans made-up fingerprints with the network for several values of ``-gpu_memory_target``. Where the plan's estimate is
 at most ``--largest-step`` GB, builds its network as nnU-Net does and takes training steps with nnU-Net's loss on random
 data. On CUDA the peak of the allocated memory is compared with the estimate. The result file is written after each
-plan.
+plan. nnU-Net's own plans (U-Net) hold no estimate; the target counts as such.
 
 Duration: 10 minutes on 2 CPU cores. Needs: memory for ``--largest-step``; with ``--device cuda`` a GPU.
 """
@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from common import RESULTS, by, make_parser, markdown_table, wait_for_device, write_result
+from common import NETWORK_PLANS, RESULTS, by, make_parser, markdown_table, wait_for_device, write_result
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -44,7 +44,7 @@ STEPS = 3
 
 def main() -> None:
     parser = make_parser(__doc__, device=True, output=True)
-    parser.add_argument("network", choices=("PCTNet", "FMUNet"))
+    parser.add_argument("network", choices=("PCT-Net", "FMUNet", "U-Net"))
     parser.add_argument("--targets", type=float, nargs="+", default=[3, 8, 24], help="values of -gpu_memory_target, GB")
     parser.add_argument("--largest-step", type=float, default=3, metavar="GB", help="take steps up to this estimate")
     parser.add_argument("--compile", action="store_true", help="with torch.compile, as nnU-Net does on CUDA")
@@ -57,17 +57,16 @@ def main() -> None:
         for name, target in itertools.product(FINGERPRINTS, args.targets):
             plan, seconds = make_plan(workspace, args.network, name, target)
             rows.append(make_row(name, target, plan, seconds, args))
-            write_result(args.output or RESULTS / f"network_plans_{args.network}_{args.device}.json", rows)
+            network = args.network.replace("-", "")
+            write_result(args.output or RESULTS / f"network_plans_{network}_{args.device}.json", rows)
     print(f"\n{markdown_table(rows)}")
 
 
 def make_plan(workspace: Workspace, network: str, name: str, target: float) -> tuple[dict, float]:
     """Plan one fingerprint; return the 3d_fullres configuration and the seconds that it took."""
     start, plans_name = time.monotonic(), f"For{target:g}GB"
-    workspace.run(
-        "nnUNetv2_vf", "plan", "-d", dataset(name), "--network", network, "-gpu_memory_target", target,
-        "-overwrite_plans_name", plans_name,
-    )  # fmt: skip
+    planning, _ = NETWORK_PLANS[network]
+    workspace.run(*planning, "-d", dataset(name), "-gpu_memory_target", target, "-overwrite_plans_name", plans_name)
     seconds = time.monotonic() - start
     plans = json.loads((workspace.preprocessed / dataset(name) / f"{plans_name}.json").read_text())
     return plans["configurations"]["3d_fullres"], seconds
@@ -76,18 +75,18 @@ def make_plan(workspace: Workspace, network: str, name: str, target: float) -> t
 def make_row(name: str, target: float, plan: dict, seconds: float, args: argparse.Namespace) -> dict[str, object]:
     """Return the plan and the measurements of training steps with it."""
     strides = tuple(map(tuple, plan["architecture"]["arch_kwargs"]["strides"]))
-    estimate = plan["estimated_training_memory_gb"]
+    estimate = plan.get("estimated_training_memory_gb", target)
     return {
         "fingerprint": name,
         "spacing, mm": by(plan["spacing"]),
         "median shape": by(FINGERPRINTS[name][1]),
         "target, GB": f"{target:g}",
-        "mode": str(MODES.index(strides)),
+        "mode": str(MODES.index(strides)) if strides in MODES else "",
         "patch": by(plan["patch_size"]),
         "batch": plan["batch_size"],
         "estimate, GB": estimate,
         "planned in": f"{seconds:.0f} s",
-        **training_steps(plan, args.device, args.compile, run=estimate <= args.largest_step),
+        **training_steps(plan, estimate, args.device, args.compile, run=estimate <= args.largest_step),
     }
 
 
@@ -120,7 +119,7 @@ def write_fingerprint(workspace: Workspace, name: str) -> None:
     (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
 
 
-def training_steps(plan: dict, device: str, compiled: bool, run: bool) -> dict[str, object]:
+def training_steps(plan: dict, estimate: float, device: str, compiled: bool, run: bool) -> dict[str, object]:
     """Return the loss, the time and, on CUDA, the peak memory of the last of a few steps as nnU-Net takes them."""
     if not run:
         return {"loss": "", "step": ""} | ({"peak, GB": "", "estimate / peak": ""} if device == "cuda" else {})
@@ -169,7 +168,6 @@ def training_steps(plan: dict, device: str, compiled: bool, run: bool) -> dict[s
     result: dict[str, object] = {"loss": f"{float(value.detach()):.2f}", "step": f"{time.monotonic() - start:.3g} s"}
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
-        estimate = plan["estimated_training_memory_gb"]
         result |= {"peak, GB": f"{peak:.2f}", "estimate / peak": f"{estimate / peak:.2f}"}
     return result
 

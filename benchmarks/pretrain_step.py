@@ -1,6 +1,7 @@
 """Time of a pretraining step beside a supervised step of nnU-Net: same plans, same device, same number of workers.
 
-    python benchmarks/pretrain_step.py [--device cpu|cuda] [--workers 2] [--steps 24] [--rounds 4] [--spacing 6]
+    python benchmarks/pretrain_step.py [--network U-Net|ResEnc-L|PCT-Net|FMUNet] [--device cpu|cuda] [--workers 2]
+        [--steps 24] [--rounds 4] [--spacing 6] [--memory 2]
 
 nnU-Net's own commands plan and preprocess generated phantoms. nnUNetTrainer and VFPretrainTrainer take turns; only the
 workers of one of them are alive at a time. A turn first trains on as many batches as the queues of the workers can
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from common import (
+    NETWORK_PLANS,
     PHANTOMS_ID,
     Seconds,
     by,
@@ -47,16 +49,19 @@ SUPERVISED, PRETRAINING = "nnUNetTrainer", "VFPretrainTrainer"
 
 def main() -> None:
     parser = make_parser(__doc__, device=True, output=True)
+    parser.add_argument("--network", default="U-Net", choices=[*NETWORK_PLANS])
     parser.add_argument("--workers", type=int, default=2, help="nnUNet_n_proc_DA; nnU-Net's default is 12")
     parser.add_argument("--steps", type=int, default=24, help="counted steps of a turn")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--spacing", type=float, default=6.0, help="mm; smaller voxels mean larger patches")
+    parser.add_argument("--memory", type=float, default=2.0, help="target of planning, GB")
     args = parser.parse_args()
     with one_line_errors(), tempfile.TemporaryDirectory() as folder:
         workspace = Workspace(Path(folder), args.workers)
-        plan = prepare_phantoms(workspace, CASES, args.spacing)
+        plan = prepare_phantoms(workspace, CASES, args.spacing, args.network, args.memory)
         os.environ |= workspace.environment  # nnU-Net reads its variables when it is imported
-        wait, step, load = measure(args.device, args.workers, args.steps, args.rounds)
+        plans_name = NETWORK_PLANS[args.network][1]
+        wait, step, load = measure(plans_name, args.device, args.workers, args.steps, args.rounds)
     rows = [
         {
             "trainer": name,
@@ -68,7 +73,7 @@ def main() -> None:
         }
         for name in step
     ]
-    plan_text = f"patch {by(plan['patch_size'])}, batch {plan['batch_size']}"
+    plan_text = f"{args.network}, patch {by(plan['patch_size'])}, batch {plan['batch_size']}"
     about = f"{plan_text}, {args.workers} workers, {describe_device(args.device)}: median (range)"
     report(args, f"pretrain_step_{args.device}", about, rows, waiting=wait, working=step, alone=load)
 
@@ -78,12 +83,12 @@ def wait_share(waits: list[float], steps: list[float]) -> float:
     return wait / (wait + step)
 
 
-def measure(device: str, workers: int, steps: int, rounds: int) -> tuple[Seconds, Seconds, Seconds]:
+def measure(plans_name: str, device: str, workers: int, steps: int, rounds: int) -> tuple[Seconds, Seconds, Seconds]:
     """Return, by trainer: the wait for each batch, the mean step of each turn, the mean time to load a batch."""
     # nnU-Net has two queues; each worker, and the thread between the queues, holds one more batch. Ours has fewer:
     # 6, rounded up to a multiple of the workers.
     queued = 2 * max(6, workers // 2) + workers + 1
-    trainers = {name: make_trainer(name, device) for name in (SUPERVISED, PRETRAINING)}
+    trainers = {name: make_trainer(name, plans_name, device) for name in (SUPERVISED, PRETRAINING)}
     wait, step, load = ({name: [] for name in trainers} for _ in range(3))
     for _ in range(rounds):
         for name, trainer in trainers.items():
@@ -98,11 +103,13 @@ def measure(device: str, workers: int, steps: int, rounds: int) -> tuple[Seconds
     return wait, step, load
 
 
-def make_trainer(name: str, device: str) -> Any:
+def make_trainer(name: str, plans_name: str, device: str) -> Any:
     """Return a trainer without workers that has taken its first step, which may compile the network."""
     from nnunetv2.run.run_training import get_trainer_from_args
 
-    trainer = get_trainer_from_args(str(PHANTOMS_ID), "3d_fullres", "all", name, device=torch.device(device))
+    trainer = get_trainer_from_args(
+        str(PHANTOMS_ID), "3d_fullres", "all", name, plans_name, device=torch.device(device)
+    )
     trainer.disable_checkpointing = True  # on_train_end is called after every turn
     trainer.on_train_start()
     trainer.on_train_epoch_start()

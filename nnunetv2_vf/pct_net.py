@@ -69,7 +69,7 @@ class PCTNet(FiveLevelNetwork):
         norm_op_kwargs: arguments of ``norm_op``.
         activation_checkpointing: recompute every block in the backward pass instead of keeping its activations.
         channels_last: store kernels, and therefore feature maps, channels-last in memory. Shapes and results do not
-            change. On 2 CPU cores it saves 20 % of the forward and backward pass (benchmarks/networks.py).
+            change. On 2 CPU cores it saves 20 % of the forward and backward pass (benchmarks/network_speed.py).
 
     Raises:
         ValueError: an argument is not legal; the message lists the legal values.

@@ -56,6 +56,11 @@ def drawn_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(Figure, "savefig", DRAW)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+
+
 @pytest.fixture(scope="session")
 def nnunet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of nnU-Net's raw, preprocessed and results, with DATASET planned ('nnUNetPlans') and preprocessed."""

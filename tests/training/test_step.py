@@ -19,7 +19,6 @@ from nnunetv2_vf.training.optimizer import make_optimizer
 from nnunetv2_vf.training.step import LossScaler, Precision, UnitScaler, take_step
 
 CPU = torch.device("cpu")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def small_network() -> nn.Module:
@@ -151,7 +150,7 @@ def synchronizing_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("plans", ["nnUNetPlans", "PCTNetPlans", "FMUNetPlans"])
 def test_the_steps_of_the_trainer_never_wait_for_the_gpu(two_epochs, pct_plans, fmunet_plans, monkeypatch, plans):
     """This covers fusion, network, deep supervision, nnU-Net's loss, optimiser and confusion matrix."""
@@ -171,7 +170,7 @@ def test_the_steps_of_the_trainer_never_wait_for_the_gpu(two_epochs, pct_plans, 
             trainer.validation_step(batches[1])
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["bf16", "fp16", "tf32", "fp32"])
 def test_a_step_never_waits_for_the_gpu(name):
     cuda = torch.device("cuda")

@@ -1,6 +1,6 @@
 """Time and peak memory of PCT-Net or FMUNet beside MIS-FM's: forward pass, backward pass and training step.
 
-    python benchmarks/networks.py pct_net|fmunet [--peers FOLDER] [--device cpu|cuda] [--size 64 64 64] [--batch 2]
+    python benchmarks/network_speed.py pct_net|fmunet [--peers FOLDER] [--device cpu|cuda] [--size 64 64 64] [--batch 2]
         [--repeats 5]
 
 All contenders have the published sizes, one output and 5 classes:
@@ -168,7 +168,7 @@ def main() -> None:
         for name in contenders
     ]
     about = f"batch {args.batch} of {by(args.size)}, {describe_device(args.device)}: median (range)"
-    report(args, f"networks_{args.network}_{args.device}", about, rows, seconds=seconds, peak_gb=peaks)
+    report(args, f"network_speed_{args.network}_{args.device}", about, rows, seconds=seconds, peak_gb=peaks)
 
 
 def contender_makers(args: argparse.Namespace) -> dict[str, Callable[[], Contender]]:

@@ -1,0 +1,136 @@
+"""The schedule of GPU measurements: order, deadline, time limits, and results that are kept."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import pytest
+import torch
+from gpu import Measurement, Results, measurements, run, run_schedule
+from gpu_step import PRELUS, replace_prelus
+from network_speed import CLASSES
+from torch import nn
+
+from nnunetv2_vf.five_level_network import MODES
+from nnunetv2_vf.pct_net import PCTNet
+
+
+class FakeMachine:
+    """Runs measurements on a clock of its own: each takes its usual time, unless ``durations`` says otherwise."""
+
+    def __init__(self, **durations: float):
+        self.now, self.durations, self.started = 0.0, durations, []
+
+    def clock(self) -> float:
+        return self.now
+
+    def run(self, measurement: Measurement, limit_s: float) -> dict:
+        self.started.append(measurement.name)
+        seconds = self.durations.get(measurement.name, measurement.usual_s)
+        self.now += min(seconds, limit_s)
+        return {"status": "done" if seconds <= limit_s else f"killed after {limit_s:g} s", "seconds": seconds}
+
+
+def schedule(**usual: float) -> list[Measurement]:
+    return [Measurement(name, (), seconds, limit_s=2 * seconds) for name, seconds in usual.items()]
+
+
+@pytest.fixture
+def results(tmp_path):
+    return Results(tmp_path, "Some GPU, torch 2")
+
+
+def run_on(machine, measurements, results, minutes):
+    run_schedule(measurements, results, minutes, machine.run, machine.clock)
+
+
+def test_measurements_run_in_order_until_the_deadline_and_later_short_ones_fill_the_rest(results, capsys):
+    machine = FakeMachine()
+    run_on(machine, schedule(a=30, b=60, c=40, d=20), results, minutes=2)
+    assert machine.started == ["a", "b", "d"]
+    assert machine.now <= 120
+    assert "left out: c: 30 s left, it takes 40" in capsys.readouterr().out
+
+
+def test_what_is_done_is_not_run_again_and_what_failed_is(results, tmp_path):
+    run_on(FakeMachine(b=1000), schedule(a=10, b=10, c=10), results, minutes=1)
+    again = FakeMachine()
+    run_on(again, schedule(a=10, b=10, c=10, d=10), Results(tmp_path, "Some GPU, torch 2"), minutes=1)
+    assert again.started == ["b", "d"]
+
+
+def test_a_measurement_that_hangs_ends_at_its_limit_and_never_after_the_deadline(results):
+    machine = FakeMachine(a=1000, b=1000)
+    run_on(machine, schedule(a=20, b=50), results, minutes=1.5)
+    assert machine.now == 90
+    assert results.content["measurements"]["a"]["status"] == "killed after 40 s"
+    assert results.content["measurements"]["b"]["status"] == "killed after 50 s"
+
+
+def test_each_result_is_written_at_once(results):
+    machine = FakeMachine()
+
+    def run_and_look(measurement, limit_s):
+        if machine.started:
+            assert json.loads(results.file.read_text())["measurements"].keys() == {*machine.started}
+            assert machine.started[-1] in results.table.read_text()
+        return machine.run(measurement, limit_s)
+
+    run_schedule(schedule(a=1, b=1, c=1), results, 1, run_and_look, machine.clock)
+    assert len(machine.started) == 3
+
+
+def python(code: str) -> Measurement:
+    return Measurement("python", (sys.executable, "-c", code, "{result}"), usual_s=1, limit_s=60)
+
+
+def test_a_process_that_writes_a_result_is_done():
+    outcome = run(python("import sys; open(sys.argv[1], 'w').write('[1]')"), limit_s=60)
+    assert (outcome["status"], outcome["result"]) == ("done", [1])
+
+
+@pytest.mark.parametrize(
+    ("code", "limit_s", "status"),
+    [("print('why'); raise SystemExit(3)", 60, "failed with exit status 3"),
+     ("import time; print('why', flush=True); time.sleep(60)", 2, "killed after 2 s")],
+)  # fmt: skip
+def test_a_process_that_fails_leaves_the_end_of_its_output(code, limit_s, status):
+    outcome = run(python(code), limit_s)
+    assert outcome["status"] == status
+    assert "why" in outcome["output"]
+
+
+def test_every_scheduled_command_has_a_script_and_a_unique_name():
+    """Formatting also shows that no argument has other braces than those of the result."""
+    planned = measurements(argparse.Namespace(peers=None))
+    assert len({measurement.name for measurement in planned}) == len(planned)
+    for measurement in planned:
+        assert measurement.usual_s < measurement.limit_s < 9 * 60
+        assert [argument.format(result="file") for argument in measurement.command]
+
+
+@pytest.mark.parametrize("kind", PRELUS)
+def test_all_forms_of_prelu_have_the_same_values_and_gradients(kind):
+    """In double precision; also at 0, where the slope of the gradient is a convention."""
+    torch.manual_seed(0)
+    network = PCTNet(1, (4, 4, 8, 8, 16), MODES[0], CLASSES).double().eval()
+    x = torch.randn(1, 1, 16, 16, 16, dtype=torch.float64)
+    x[0, 0, 0] = 0
+    outputs = []
+    for form in ("torch", kind):
+        replace_prelus(network, PRELUS[form])
+        network.zero_grad()
+        output = network(x)
+        output.square().mean().backward()
+        outputs.append((output.detach(), [p.grad.clone() for p in network.parameters() if p.grad is not None]))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-6, atol=1e-12)
+
+
+def test_prelus_keep_their_slopes():
+    network = nn.Sequential(nn.PReLU(init=0.1))
+    replace_prelus(network, PRELUS["where"])
+    assert type(network[0]) is PRELUS["where"]
+    assert network[0].weight.item() == pytest.approx(0.1)
+    assert [*network.state_dict()] == ["0.weight"]
