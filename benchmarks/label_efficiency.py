@@ -1,23 +1,24 @@
 """Few labelled cases with and without pretraining: from scratch, pretrained encoder, pretrained encoder and decoder.
 
-    python benchmarks/label_efficiency.py DATA --work FOLDER [--labels 2 5 10] [--seeds 0 1 2] [--jobs 2] [--device cpu]
-    python benchmarks/label_efficiency.py DATA --work FOLDER --variants VARIANT ... [--labels 5] [--seeds 0 1 2]
+    python benchmarks/label_efficiency.py EXPERIMENT DATA --work FOLDER [--labels 2 5] [--seeds 0 1 2] [--minutes 60]
+    python benchmarks/label_efficiency.py EXPERIMENT DATA --work FOLDER --variants VARIANT ... [--labels 5]
 
-DATA is the dataset that ``label_efficiency.json`` names, in nnU-Net's raw format (``nnUNetv2_convert_MSD_dataset -i
-Task04_Hippocampus`` makes it from the download of medicaldecathlon.com). That file also has the split by case name, the
-networks ("plans"), the arms (scratch, encoder, full), the budgets and the variants.
+EXPERIMENT is the name of a file in ``benchmarks/experiments``: it names the dataset and has the split by case name, the
+networks ("plans"), the arms (scratch, encoder, full), the budgets and the variants. DATA is this dataset in nnU-Net's
+raw format.
 
 One training, a "cell", is a network, arm, number of labels and seed. The script pretrains each network once, on the
 images of the labelled and validation cases, then fine-tunes every cell with VFFinetuneTrainer: with the same cases,
 budget and samples in the same order in all arms. nnUNetv2_predict predicts the test cases, which neither planning nor
 training has seen.
 
-Finished cells are rows of ``label_efficiency.csv`` and ``label_efficiency_curves.csv`` in the folder ``--tables`` and
-are not run again; an interrupted cell continues. ``--variants`` are for choosing settings: they are scored on the
-validation cases, in ``label_efficiency_variants.csv``. At the end ``label_efficiency_report.py`` draws and tabulates.
+Finished cells are rows of ``scores.csv`` and ``curves.csv`` in the folder ``--tables`` and are not run again; an
+interrupted cell continues. ``--minutes`` starts no cell that would not end in time, judged by the finished cells of the
+same network. ``--variants`` are for choosing settings: they are scored on the validation cases, in ``variants.csv``. At
+the end ``label_efficiency_report.py`` draws and tabulates.
 
-Duration: 3 hours for nnUNetPlansHalf with 2, 5 and 10 labels and ``--jobs 2`` on 2 CPU cores, 4 hours for
-PCTNetPlansHalf. Needs: the dataset.
+Duration: on 2 CPU cores with ``--jobs 2``, hippocampus with 2, 5 and 10 labels: 3 hours for nnUNetPlansHalf, 4 hours
+for PCTNetPlansHalf. Needs: the dataset.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import importlib.metadata
 import itertools
 import json
+import math
 import random
 import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -37,8 +41,8 @@ from typing import Any
 import numpy as np
 import SimpleITK
 import torch
-from common import RESULTS, make_parser, write_result
-from label_efficiency_report import CONFIG, CURVES, SCORES, VARIANTS, write_report
+from common import NETWORK_PLANS, RESULTS, describe_device, make_parser, write_result
+from label_efficiency_report import CURVES, SCORES, VARIANTS, add_experiment, read_experiment, write_report
 
 from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.nnunet_commands import Workspace
@@ -47,7 +51,7 @@ PRETRAIN, FINETUNE = "VFPretrainTrainer", "VFFinetuneTrainer"
 CELL = ["plans", "arm", "labels", "seed"]
 DEFAULT_VARIANT = "default"
 NEED_PRETRAINED = {"schedule", "kernel_norms", "fresh_decoder_stages"}  # without effect from scratch
-RECORD = "label_efficiency_config.json"  # the configuration of the tables beside it
+RECORD = "config.json"  # the configuration of the tables beside it
 # On a GPU an epoch lasts seconds: saving after each took half of the time (one H100, 15 trainings at a time). ``--c``
 # then continues from the best checkpoint.
 SAVING = {"cpu": {"save_every": 1}, "cuda": {"save_every": 100}}
@@ -69,34 +73,39 @@ class Cell:
 
 
 def main() -> None:
-    config = json.loads(CONFIG.read_text())
     parser = make_parser(__doc__, device=True, work=True)
+    add_experiment(parser)
     parser.add_argument("data", type=Path, metavar="DATA")
-    parser.add_argument("--plans", nargs="+", default=[*config["plans"]], choices=[*config["plans"]])
-    parser.add_argument("--arms", nargs="+", default=[*config["arms"]], choices=[*config["arms"]])
-    parser.add_argument("--labels", nargs="+", type=int, default=config["labels"], help="numbers of labelled cases")
-    parser.add_argument("--seeds", nargs="+", type=int, default=config["seeds"])
-    parser.add_argument("--variants", nargs="+", default=[], choices=[DEFAULT_VARIANT, *config["variants"]])
+    for name in ("plans", "arms", "variants"):
+        parser.add_argument(f"--{name}", nargs="+", metavar="NAME")
+    parser.add_argument("--labels", nargs="+", type=int, help="numbers of labelled cases")
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no cell that would not end in time")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time; each may use all CPU cores")
     parser.add_argument("--workers", type=int, default=0, help="of a pretraining; its samples do not depend on it")
-    parser.add_argument("--tables", type=Path, default=RESULTS, metavar="FOLDER", help="default: benchmarks/results")
     args = parser.parse_args()
     with one_line_errors():
+        config = read_experiment(args.experiment)
+        tables = args.tables or RESULTS / args.experiment
         workspace = Workspace(args.work, processes=2)
         experiment = Experiment(config, workspace, args.device, args.jobs, args.workers)
         cells = [  # a comparison of arms is complete before the next seed, number of labels or network starts
             Cell(plans, arm, labels, seed, variant)
             for plans, labels, seed, arm, variant in itertools.product(
-                args.plans, args.labels, args.seeds, args.arms, args.variants or [DEFAULT_VARIANT]
+                args.plans or config["plans"],
+                args.labels or config["labels"],
+                args.seeds or config["seeds"],
+                args.arms or config["arms"],
+                args.variants or [DEFAULT_VARIANT],
             )
         ]
         for cell in cells:
             experiment.check(cell)
-        for folder in (args.tables, args.work):  # finished trainings in the work folder are used again
+        for folder in (tables, args.work):  # finished trainings in the work folder are used again
             require_same_configuration(folder / RECORD, config)
         experiment.prepare(args.data)
-        experiment.run(cells, args.tables, on_test_cases=not args.variants)
-        write_report(args.tables, config)
+        experiment.run(cells, tables, on_test_cases=not args.variants, minutes=args.minutes)
+        write_report(tables, args.experiment, config)
 
 
 class Experiment:
@@ -140,19 +149,20 @@ class Experiment:
         missing = [file for file in ("dataset.json", *files) if not (data / file).is_file()]
         if missing:
             raise UserError(
-                f"{data} is not {self.dataset}: {len(missing)} files are missing, the first is {missing[0]}; make it: "
-                "nnUNetv2_convert_MSD_dataset -i Task04_Hippocampus"
+                f"{data} is not {self.dataset}: {len(missing)} files are missing, the first is {missing[0]}; where it "
+                f"comes from: {self.config['source']}"
             )
 
     def _plan_and_preprocess(self) -> None:
         """Run nnU-Net's planning and preprocessing; write one fold for every number of labels and seed."""
         run = self.workspace.run
         run("nnUNetv2_extract_fingerprint", "-d", self.dataset_id, "-np", 2)
-        run("nnUNetv2_plan_experiment", "-d", self.dataset_id)
-        for network in ("PCTNet", "FMUNet"):
-            run("nnUNetv2_vf", "plan", "-d", self.dataset_id, "--network", network)
-        for plans in {change.get("of", name) for name, change in self.config["plans"].items()}:
-            run("nnUNetv2_preprocess", "-d", self.dataset_id, "-plans_name", plans, "-c", "3d_fullres", "-np", 2)
+        needed = {change.get("of", name) for name, change in self.config["plans"].items()}
+        spacing = self.config.get("spacing", ())
+        for command, plans in NETWORK_PLANS.values():
+            if plans in needed:
+                run(*command, "-d", self.dataset_id, *(("-overwrite_target_spacing", *spacing) if spacing else ()))
+                run("nnUNetv2_preprocess", "-d", self.dataset_id, "-plans_name", plans, "-c", "3d_fullres", "-np", 2)
         folds = [self._split(labels, seed) for labels in self.config["labels"] for seed in range(MAX_SEEDS)]
         (self.workspace.preprocessed / self.dataset / "splits_final.json").write_text(json.dumps(folds))
 
@@ -191,11 +201,15 @@ class Experiment:
 
     # ------------------------------------------------------------------ trainings
 
-    def run(self, cells: Sequence[Cell], tables: Path, on_test_cases: bool) -> None:
+    def run(self, cells: Sequence[Cell], tables: Path, on_test_cases: bool, minutes: float = math.inf) -> None:
         """Run the cells that are not in the tables yet.
 
         Pretrainings start first; cells from scratch, which do not need one, come next.
+
+        Args:
+            minutes: no cell starts that would not end within this time, judged by the finished cells of its plans.
         """
+        deadline = time.monotonic() + 60 * minutes
         for cell in cells:
             self.check(cell)
         file = tables / (SCORES if on_test_cases else VARIANTS)
@@ -210,12 +224,16 @@ class Experiment:
             running = {}
             for cell in remaining:
                 weights = pretrainings[sources[cell]] if cell in sources else None
-                running[jobs.submit(self.finetune, cell, on_test_cases, weights)] = cell
+                usual_s = usual_seconds(rows, cell)
+                running[jobs.submit(self._finetune_in_time, cell, on_test_cases, weights, deadline - usual_s)] = cell
             for number, future in enumerate(as_completed(running), 1):
                 if future.exception() is not None:
                     jobs.shutdown(cancel_futures=True)
-                scores, curve = future.result()
                 cell = running[future]
+                if future.result() is None:
+                    print(f"{number} of {len(remaining)}: {cell}: not started, it would not end in time", flush=True)
+                    continue
+                scores, curve = future.result()
                 if on_test_cases:  # the curve first: a cell with scores counts as finished
                     write_cell(tables / CURVES, CELL, cell, curve)
                 write_cell(file, key, cell, scores)
@@ -225,6 +243,10 @@ class Experiment:
     def check(self, cell: Cell) -> None:
         """Raise UserError if a cell is not in the configuration, or its variant does not apply to its arm."""
         self.fold(cell)
+        for name, value in (("plans", cell.plans), ("arms", cell.arm), ("variants", cell.variant)):
+            legal = [*self.config[name], *([DEFAULT_VARIANT] if name == "variants" else [])]
+            if value not in legal:
+                raise UserError(f"--{name} {value} is not in the experiment; legal: {', '.join(legal)}")
         variant, arm = self._changes(cell.variant), self.config["arms"][cell.arm]
         finetuning = variant.get("finetuning", {}).keys()
         in_both = finetuning & arm.keys()
@@ -262,6 +284,19 @@ class Experiment:
         settings = self._changes(variant).get("pretraining")
         same = (name for name, each in self.config["variants"].items() if each.get("pretraining") == settings)
         return next(same) if settings else DEFAULT_VARIANT
+
+    def _finetune_in_time(
+        self, cell: Cell, on_test_cases: bool, pretrained: Future[Path] | None, latest_start: float
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]] | None:
+        """Train and score a cell, unless it is too late; return its scores, with machine and time, and its curve."""
+        if pretrained is not None:
+            pretrained.result()
+        start = time.monotonic()
+        if start > latest_start:
+            return None
+        scores, curve = self.finetune(cell, on_test_cases, pretrained)
+        run = {"seconds": round(time.monotonic() - start), "machine": describe_device(self.device), **versions()}
+        return [{**row, **run} for row in scores], curve
 
     def finetune(
         self, cell: Cell, on_test_cases: bool, pretrained: Future[Path] | None
@@ -340,9 +375,9 @@ def has_checkpoint(fold: Path) -> bool:
 def require_same_configuration(record: Path, config: Mapping[str, Any]) -> None:
     """Raise UserError if the tables or trainings beside a record have another configuration; else write the record.
 
-    Networks and variants may be added.
+    Networks and variants may be added; seeds and the source of the data may change.
     """
-    current = {name: value for name, value in config.items() if name != "seeds"}
+    current = {name: value for name, value in config.items() if name not in ("seeds", "source")}
     if record.is_file():
         recorded = json.loads(record.read_text())
         for name in ("plans", "pretraining_plans", "variants"):
@@ -358,18 +393,19 @@ def require_same_configuration(record: Path, config: Mapping[str, Any]) -> None:
 
 
 def score(truth_file: Path, prediction_file: Path, label: int) -> dict[str, float]:
-    """Return the Dice and the 95th percentile of the distances between both surfaces in mm.
+    """Return Dice, Jaccard, and mean and 95th percentile of the distances between both surfaces in mm.
 
-    The distance is NaN if one of the surfaces is empty.
+    The distances are NaN if one of the surfaces is empty.
     """
     truth, prediction = (SimpleITK.ReadImage(str(file)) == label for file in (truth_file, prediction_file))
     true, predicted = (SimpleITK.GetArrayFromImage(image) > 0 for image in (truth, prediction))
     voxels = int(true.sum() + predicted.sum())
     dice = 2 * int((true & predicted).sum()) / voxels if voxels else float("nan")
+    overlap = {"dice": dice, "jaccard": dice / (2 - dice)}
     if not (true.any() and predicted.any()):
-        return {"dice": dice, "sd95": float("nan")}
+        return {**overlap, "sd95": float("nan"), "asd": float("nan")}
     distances = np.concatenate([_surface_distances(truth, prediction), _surface_distances(prediction, truth)])
-    return {"dice": dice, "sd95": float(np.percentile(distances, 95))}
+    return {**overlap, "sd95": float(np.percentile(distances, 95)), "asd": float(distances.mean())}
 
 
 def _surface_distances(image: SimpleITK.Image, other: SimpleITK.Image) -> np.ndarray:
@@ -397,6 +433,16 @@ def read_rows(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
+def usual_seconds(rows: Sequence[Mapping[str, str]], cell: Cell) -> float:
+    """Return the longest time of a finished cell with the same plans; 0 if none is known."""
+    return max((float(row["seconds"]) for row in rows if row["plans"] == cell.plans and row.get("seconds")), default=0)
+
+
+def versions() -> dict[str, str]:
+    packages = ("nnunetv2-vf", "nnunetv2", "torch")
+    return {"versions": " ".join(f"{name}={importlib.metadata.version(name)}" for name in packages)}
+
+
 def belongs_to(row: Mapping[str, str], cell: Cell, key: Sequence[str]) -> bool:
     """True if a row of a table is of this cell."""
     return all(row[name] == str(getattr(cell, name)) for name in key)
@@ -406,10 +452,11 @@ def write_cell(file: Path, key: Sequence[str], cell: Cell, rows: Iterable[Mappin
     """Replace the rows of a cell in a CSV file. The file is written completely or not at all."""
     others = [row for row in read_rows(file) if not belongs_to(row, cell, key)]
     complete = [*others, *({name: getattr(cell, name) for name in key} | row for row in rows)]
+    columns = [*dict.fromkeys(name for row in complete for name in row)]  # older rows have fewer
     part = file.with_suffix(".part")
     file.parent.mkdir(parents=True, exist_ok=True)
     with part.open("w", newline="") as output:
-        writer = csv.DictWriter(output, complete[0], lineterminator="\n")
+        writer = csv.DictWriter(output, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in complete)
     part.replace(file)

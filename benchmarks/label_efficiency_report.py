@@ -1,16 +1,17 @@
-"""Tables and figure of the label efficiency experiment, from its CSV files.
+"""Tables and figure of a few-labels experiment, from its CSV files.
 
-    python benchmarks/label_efficiency_report.py [--tables FOLDER]
+    python benchmarks/label_efficiency_report.py EXPERIMENT [--tables FOLDER]
 
-Reads ``label_efficiency.csv`` (test cases), ``_curves.csv`` and ``_variants.csv`` (validation cases) in FOLDER. Writes
-``label_efficiency_table.md`` beside them and ``label_efficiency.png``: to ``docs/images`` for the committed tables,
-else to FOLDER. ``label_efficiency.py`` does the same after its last training.
+EXPERIMENT is the name of a file in ``benchmarks/experiments``. Reads ``scores.csv`` (test cases), ``curves.csv`` and
+``variants.csv`` (validation cases) in FOLDER. Writes ``table.md`` beside them and ``few_labels_EXPERIMENT.png``: to
+``docs/images`` for the committed tables, else to FOLDER. ``label_efficiency.py`` does the same after its last training.
 
 Duration: seconds. Needs: nothing else.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,14 +24,30 @@ from common import IMAGES, RESULTS, make_parser, markdown_table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-SCORES, CURVES, VARIANTS = (f"label_efficiency{end}.csv" for end in ("", "_curves", "_variants"))
-CONFIG = Path(__file__).with_name("label_efficiency.json")
+from nnunetv2_vf.errors import UserError, one_line_errors
+
+SCORES, CURVES, VARIANTS, TABLE = "scores.csv", "curves.csv", "variants.csv", "table.md"
+EXPERIMENTS = Path(__file__).with_name("experiments")
 COLLAPSED_DICE = 0.1  # a training with a class of a lower mean Dice has collapsed
 SMOOTHED_EPOCHS = 3
 NEVER = float("inf")
 COLORS = {"scratch": "tab:gray", "encoder": "tab:orange", "full": "tab:blue"}
 
 Row = dict[str, str]
+
+
+def read_experiment(name: str) -> dict[str, Any]:
+    """Return the configuration of an experiment.
+
+    Raises:
+        UserError: there is none with this name.
+    """
+    file = EXPERIMENTS / f"{name}.json"
+    if not file.is_file():
+        legal = ", ".join(sorted(each.stem for each in EXPERIMENTS.glob("*.json")))
+        raise UserError(f"there is no experiment {name!r}; legal: {legal}")
+    configuration: dict[str, Any] = json.loads(file.read_text())
+    return configuration
 
 
 def read_table(file: Path) -> pd.DataFrame:
@@ -222,28 +239,37 @@ def _draw_curves(axis: Axes, curves: pd.DataFrame, arms: Sequence[str]) -> None:
 # ---------------------------------------------------------------- report
 
 
-def write_report(folder: Path, config: Mapping[str, Any]) -> None:
+def write_report(folder: Path, name: str, config: Mapping[str, Any]) -> None:
     """Write and print the tables of the CSV files in a folder, and draw the figure."""
     scores, curves, variants = (read_table(folder / name) for name in (SCORES, CURVES, VARIANTS))
     arms = [*config["arms"]]
     tables = {}
     if len(scores):
         tables["Test cases"] = scores_table(scores, curves, arms)
-        images = IMAGES if folder.resolve() == RESULTS else folder
-        draw(scores, curves, arms, images / "label_efficiency.png")
+        images = IMAGES if folder.resolve() == RESULTS / name else folder
+        draw(scores, curves, arms, images / f"few_labels_{name}.png")
     if len(curves):
         tables["Ends of the curves, validation cases"] = curves_table(curves, arms)
     if len(variants):
         tables["Variants, validation cases"] = variants_table(variants)
     text = "\n\n".join(f"{title}:\n\n{markdown_table(rows)}" for title, rows in tables.items()) + "\n"
     print(f"\n{text}")
-    (folder / "label_efficiency_table.md").write_text(text)
+    (folder / TABLE).write_text(text)
 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--tables", type=Path, default=RESULTS, metavar="FOLDER", help="default: benchmarks/results")
-    write_report(parser.parse_args().tables, json.loads(CONFIG.read_text()))
+    add_experiment(parser)
+    args = parser.parse_args()
+    with one_line_errors():
+        write_report(args.tables or RESULTS / args.experiment, args.experiment, read_experiment(args.experiment))
+
+
+def add_experiment(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name an experiment and the folder of its tables."""
+    parser.add_argument("experiment", metavar="EXPERIMENT")
+    what = "default: benchmarks/results/EXPERIMENT"
+    parser.add_argument("--tables", type=Path, metavar="FOLDER", help=what)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Dice of a linear classifier of single voxels on the frozen features of pretrained networks.
 
-    python benchmarks/linear_probe.py FOLDER NAME=vf_pretrained.pth ... [--plans nnUNetPlansHalf] [--labels 2]
+    python benchmarks/linear_probe.py EXPERIMENT FOLDER NAME=vf_pretrained.pth ... [--plans nnUNetPlansHalf]
+        [--labels 2]
 
 FOLDER is the ``--work`` folder that ``label_efficiency.py`` has prepared. The features of a voxel are the outputs of
 all stages of the encoder, of the decoder, or of the decoder's last stage alone, interpolated to the image voxels.
@@ -23,7 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from common import make_parser, report
-from label_efficiency import CONFIG, MAX_SEEDS
+from label_efficiency import MAX_SEEDS
+from label_efficiency_report import read_experiment
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetBaseDataset
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -44,6 +46,7 @@ DEPTHS = ("encoder", "decoder", "last stage")
 
 def main() -> None:
     parser = make_parser(__doc__, output=True)
+    parser.add_argument("experiment", metavar="EXPERIMENT")
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("weights", nargs="+", metavar="NAME=FILE")
     parser.add_argument("--plans", default="nnUNetPlansHalf")
@@ -53,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     with one_line_errors():
-        config = json.loads(CONFIG.read_text())
+        config = read_experiment(args.experiment)
         files = {NEW: None, **dict(map(split_argument, args.weights))}
         if args.labels not in config["labels"]:
             raise UserError(f"--labels {args.labels} is not in the experiment; legal: {config['labels']}")

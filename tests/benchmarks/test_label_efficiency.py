@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 
-import label_efficiency_report
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,15 +20,19 @@ from label_efficiency import (
     read_rows,
     require_same_configuration,
     score,
+    usual_seconds,
     write_cell,
 )
 from label_efficiency_report import (
     CURVES,
+    EXPERIMENTS,
     SCORES,
+    TABLE,
     VARIANTS,
     bootstrap_interval,
     curves_table,
     gain_by_case,
+    read_experiment,
     read_table,
     scores_table,
     write_report,
@@ -39,7 +42,9 @@ from nnunetv2_vf.demo.phantoms import write_dataset
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_commands import Workspace
 
-CONFIG = json.loads(label_efficiency_report.CONFIG.read_text())
+HIPPOCAMPUS = "hippocampus"
+CONFIG = read_experiment(HIPPOCAMPUS)
+COMMITTED = RESULTS / HIPPOCAMPUS
 ARMS = ("scratch", "encoder", "full")
 
 
@@ -51,11 +56,18 @@ def experiment(tmp_path):
 # ---------------------------------------------------------------- splits
 
 
-def test_every_case_has_one_role():
-    roles = CONFIG["split"]
+@pytest.mark.parametrize("experiment", sorted(file.stem for file in EXPERIMENTS.glob("*.json")))
+def test_every_case_has_one_role(experiment):
+    roles = read_experiment(experiment)["split"]
     cases = [case for role in ("labelled", "validation", "test") for case in roles[role]]
-    assert len(cases) == len(set(cases)) == 130
-    assert len(roles["labelled"] + roles["validation"]) == 90
+    expected = {"hippocampus": (130, 90), "left_atrium": (100, 80), "left_atrium_misfm": (100, 80)}[experiment]
+    assert (len(cases), len(roles["labelled"] + roles["validation"])) == expected
+    assert len(set(cases)) == len(cases)
+
+
+def test_an_unknown_experiment_is_refused_with_the_legal_ones():
+    with pytest.raises(UserError, match="there is no experiment 'liver'; legal: hippocampus, left_atrium"):
+        read_experiment("liver")
 
 
 def test_more_labels_add_cases_and_another_seed_draws_other_cases(experiment):
@@ -77,13 +89,16 @@ def test_every_number_of_labels_and_seed_has_its_own_fold(experiment):
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        (Cell("p", "encoder", 5, 0, "sawtooth"), "both set schedule"),
-        (Cell("p", "scratch", 5, 0, "blocks"), "changes nothing"),
-        (Cell("p", "scratch", 5, 0, "sawtooth"), "changes nothing"),
-        (Cell("p", "scratch", 5, 0, "pretrained_norms"), "changes nothing"),
-        (Cell("p", "scratch", 5, 0, "fresh_last_stage"), "changes nothing"),
-        (Cell("p", "encoder", 5, 0, "fresh_last_stage"), "this arm's whole decoder is new already"),
-        (Cell("p", "full", 3, 0), "3 labels"),
+        (Cell("PCTNetPlans", "encoder", 5, 0, "sawtooth"), "both set schedule"),
+        (Cell("PCTNetPlans", "scratch", 5, 0, "blocks"), "changes nothing"),
+        (Cell("PCTNetPlans", "scratch", 5, 0, "sawtooth"), "changes nothing"),
+        (Cell("PCTNetPlans", "scratch", 5, 0, "pretrained_norms"), "changes nothing"),
+        (Cell("PCTNetPlans", "scratch", 5, 0, "fresh_last_stage"), "changes nothing"),
+        (Cell("PCTNetPlans", "encoder", 5, 0, "fresh_last_stage"), "this arm's whole decoder is new already"),
+        (Cell("PCTNetPlans", "full", 3, 0), "3 labels"),
+        (Cell("Other", "full", 5, 0), "--plans Other is not in the experiment; legal: nnUNetPlansHalf, "),
+        (Cell("PCTNetPlans", "other", 5, 0), "--arms other is not in the experiment; legal: scratch, "),
+        (Cell("PCTNetPlans", "full", 5, 0, "other"), "--variants other is not in the experiment; legal: sgd, "),
     ],
 )
 def test_a_variant_that_does_not_apply_to_the_arm_is_refused_before_anything_runs(experiment, tmp_path, cell, message):
@@ -124,6 +139,45 @@ def test_cells_from_scratch_do_not_wait_for_a_pretraining(tmp_path):
     Recorded(CONFIG, Workspace(tmp_path, processes=1), "cpu", jobs=2).run(cells, tmp_path, on_test_cases=True)
     source = "nnUNetPlansSmall, default"
     assert weights_of == {"scratch": None, "full": source, "encoder": source}
+
+
+def test_a_cell_that_would_not_end_in_time_is_not_started(tmp_path, capsys):
+    class Recorded(Experiment):
+        def finetune(self, cell, on_test_cases, pretrained):
+            started.append(cell)
+            return [{"case": "a", "class": "A", "dice": 0.5}], [{"iteration": 1, "class": "A", "dice": 0.5}]
+
+    started: list[Cell] = []
+    first, slow, other = (
+        Cell("nnUNetPlans", "scratch", 5, 0),
+        Cell("nnUNetPlans", "scratch", 5, 1),
+        Cell("PCTNetPlans", "scratch", 5, 0),
+    )
+    write_cell(tmp_path / SCORES, CELL, first, [{"case": "a", "class": "A", "dice": 0.5, "seconds": 90}])
+    experiment = Recorded(CONFIG, Workspace(tmp_path, processes=1), "cpu", jobs=1)
+    experiment.run([first, slow, other], tmp_path, on_test_cases=True, minutes=1)
+    assert started == [other], "one network took longer than the time that is left; how long the other takes is unknown"
+    assert f"{slow}: not started, it would not end in time" in capsys.readouterr().out
+
+
+def test_the_longest_finished_cell_of_the_same_plans_counts():
+    rows = [{"plans": "a", "seconds": "5"}, {"plans": "a", "seconds": "70"}, {"plans": "b", "seconds": "900"}]
+    assert usual_seconds([*rows, {"plans": "a", "seconds": ""}, {"plans": "a"}], Cell("a", "full", 2, 0)) == 70
+    assert usual_seconds([], Cell("a", "full", 2, 0)) == 0
+
+
+def test_every_row_names_the_machine_and_the_versions(tmp_path):
+    class Recorded(Experiment):
+        def finetune(self, cell, on_test_cases, pretrained):
+            return [{"case": "a", "class": "A", "dice": 0.5}], [{"iteration": 1, "class": "A", "dice": 0.5}]
+
+    Recorded(CONFIG, Workspace(tmp_path, processes=1), "cpu", jobs=1).run(
+        [Cell("nnUNetPlans", "scratch", 5, 0)], tmp_path, on_test_cases=True
+    )
+    (row,) = read_rows(tmp_path / SCORES)
+    assert "CPU core" in row["machine"]
+    assert all(f"{name}=" in row["versions"] for name in ("nnunetv2-vf", "nnunetv2", "torch"))
+    assert row["seconds"] == "0"
 
 
 def test_a_table_refuses_another_configuration(tmp_path):
@@ -229,13 +283,18 @@ def write_box(tmp_path, name: str, start: int, size: int = 10):
 def test_dice_and_surface_distance_of_a_shifted_box(tmp_path, shift):
     result = score(write_box(tmp_path, "truth", 5), write_box(tmp_path, "prediction", 5 + shift), 2)
     assert result["dice"] == pytest.approx((10 - shift) / 10)
+    assert result["jaccard"] == pytest.approx((10 - shift) / (10 + shift))
     assert result["sd95"] == pytest.approx(2.0 * shift)
+    # 100 of the 488 surface voxels are on each of the two faces that lie 6 mm apart.
+    assert result["asd"] == (0 if shift == 0 else pytest.approx(1.6, abs=0.4))
 
 
 def test_an_empty_prediction_has_dice_0_and_no_surface_distance(tmp_path):
     result = score(write_box(tmp_path, "truth", 5), write_box(tmp_path, "empty", 5, size=0), 2)
     assert result["dice"] == 0
+    assert result["jaccard"] == 0
     assert np.isnan(result["sd95"])
+    assert np.isnan(result["asd"])
 
 
 def test_a_class_that_is_in_neither_image_has_no_dice(tmp_path):
@@ -257,6 +316,13 @@ def test_a_finished_cell_is_recognized_by_its_rows_in_the_table(tmp_path):
     ]
     assert [belongs_to(row, cell, CELL) for row in read_rows(file)] == [True, False]
     assert not any(belongs_to(row, Cell("p", "scratch", 5, 1), CELL) for row in read_rows(file))
+
+
+def test_rows_with_more_columns_join_older_rows(tmp_path):
+    file = tmp_path / SCORES
+    write_cell(file, CELL, Cell("p", "full", 5, 1), [{"case": "a", "class": "A", "dice": 0.5}])
+    write_cell(file, CELL, Cell("p", "full", 5, 2), [{"case": "a", "class": "A", "dice": 0.5, "asd": 1.0}])
+    assert [row["asd"] for row in read_rows(file)] == ["", "1.0000"]
 
 
 def test_the_rows_of_a_repeated_cell_replace_its_old_rows(tmp_path):
@@ -301,16 +367,16 @@ def test_the_table_shows_gains_speed_and_collapsed_trainings(tmp_path):
     assert rows["full"]["part of scratch's iterations"] == "0.20, 0.20"
     assert rows["encoder"]["part of scratch's iterations"] == "not, not"
     assert (rows["encoder"]["reaches scratch's"], rows["encoder"]["collapsed"]) == ("not", "2")
-    write_report(tmp_path, CONFIG)
-    assert (tmp_path / "label_efficiency.png").stat().st_size > 10_000
-    assert "| p | 5 | full |" in (tmp_path / "label_efficiency_table.md").read_text()
+    write_report(tmp_path, HIPPOCAMPUS, CONFIG)
+    assert (tmp_path / "few_labels_hippocampus.png").stat().st_size > 10_000
+    assert "| p | 5 | full |" in (tmp_path / TABLE).read_text()
 
 
 def test_the_committed_tables_are_those_of_the_committed_results(tmp_path):
     for name in (SCORES, CURVES, VARIANTS):
-        (tmp_path / name).write_text((RESULTS / name).read_text())
-    write_report(tmp_path, CONFIG)
-    tables, committed = (folder / "label_efficiency_table.md" for folder in (tmp_path, RESULTS))
+        (tmp_path / name).write_text((COMMITTED / name).read_text())
+    write_report(tmp_path, HIPPOCAMPUS, CONFIG)
+    tables, committed = (folder / TABLE for folder in (tmp_path, COMMITTED))
     assert tables.read_text() == committed.read_text()
     rows = [line for line in tables.read_text().splitlines() if line.startswith(("| FMUNet", "| PCTNet", "| nnUNet"))]
     assert len(rows) > 20
@@ -319,7 +385,7 @@ def test_the_committed_tables_are_those_of_the_committed_results(tmp_path):
 def test_the_page_shows_the_committed_tables():
     (page,) = (RESULTS.parents[1] / "docs").rglob("label-efficiency.md")
     lines = page.read_text().splitlines()
-    rows = (RESULTS / "label_efficiency_table.md").read_text().splitlines()
+    rows = (COMMITTED / TABLE).read_text().splitlines()
     assert all(row in lines for row in rows if row.startswith(("| FMUNet", "| PCTNet", "| nnUNet")))
 
 

@@ -77,6 +77,6 @@ def test_a_probe_trained_on_a_case_segments_part_of_it(plan, cases):
     ],
 )
 def test_wrong_arguments_are_reported_in_one_line(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr("sys.argv", ["linear_probe.py", str(tmp_path), *arguments])
+    monkeypatch.setattr("sys.argv", ["linear_probe.py", "hippocampus", str(tmp_path), *arguments])
     with pytest.raises(SystemExit, match=message):
         main()
