@@ -58,7 +58,11 @@ class FiveLevelPlanner(TopologyPlanner):
 
     @staticmethod
     def published_architecture(strides: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """Return the plan's entry ``architecture`` for the published network with the strides of a mode."""
+        """Return the plan's entry ``architecture`` for the published network.
+
+        Args:
+            strides: of a resolution mode, one of :data:`~nnunetv2_vf.five_level_network.MODES`.
+        """
         raise NotImplementedError
 
 
