@@ -12,6 +12,10 @@ images of the labelled and validation cases, then fine-tunes every cell with VFF
 budget and samples in the same order in all arms. nnUNetv2_predict predicts the test cases, which neither planning nor
 training has seen.
 
+The folder ``pretraining`` below ``--work`` has a folder for each pretraining, named by a fingerprint of its plans,
+settings and cases, which is also in the rows of the cells that start from it. Weights from another machine are used if
+their folder is copied there.
+
 Finished cells are rows of ``scores.csv`` and ``curves.csv`` in the folder ``--tables`` and are not run again; an
 interrupted cell continues. ``--minutes`` starts no cell that would not end in time, judged by the finished cells of the
 same network. ``--variants`` are for choosing settings: they are scored on the validation cases, in ``variants.csv``. At
@@ -23,9 +27,8 @@ for PCTNetPlansHalf. Needs: the dataset.
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -33,43 +36,29 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK
 import torch
+from cells import CELL, DEFAULT_VARIANT, Cell, belongs_to, read_rows, usual_seconds, write_cell
 from common import NETWORK_PLANS, RESULTS, describe_device, make_parser, write_result
 from label_efficiency_report import CURVES, SCORES, VARIANTS, add_experiment, read_experiment, write_report
+from segmentation_scores import score
 
 from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.nnunet_commands import Workspace
 
 PRETRAIN, FINETUNE = "VFPretrainTrainer", "VFFinetuneTrainer"
-CELL = ["plans", "arm", "labels", "seed"]
-DEFAULT_VARIANT = "default"
 NEED_PRETRAINED = {"schedule", "kernel_norms", "fresh_decoder_stages"}  # without effect from scratch
 RECORD = "config.json"  # the configuration of the tables beside it
 # On a GPU an epoch lasts seconds: saving after each took half of the time (one H100, 15 trainings at a time). ``--c``
 # then continues from the best checkpoint.
 SAVING = {"cpu": {"save_every": 1}, "cuda": {"save_every": 100}}
+Settings = tuple[tuple[str, Any], ...]  # names and values, sorted
 MAX_SEEDS = 100  # folds in nnU-Net's split file for each number of labels
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One fine-tuning."""
-
-    plans: str
-    arm: str
-    labels: int
-    seed: int
-    variant: str = DEFAULT_VARIANT
-
-    def __str__(self) -> str:
-        return f"{self.plans}, {self.arm}, {self.labels} labels, seed {self.seed}, {self.variant}"
 
 
 def main() -> None:
@@ -219,7 +208,7 @@ class Experiment:
         remaining.sort(key=lambda cell: cell.arm != "scratch")
         print(f"{len(cells)} cells, {len(cells) - len(remaining)} of them are finished", flush=True)
         with ThreadPoolExecutor(self.jobs) as jobs:  # starts jobs in this order, so no cell waits for a later job
-            sources = {cell: self._pretraining_of(cell) for cell in remaining if cell.arm != "scratch"}
+            sources = {cell: self.pretraining_of(cell) for cell in remaining if cell.arm != "scratch"}
             pretrainings = {source: jobs.submit(self.pretrain, *source) for source in sorted({*sources.values()})}
             running = {}
             for cell in remaining:
@@ -257,33 +246,38 @@ class Experiment:
         if cell.arm == "scratch" and ("pretraining" in variant or finetuning & NEED_PRETRAINED):
             raise UserError(f"{cell}: this variant changes nothing from scratch; leave the arm out (--arms)")
 
-    def pretrain(self, plans: str, variant: str) -> Path:
+    def pretrain(self, plans: str, settings: Settings) -> Path:
         """Pretrain on the images of the labelled and validation cases; return the weights file."""
-        settings = {
-            **self.config["pretraining"],
-            **self.config["pretraining_plans"].get(plans, {}).get("pretraining", {}),
-            **self._changes(variant).get("pretraining", {}),
-        }
-        results = self.workspace.folder / "pretraining" / self._pretraining_variant(variant)
+        results = self.workspace.folder / "pretraining" / self.fingerprint(plans, settings)
         fold = self.workspace.fold_folder(self.dataset, PRETRAIN, "all", results, plans)
         if not (fold / "pretext_report.json").is_file():
             flags = ["--c"] if has_checkpoint(fold) else []
-            self._train("all", plans, PRETRAIN, results, *flags, **variables("nnUNet_vf_", settings, self.workers))
+            environment = variables("nnUNet_vf_", dict(settings), self.workers)
+            self._train("all", plans, PRETRAIN, results, *flags, **environment)
         return fold / "vf_pretrained.pth"
 
-    def _pretraining_of(self, cell: Cell) -> tuple[str, str]:
-        """Return the plans, which may have a patch of their own, and the variant of a cell's pretraining."""
+    def pretraining_of(self, cell: Cell) -> tuple[str, Settings]:
+        """Return the plans, which may have a patch of their own, and the settings of a cell's pretraining."""
         plans = str(self.config["plans"][cell.plans].get("pretrained_with", cell.plans))
-        return plans, self._pretraining_variant(cell.variant)
+        settings = {
+            **self.config["pretraining"],
+            **self.config["pretraining_plans"].get(plans, {}).get("pretraining", {}),
+            **self._changes(cell.variant).get("pretraining", {}),
+        }
+        return plans, tuple(sorted(settings.items()))
+
+    def fingerprint(self, plans: str, settings: Settings) -> str:
+        """Return the name of a pretraining's folder: a digest of its plans, settings and cases.
+
+        Its weights may have been made on another machine: copy the folder, and they are found.
+        """
+        file = self.workspace.preprocessed / self.dataset / f"{plans}.json"
+        cases = self.config["split"]["labelled"] + self.config["split"]["validation"]
+        content = json.dumps([json.loads(file.read_text()), settings, cases], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     def _changes(self, variant: str) -> Mapping[str, Any]:
         return {} if variant == DEFAULT_VARIANT else self.config["variants"][variant]
-
-    def _pretraining_variant(self, variant: str) -> str:
-        """Return the first variant with the same pretraining settings."""
-        settings = self._changes(variant).get("pretraining")
-        same = (name for name, each in self.config["variants"].items() if each.get("pretraining") == settings)
-        return next(same) if settings else DEFAULT_VARIANT
 
     def _finetune_in_time(
         self, cell: Cell, on_test_cases: bool, pretrained: Future[Path] | None, latest_start: float
@@ -295,7 +289,12 @@ class Experiment:
         if start > latest_start:
             return None
         scores, curve = self.finetune(cell, on_test_cases, pretrained)
-        run = {"seconds": round(time.monotonic() - start), "machine": describe_device(self.device), **versions()}
+        run = {
+            "pretraining": self.fingerprint(*self.pretraining_of(cell)) if pretrained else "",
+            "seconds": round(time.monotonic() - start),
+            "machine": describe_device(self.device),
+            **versions(),
+        }
         return [{**row, **run} for row in scores], curve
 
     def finetune(
@@ -389,32 +388,6 @@ def require_same_configuration(record: Path, config: Mapping[str, Any]) -> None:
     write_result(record, current)
 
 
-# ---------------------------------------------------------------- scores and tables
-
-
-def score(truth_file: Path, prediction_file: Path, label: int) -> dict[str, float]:
-    """Return Dice, Jaccard, and mean and 95th percentile of the distances between both surfaces in mm.
-
-    The distances are NaN if one of the surfaces is empty.
-    """
-    truth, prediction = (SimpleITK.ReadImage(str(file)) == label for file in (truth_file, prediction_file))
-    true, predicted = (SimpleITK.GetArrayFromImage(image) > 0 for image in (truth, prediction))
-    voxels = int(true.sum() + predicted.sum())
-    dice = 2 * int((true & predicted).sum()) / voxels if voxels else float("nan")
-    overlap = {"dice": dice, "jaccard": dice / (2 - dice)}
-    if not (true.any() and predicted.any()):
-        return {**overlap, "sd95": float("nan"), "asd": float("nan")}
-    distances = np.concatenate([_surface_distances(truth, prediction), _surface_distances(prediction, truth)])
-    return {**overlap, "sd95": float(np.percentile(distances, 95)), "asd": float(distances.mean())}
-
-
-def _surface_distances(image: SimpleITK.Image, other: SimpleITK.Image) -> np.ndarray:
-    """Return the distances in mm from the surface voxels of an image to the surface of another."""
-    surface, target = (SimpleITK.LabelContour(each) for each in (image, other))
-    distance = SimpleITK.SignedMaurerDistanceMap(target, squaredDistance=False, useImageSpacing=True)
-    return np.abs(SimpleITK.GetArrayFromImage(distance)[SimpleITK.GetArrayFromImage(surface) > 0])
-
-
 def read_curve(checkpoint: Path, iterations_per_epoch: int, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Return nnU-Net's pseudo Dice of the validation cases after every epoch, by class."""
     logged = torch.load(checkpoint, map_location="cpu", weights_only=False)["logging"]["dice_per_class_or_region"]
@@ -425,41 +398,9 @@ def read_curve(checkpoint: Path, iterations_per_epoch: int, classes: Sequence[st
     ]
 
 
-def read_rows(file: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file as text, so that they can be written back as they are."""
-    if not file.is_file():
-        return []
-    with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))
-
-
-def usual_seconds(rows: Sequence[Mapping[str, str]], cell: Cell) -> float:
-    """Return the longest time of a finished cell with the same plans; 0 if none is known."""
-    return max((float(row["seconds"]) for row in rows if row["plans"] == cell.plans and row.get("seconds")), default=0)
-
-
 def versions() -> dict[str, str]:
     packages = ("nnunetv2-vf", "nnunetv2", "torch")
     return {"versions": " ".join(f"{name}={importlib.metadata.version(name)}" for name in packages)}
-
-
-def belongs_to(row: Mapping[str, str], cell: Cell, key: Sequence[str]) -> bool:
-    """True if a row of a table is of this cell."""
-    return all(row[name] == str(getattr(cell, name)) for name in key)
-
-
-def write_cell(file: Path, key: Sequence[str], cell: Cell, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Replace the rows of a cell in a CSV file. The file is written completely or not at all."""
-    others = [row for row in read_rows(file) if not belongs_to(row, cell, key)]
-    complete = [*others, *({name: getattr(cell, name) for name in key} | row for row in rows)]
-    columns = [*dict.fromkeys(name for row in complete for name in row)]  # older rows have fewer
-    part = file.with_suffix(".part")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("w", newline="") as output:
-        writer = csv.DictWriter(output, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()} for row in complete)
-    part.replace(file)
 
 
 if __name__ == "__main__":

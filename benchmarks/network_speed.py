@@ -1,7 +1,7 @@
 """Time and peak memory of PCT-Net or FMUNet beside MIS-FM's: forward pass, backward pass and training step.
 
     python benchmarks/network_speed.py pct_net|fmunet [--peers FOLDER] [--device cpu|cuda] [--size 64 64 64] [--batch 2]
-        [--repeats 5]
+        [--repeats 5] [--precisions fp32 bf16]
 
 All contenders have the published sizes, one output and 5 classes:
 
@@ -15,7 +15,8 @@ convolutions run in TF32, which is torch's default; ours in the same precision i
 Peak memory is measured over a training step: on CUDA the memory that torch allocated for the contender, weights
 included; on the CPU the growth of the resident set, each contender in a process of its own.
 
-Duration: 7 minutes on 2 CPU cores. Needs: for MIS-FM ``pip install einops`` (PCT-Net) or
+Duration: 7 minutes on 2 CPU cores; with FMUNet in bf16, for which many CPUs have no fast convolutions, much longer.
+Needs: for MIS-FM ``pip install einops`` (PCT-Net) or
 ``PyMIC`` in ``--peers`` (FMUNet); with ``--device cuda`` a GPU.
 """
 
@@ -57,6 +58,7 @@ NETWORKS = {"pct_net": pct_net.PCTNet, "fmunet": fmunet.FMUNet}
 FEATURES = {"pct_net": pct_net.PUBLISHED_FEATURES, "fmunet": fmunet.PUBLISHED_FEATURES}
 NEEDED_PEERS = {"pct_net": ("MIS-FM",), "fmunet": ("MIS-FM", "PyMIC")}  # MIS-FM's FMUNet imports PyMIC
 CLASSES = 5
+PRECISIONS = ("fp32", "bf16")
 MISFM = "MIS-FM, fp32"
 
 
@@ -131,6 +133,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=3, default=(64, 64, 64), metavar=("D", "H", "W"))
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of our networks")
     parser.add_argument("--compile", action="store_true", help="also measure ours with torch.compile")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # in the process whose memory is measured
     args = parser.parse_args()
@@ -186,13 +189,15 @@ def contender_makers(args: argparse.Namespace) -> dict[str, Callable[[], Contend
     if all(find_peer(args.peers, name) for name in NEEDED_PEERS[args.network]):
         makers[MISFM] = functools.partial(misfm, torch.contiguous_format)
         makers[f"{MISFM}, channels-last"] = functools.partial(misfm, torch.channels_last_3d)
-    makers["ours, fp32"] = functools.partial(ours, "fp32")
-    makers["ours, fp32, channels first"] = functools.partial(ours, "fp32", channels_last=False)
-    if args.device == "cuda":
-        makers["ours, tf32"] = functools.partial(ours, "tf32")
-    makers["ours, bf16"] = functools.partial(ours, "bf16")
-    if args.compile:
-        makers["ours, bf16, compiled"] = functools.partial(ours, "bf16", compiled=True)
+    if "fp32" in args.precisions:
+        makers["ours, fp32"] = functools.partial(ours, "fp32")
+        makers["ours, fp32, channels first"] = functools.partial(ours, "fp32", channels_last=False)
+        if args.device == "cuda":
+            makers["ours, tf32"] = functools.partial(ours, "tf32")
+    if "bf16" in args.precisions:
+        makers["ours, bf16"] = functools.partial(ours, "bf16")
+        if args.compile:
+            makers["ours, bf16, compiled"] = functools.partial(ours, "bf16", compiled=True)
     return makers
 
 

@@ -1,4 +1,8 @@
-"""Real nnU-Net on tiny phantoms: one dataset, planned and preprocessed once per session by the host's own code."""
+"""Real nnU-Net on tiny phantoms: one dataset, planned and preprocessed once per session.
+
+Our own commands read and preprocess its cases, because their processes start faster than nnU-Net's;
+``tests/preparation`` shows that their files are nnU-Net's.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +66,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def nnunet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def nnunet(tmp_path_factory: pytest.TempPathFactory, fast_processes: None) -> Iterator[Path]:
     """The folder of nnU-Net's raw, preprocessed and results, with DATASET planned ('nnUNetPlans') and preprocessed."""
     folder = tmp_path_factory.mktemp("nnunet")
     names = {"nnUNet_raw": "raw", "nnUNet_preprocessed": "preprocessed", "nnUNet_results": "results"}
@@ -74,18 +78,22 @@ def nnunet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.setenv(variable, str(folder / name))
         patch.setenv("nnUNet_extTrainer", trainer_path(""))
         write_dataset(folder / "raw" / DATASET, range(NUM_CASES), spacing=SPACING_MM)
-        plan_and_preprocess(DATASET_ID)
+        from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
+
+        from nnunetv2_vf.cli import main
+
+        main(["fingerprint", "-d", str(DATASET_ID), "-np", "1"])
+        plan_experiments([DATASET_ID])
+        preprocess_cases("nnUNetPlans")
+        shrink_network(_preprocessed(DATASET_ID) / "nnUNetPlans.json")
         yield folder
 
 
-def plan_and_preprocess(dataset_id: int) -> None:
-    """Plan and preprocess a dataset with nnU-Net's commands, and shrink its network."""
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
+def preprocess_cases(plans: str) -> None:
+    """Preprocess the cases of DATASET with these plans."""
+    from nnunetv2_vf.cli import main
 
-    extract_fingerprints([dataset_id], num_processes=1, check_dataset_integrity=False, clean=True)
-    plan_experiments([dataset_id])
-    preprocess([dataset_id], "nnUNetPlans", configurations=["3d_fullres"], num_processes=[1])
-    shrink_network(_preprocessed(dataset_id) / "nnUNetPlans.json")
+    main(["preprocess", "-d", str(DATASET_ID), "-plans_name", plans, "-c", "3d_fullres", "-np", "1"])
 
 
 def shrink_network(plans_file: Path) -> None:
@@ -135,13 +143,11 @@ def fmunet_plans(nnunet: Path) -> str:
 
 
 def _plan_small_network(network: str) -> str:
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
-
     from nnunetv2_vf.cli import main
 
     name = f"{network}Plans"
     main(["plan", "-d", str(DATASET_ID), "--network", network])
-    preprocess([DATASET_ID], name, configurations=["3d_fullres"], num_processes=[1])
+    preprocess_cases(name)
     plans_file = _preprocessed(DATASET_ID) / f"{name}.json"
     plans = json.loads(plans_file.read_text())
     configuration = plans["configurations"]["3d_fullres"]
@@ -261,11 +267,15 @@ def edit_json(path: Path, change) -> None:
 
 
 def pretrain_dataset(dataset_id: int, monkeypatch: pytest.MonkeyPatch) -> dict:
-    """Plan and preprocess, then a step of pretraining; returns the plans."""
+    """Plan and preprocess with nnU-Net's commands, then a step of pretraining; returns the plans."""
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
     from nnunetv2.run.run_training import run_training
 
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # planning divides by it
-    plan_and_preprocess(dataset_id)
+    extract_fingerprints([dataset_id], num_processes=1, check_dataset_integrity=False, clean=True)
+    plan_experiments([dataset_id])
+    preprocess([dataset_id], "nnUNetPlans", configurations=["3d_fullres"], num_processes=[1])
+    shrink_network(_preprocessed(dataset_id) / "nnUNetPlans.json")
     monkeypatch.setenv("nnUNet_extTrainer", trainer_path(""))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     for name in ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"):

@@ -9,20 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK
+from cells import CELL, Cell, belongs_to, read_rows, usual_seconds, write_cell
 from common import RESULTS
-from label_efficiency import (
-    CELL,
-    MAX_SEEDS,
-    RECORD,
-    Cell,
-    Experiment,
-    belongs_to,
-    read_rows,
-    require_same_configuration,
-    score,
-    usual_seconds,
-    write_cell,
-)
+from label_efficiency import MAX_SEEDS, RECORD, Experiment, require_same_configuration
 from label_efficiency_report import (
     CURVES,
     EXPERIMENTS,
@@ -37,6 +26,7 @@ from label_efficiency_report import (
     scores_table,
     write_report,
 )
+from segmentation_scores import score
 
 from nnunetv2_vf.demo.phantoms import write_dataset
 from nnunetv2_vf.errors import UserError
@@ -115,19 +105,32 @@ def test_a_folder_without_the_dataset_is_refused_in_one_line(experiment, tmp_pat
     assert not any(experiment.workspace.raw.iterdir())
 
 
-def test_variants_with_the_same_pretraining_settings_share_a_pretraining(experiment):
-    names = ("default", "sawtooth", "blocks", "blocks_lower_rate")
-    shared = [experiment._pretraining_variant(name) for name in names]
-    assert shared == ["default", "default", "blocks", "blocks"]
+def write_plans(experiment: Experiment, name: str, patch_size: int) -> None:
+    file = experiment.workspace.preprocessed / experiment.dataset / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"patch_size": patch_size}))
+
+
+def test_cells_with_the_same_plans_and_pretraining_settings_share_a_pretraining(experiment):
+    def fingerprint(variant: str, plans: str = "nnUNetPlans") -> str:
+        return experiment.fingerprint(*experiment.pretraining_of(Cell(plans, "full", 5, 0, variant)))
+
+    write_plans(experiment, "nnUNetPlansSmall", 24)
+    write_plans(experiment, "nnUNetPlansHalfSmall", 24)
+    fingerprints = [fingerprint(name) for name in ("default", "sgd", "blocks", "blocks_lower_rate")]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2] == fingerprints[3]
+    assert fingerprint("default", "nnUNetPlansHalf") != fingerprints[0], "this network is pretrained for longer"
+    write_plans(experiment, "nnUNetPlansSmall", 32)
+    assert fingerprint("default") != fingerprints[0]
 
 
 def test_cells_from_scratch_do_not_wait_for_a_pretraining(tmp_path):
     first_cell_is_done = threading.Event()
 
     class Recorded(Experiment):
-        def pretrain(self, plans, variant):
+        def pretrain(self, plans, settings):
             assert first_cell_is_done.wait(60), "the first cell to run must be from scratch"
-            return tmp_path / f"{plans}, {variant}"
+            return tmp_path / plans
 
         def finetune(self, cell, on_test_cases, pretrained):
             weights_of[cell.arm] = pretrained and pretrained.result().name
@@ -136,9 +139,12 @@ def test_cells_from_scratch_do_not_wait_for_a_pretraining(tmp_path):
 
     weights_of: dict[str, str | None] = {}
     cells = [Cell("nnUNetPlans", arm, 5, 0) for arm in ("full", "scratch", "encoder")]
-    Recorded(CONFIG, Workspace(tmp_path, processes=1), "cpu", jobs=2).run(cells, tmp_path, on_test_cases=True)
-    source = "nnUNetPlansSmall, default"
-    assert weights_of == {"scratch": None, "full": source, "encoder": source}
+    experiment = Recorded(CONFIG, Workspace(tmp_path, processes=1), "cpu", jobs=2)
+    write_plans(experiment, "nnUNetPlansSmall", 24)
+    experiment.run(cells, tmp_path, on_test_cases=True)
+    assert weights_of == {"scratch": None, "full": "nnUNetPlansSmall", "encoder": "nnUNetPlansSmall"}
+    fingerprints = {row["arm"]: row["pretraining"] for row in read_rows(tmp_path / SCORES)}
+    assert fingerprints["full"] == fingerprints["encoder"] != "" == fingerprints["scratch"]
 
 
 def test_a_cell_that_would_not_end_in_time_is_not_started(tmp_path, capsys):
@@ -263,7 +269,8 @@ def test_the_experiment_scores_every_arm_and_repeats_no_finished_step(tmp_path):
         experiment.run(cells[2:], tmp_path / flag, on_test_cases=True)
         (last,) = [line for line in logged_trainings(experiment) if f" {flag}" in line]
         assert "-pretrained_weights" not in last
-        assert read_rows(tmp_path / flag / SCORES) == [row for row in scores if row["arm"] == "full"]
+        again = [{**row, "seconds": None} for row in read_rows(tmp_path / flag / SCORES)]
+        assert again == [{**row, "seconds": None} for row in scores if row["arm"] == "full"]
 
 
 # ---------------------------------------------------------------- scores

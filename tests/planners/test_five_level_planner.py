@@ -31,7 +31,8 @@ NETWORKS = {"PCTNet": [], "FMUNet": ["--network", "FMUNet"]}
 @pytest.mark.parametrize(
     ("name", "network"),
     [
-        *(pytest.param(name, "PCTNet", marks=pytest.mark.slow if name == "isotropic" else []) for name in CASES),
+        *((name, "PCTNet") for name in ("between", "tiny", "large", "thin", "thin, isotropic")),
+        *(pytest.param(name, "PCTNet", marks=pytest.mark.slow) for name in ("isotropic", "anisotropic")),
         pytest.param("between", "FMUNet", marks=pytest.mark.slow),
         ("thin, isotropic", "FMUNet"),
     ],
