@@ -81,7 +81,10 @@ def make_page(content: dict[str, Any]) -> str:
 def make_row(name: str, outcome: dict[str, Any]) -> dict[str, Any]:
     result = outcome.get("result")
     numbers = result if isinstance(result, dict) else {}
-    columns = {"step, ms": "step_ms", "peak, GB": "peak_gb", "ready, s": "ready_s"}
+    columns = {
+        **{"step, ms": "step_ms", "peak, GB": "peak_gb", "ready, s": "ready_s"},
+        **{"kernels": "kernels", "moved, GB": "moved_gb"},
+    }
     return {
         "measurement": name,
         "status": outcome["status"],

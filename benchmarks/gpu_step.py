@@ -6,7 +6,8 @@
 A step is the forward pass, cross-entropy, the backward pass and Adam, as in the table that ``gpu.py`` makes of the
 results. ``misfm`` is MIS-FM's PCT-Net as released, in single precision with TF32 convolutions; ours run in bf16, with
 the fused optimiser, gradient clipping and check for non-finite gradients of VFPretrainTrainer. "ready" is the time from
-building the network to the end of its first step, which compiles.
+building the network to the end of its first step, which compiles. "kernels" and "moved" are counted by the compiler:
+the kernels that it has written, and the GB that they read and write in a step.
 
 ``--compile blocks`` compiles the blocks of the network one by one. ``--prelu`` writes the activation of PCT-Net in
 another way with the same values and gradients, which the compiler turns into other kernels.
@@ -22,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch._inductor.metrics as compiler_metrics
 import torch.nn.functional as F  # noqa: N812
 from common import make_parser, wait_for_device, write_result
 from network_speed import CLASSES, FEATURES, NETWORKS, Contender, OurContender, load_misfm
@@ -69,7 +71,8 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, object]:
-    """Return the milliseconds of each counted step, their median, the peak memory and the time until ready."""
+    """Return the milliseconds of each counted step, their median, peak memory, time until ready and kernels."""
+    torch._logging.set_logs(inductor_metrics=True)  # else the compiler does not count bytes
     x = torch.randn(args.batch, 1, *args.size, device=args.device)
     target = torch.randint(0, CLASSES, x.shape, device=args.device)
     start = time.perf_counter()
@@ -91,6 +94,8 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         "step_ms": round(statistics.median(milliseconds), 1),
         "peak_gb": peak,
         "ready_s": round(ready, 1),
+        "kernels": compiler_metrics.generated_kernel_count,
+        "moved_gb": round(compiler_metrics.num_bytes_accessed / 2**30, 2),
         "steps_ms": milliseconds,
     }
 
