@@ -49,9 +49,10 @@ def experiment(tmp_path):
 
 @pytest.mark.parametrize("experiment", sorted(file.stem for file in EXPERIMENTS.glob("*.json")))
 def test_every_case_has_one_role(experiment):
-    roles = read_experiment(experiment)["split"]
+    config = read_experiment(experiment)
+    roles = config["split"]
     cases = [case for role in ("labelled", "validation", "test") for case in roles[role]]
-    expected = {"hippocampus": (130, 90), "left_atrium": (100, 80), "left_atrium_misfm": (100, 80)}[experiment]
+    expected = {"Dataset004_Hippocampus": (130, 90), "Dataset101_LeftAtrium": (100, 80)}[config["dataset"]]
     assert (len(cases), len(roles["labelled"] + roles["validation"])) == expected
     assert len(set(cases)) == len(cases)
 
