@@ -27,7 +27,7 @@ from nnunetv2_vf.training.preflight import preprocessed_cases
 from nnunetv2_vf.transfer.architectures import network_name
 from nnunetv2_vf.transfer.artifact import read_pretrained
 from nnunetv2_vf.transfer.differences import find_differences
-from nnunetv2_vf.transfer.network_fit import require_fit
+from nnunetv2_vf.transfer.network_fit import require_fit, require_trainable
 from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 from nnunetv2_vf.transfer.target_plans import TargetPlans, load_target
 
@@ -166,6 +166,7 @@ def _check_dataset(target: TargetPlans) -> Iterator[Finding]:
     patch = " x ".join(map(str, target.configuration.patch_size))
     network = network_name(target.architecture)
     yield Finding(OK, f"{target}: {network}, patch {patch}, batch {target.configuration.batch_size}")
+    require_trainable(target)
     cases = preprocessed_cases(target.plans_manager, target.configuration_name)
     preprocessed = len(cases)
     expected = target.dataset_json.get("numTraining", preprocessed)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
@@ -79,6 +79,29 @@ class TopologyPlanner(ExperimentPlanner):
             cache[key] = measure_architecture(architecture, self.number_of_channels, classes, patch, batch_size)
         memory: StepMemory = cache[key]
         return memory
+
+    def save_plans(self, plans: dict[str, Any]) -> None:
+        """Write the plans.
+
+        Raises:
+            UserError: trainings use plans of this name with another network; afterwards they could not predict.
+        """
+        self._require_same_network_as_trained(plans)
+        super().save_plans(plans)
+
+    def _require_same_network_as_trained(self, plans: Mapping[str, Any]) -> None:
+        name, results = self.plans_identifier, nnUNet_results.get()
+        if not results:
+            return
+        for trained in sorted((Path(results) / self.dataset_name).glob(f"*__{name}__*/plans.json")):
+            old, new = (content["configurations"] for content in (json.loads(trained.read_text()), plans))
+            configuration = trained.parent.name.rpartition("__")[2]
+            networks = [each.get(configuration, {}).get("architecture") for each in (old, new)]
+            if None not in networks and networks[0] != json.loads(json.dumps(networks[1])):
+                raise UserError(
+                    f"{trained.parent} was trained with {name} that have another network, and could not predict after "
+                    f"planning; give the new plans another name: -overwrite_plans_name {name}2"
+                )
 
     @property
     def number_of_channels(self) -> int:

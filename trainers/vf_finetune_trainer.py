@@ -28,6 +28,7 @@ from nnunetv2_vf.training.preflight import check_fold, preprocessed_cases, requi
 from nnunetv2_vf.training.random_state import get_random_state, seeded_initialization
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
 from nnunetv2_vf.transfer.kernel_norms import kernel_factors, scale_kernels
+from nnunetv2_vf.transfer.network_fit import require_trainable
 from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights
 from nnunetv2_vf.transfer.target_plans import TargetPlans
 
@@ -65,6 +66,7 @@ class VFFinetuneTrainer(ResumableTrainer):
         self.settings = FinetuneSettings.resolve(plans, os.environ, FINETUNE_RECIPES.get(network))
         check_fold(plans_manager, preprocessed_cases(plans_manager, configuration), fold)
         target = TargetPlans(plans_manager, configuration, dataset_json)
+        require_trainable(target)
         self.pretrained_weights = PretrainedWeights.from_command_line(sys.argv, target)
         # A resumed training takes the record from its checkpoint.
         self.pretrained_record = self.pretrained_weights.record if self.pretrained_weights else None
@@ -156,8 +158,9 @@ class VFFinetuneTrainer(ResumableTrainer):
         }
         factors = self.ranks.broadcast_from_first(factors)  # norms differ in the last digits between devices
         scale_kernels(network, factors)
-        extremes = f", by {min(factors.values()):.2f} to {max(factors.values()):.2f}" if factors else ""
-        self.print_to_log_file(f"{len(factors)} pretrained kernels scaled to the norm of new ones{extremes}")
+        if factors:  # only kernels before a norm are scaled, and not every network has some
+            extremes = f"by {min(factors.values()):.2f} to {max(factors.values()):.2f}"
+            self.print_to_log_file(f"{len(factors)} pretrained kernels scaled to the norm of new ones, {extremes}")
 
     def _build_fresh_network(self) -> torch.nn.Module:
         """Return the network with the initial weights that a training from scratch would have."""

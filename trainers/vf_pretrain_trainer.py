@@ -40,6 +40,7 @@ from nnunetv2_vf.transfer import artifact
 from nnunetv2_vf.transfer.architectures import refusal_warning
 from nnunetv2_vf.transfer.metadata import describe_pretraining
 from nnunetv2_vf.transfer.model_card import CARD_NAME, write_model_card
+from nnunetv2_vf.transfer.network_fit import require_trainable
 from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights
 from nnunetv2_vf.transfer.target_plans import TargetPlans
 
@@ -77,6 +78,7 @@ class VFPretrainTrainer(ResumableTrainer):
         plans = {**plans, VFSettings.section: settings.as_dict()}
         dataset_json = _with_fusion_labels(dataset_json, settings)
         target = TargetPlans(PlansManager(plans), configuration, dataset_json)
+        require_trainable(target)
         self.pretrained_weights = PretrainedWeights.from_command_line(sys.argv, target)
         refusal = refusal_warning(target.architecture, artifact.ARTIFACT_NAME)
         self._preflight_warnings = warnings if refusal is None else [*warnings, refusal]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 from nnunetv2_vf.errors import UserError
@@ -77,12 +78,12 @@ class TrainingSettings:
         Raises:
             UserError: a name or a value is not legal.
         """
-        known = {f.name: f for f in fields(cls)}
+        known = {f.name: _with_default(f, recipe or {}) for f in fields(cls)}
         chosen = {
             **read_plans(plans, cls.section, known),
             **read_environment(environment, cls.prefix, known, cls._variables_of_other_trainings()),
         }
-        defaults = {name: f.default for name, f in known.items()} | dict(recipe or {})
+        defaults = {name: f.default for name, f in known.items()}
         return cls(**{**cls._adapt_defaults(defaults, chosen), **chosen})
 
     @classmethod
@@ -148,6 +149,13 @@ class TrainingSettings:
 
     def __str__(self) -> str:
         return "\n".join(f"  {name}: {value}" for name, value in self.as_dict().items())
+
+
+def _with_default(f: Field[Any], recipe: Mapping[str, Any]) -> Field[Any]:
+    """Return a field with the default of a recipe, if the recipe has one."""
+    changed = copy.copy(f)
+    changed.default = recipe.get(f.name, f.default)
+    return changed
 
 
 def _plain(value: Any) -> Any:

@@ -11,9 +11,11 @@ through :func:`canonical_architecture`, so that two names of one network are equ
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import torch
@@ -160,8 +162,19 @@ def build_network(
             return _build_on_meta_or_cpu(build)
         with torch.device(device):
             return build(allow_init=device != "meta")
-    except (ImportError, TypeError, ValueError, AssertionError) as error:
+    except TypeError as error:
+        raise UserError(
+            f"cannot build the network {architecture['network_class_name']}: {error}; legal: {_legal_arguments(name)}"
+        ) from error
+    except (ImportError, ValueError, AssertionError) as error:
         raise UserError(f"cannot build the network {architecture['network_class_name']}: {error}") from error
+
+
+def _legal_arguments(name: str) -> str:
+    """Return the arguments that plans may give to the network of this dotted path."""
+    network: Any = locate(name)
+    given_by_nnunet = ("input_channels", "num_classes", "deep_supervision")
+    return ", ".join(key for key in inspect.signature(network).parameters if key not in given_by_nnunet)
 
 
 def _build_on_meta_or_cpu(build: Callable[..., nn.Module]) -> nn.Module:

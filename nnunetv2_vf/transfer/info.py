@@ -10,6 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from nnunetv2_vf.errors import UserError, printable
+from nnunetv2_vf.five_level_network import MODES
+from nnunetv2_vf.fmunet import FMUNET_PATH
+from nnunetv2_vf.pct_net import PCT_NET_PATH
 from nnunetv2_vf.transfer.architectures import can_be_planned, is_known, network_name
 from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, storage_key
 from nnunetv2_vf.transfer.convert_misfm import convert_state_dict
@@ -48,7 +51,7 @@ def _describe_artifact(path: Path, content: Mapping[str, Any]) -> list[str]:
     origin, adapted = metadata.get("converted_from"), metadata.get("adapted")
     training = "pretrained with Volume Fusion"
     if origin:
-        training = f"converted from {origin['project']}"
+        training = f"converted from {origin['project']}, {origin['file']}"
     elif "trainer" in metadata:
         training = f"trained with {metadata['trainer']}"
     if adapted:
@@ -144,10 +147,20 @@ def _describe_network(metadata: Mapping[str, Any], weights: Mapping[str, Tensor]
     # A tensor with several names counts once.
     parameters = sum({storage_key(tensor): tensor.numel() for tensor in weights.values()}.values())
     features = f"features {kwargs['features_per_stage']}, " if "features_per_stage" in kwargs else ""
+    depth = f"depth {kwargs['depth']}, " if "depth" in kwargs else ""
     return (
-        f"network: {network_name(architecture)}, {features}{parameters / 1e6:.1f} M "
-        f"parameters, {metadata['num_input_channels']} input channels, {metadata['num_classes']} classes"
+        f"network: {network_name(architecture)}{_describe_mode(architecture)}, {features}{depth}"
+        f"{parameters / 1e6:.1f} M parameters, {metadata['num_input_channels']} input channels, "
+        f"{metadata['num_classes']} classes"
     )
+
+
+def _describe_mode(architecture: Mapping[str, Any]) -> str:
+    """Return the resolution mode of PCT-Net or FMUNet; nothing for other networks."""
+    strides = [list(stride) for stride in architecture["arch_kwargs"].get("strides", ()) if not isinstance(stride, int)]
+    modes = [[list(stride) for stride in mode] for mode in MODES]
+    is_of_misfm = architecture["network_class_name"] in (PCT_NET_PATH, FMUNET_PATH)
+    return f" of resolution mode {modes.index(strides)}" if is_of_misfm and strides in modes else ""
 
 
 def _describe_data(metadata: Mapping[str, Any]) -> list[str]:

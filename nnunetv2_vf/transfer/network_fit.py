@@ -1,4 +1,4 @@
-"""Check that pretrained weights fit the network of a target's plans, as stock ``-pretrained_weights`` will."""
+"""Check that the network of plans can be trained, and that pretrained weights fit it, as nnU-Net will require."""
 
 from __future__ import annotations
 
@@ -7,16 +7,43 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.errors import UserError, printable
 from nnunetv2_vf.network_parts import HEADS
-from nnunetv2_vf.transfer.architectures import build_network, can_be_planned, canonical_layer, is_known
+from nnunetv2_vf.transfer.architectures import (
+    build_network,
+    can_be_planned,
+    canonical_layer,
+    is_known,
+    network_name,
+)
 from nnunetv2_vf.transfer.suggested_commands import adapt_command, plan_like_command
 from nnunetv2_vf.transfer.target_plans import TargetPlans
 
 _NETWORK, _INPUT_CHANNELS = "network", "input channels"
 _NOT_ADAPTABLE = {_NETWORK, "conv_op", "num_heads"}
+
+
+def require_trainable(target: TargetPlans) -> None:
+    """Raise UserError unless the network of the plans can be built and takes the patch of the plans.
+
+    Only networks that the package knows are checked: the code of others may do anything.
+    """
+    if not can_be_planned(target.architecture):
+        return
+    patch = [int(side) for side in target.configuration.patch_size]
+    network = build_network(target.architecture, target.input_channels, target.num_classes)
+    try:
+        with torch.no_grad():
+            network(torch.empty(1, target.input_channels, *patch, device="meta"))
+    except (ValueError, RuntimeError) as error:
+        reason = printable(str(error))
+        raise UserError(
+            f"{network_name(target.architecture)} cannot take the patch_size {patch} of {target}: {reason}; change "
+            "patch_size in the plans file, or plan again"
+        ) from error
 
 
 def require_fit(file: Path, pretrained: Mapping[str, Any], target: TargetPlans) -> None:
@@ -70,11 +97,11 @@ def _suggest_commands(
     file: Path, metadata: Mapping[str, Any], target: TargetPlans, differences: Mapping[str, tuple[Any, Any]]
 ) -> list[str]:
     commands = []
+    only_channels_differ = differences.keys() == {_INPUT_CHANNELS}
+    if differences and not only_channels_differ and can_be_planned(metadata["architecture"]):  # keeps all weights
+        commands.append(f"plan with the pretrained network: {plan_like_command(file, target)}")
     if differences and _can_be_adapted(metadata, target, differences):
         commands.append(f"adapt the weights: {adapt_command(file, target)}")
-    only_channels_differ = differences.keys() == {_INPUT_CHANNELS}
-    if differences and not only_channels_differ and can_be_planned(metadata["architecture"]):
-        commands.append(f"plan with the pretrained network: {plan_like_command(file, target)}")
     return commands or [f"see what the file holds: nnUNetv2_vf info {shlex.quote(str(file))}"]
 
 

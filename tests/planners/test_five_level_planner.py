@@ -125,6 +125,26 @@ def test_errors_are_one_line_and_no_plans_are_written(empty_dataset, arguments, 
     assert not plans_file.exists()
 
 
+def test_plans_with_which_a_network_was_trained_are_not_replaced_by_those_of_another(empty_dataset, tmp_path):
+    plans_file = empty_dataset((1.0, 1.0, 1.0), (40, 60, 60))
+    main(["plan", "-d", "42"])
+    planned = json.loads(plans_file.read_text())
+    folder = tmp_path / "results" / "Dataset042_Made" / "VFFinetuneTrainer__PCTNetPlans__3d_fullres"
+    folder.mkdir(parents=True)
+    (folder / "plans.json").write_text(json.dumps(planned))
+    main(["plan", "-d", "42", "-gpu_memory_target", "12"])  # another patch; the network is the same
+
+    planned["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] = [8, 16, 32, 64, 128]
+    (folder / "plans.json").write_text(json.dumps(planned))
+    before = plans_file.read_text()
+    with pytest.raises(
+        SystemExit, match=r"3d_fullres was trained with PCTNetPlans .* -overwrite_plans_name PCTNetPlans2"
+    ):
+        main(["plan", "-d", "42"])
+    assert plans_file.read_text() == before
+    main(["plan", "-d", "42", "-overwrite_plans_name", "PCTNetPlans2"])
+
+
 def test_a_missing_fingerprint_names_the_command_that_makes_it(empty_dataset):
     empty_dataset((1.0, 1.0, 1.0), (40, 60, 60), fingerprint=False)
     with pytest.raises(SystemExit, match="nnUNetv2_extract_fingerprint -d 42"):

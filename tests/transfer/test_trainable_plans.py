@@ -1,0 +1,46 @@
+"""Plans that the user has changed so that their network cannot be trained are refused with one line."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from conftest import DATASET_ID, edit_json
+from nnunetv2.run.run_training import run_training
+from torch import device
+
+from nnunetv2_vf.doctor import FAIL, examine
+
+
+def set_option(name, value):
+    def change(configuration):
+        configuration["architecture"]["arch_kwargs"][name] = value
+
+    return change
+
+
+def set_patch(*patch):
+    return lambda configuration: configuration.update(patch_size=list(patch))
+
+
+@pytest.mark.parametrize("trainer", ["VFPretrainTrainer", "VFFinetuneTrainer"])
+@pytest.mark.parametrize(
+    ("network", "change", "message"),
+    [
+        ("FMUNet", set_option("dropout_per_stages", [0] * 5), "'dropout_per_stages'; legal: features_per_stage, str"),
+        ("FMUNet", set_option("features_per_stage", [8, 16]), r"features_per_stage = \[8, 16\]; legal: 5"),
+        ("FMUNet", set_patch(40, 40, 36), r"FMUNet cannot take the patch_size \[40, 40, 36\] of 3d_fullres of FMU"),
+        ("FMUNet", set_patch(16, 16, 16), "one voxel in the deepest level"),
+        ("PCTNet", set_patch(40, 40, 36), "PCTNet cannot take the patch_size"),
+        ("U-Net", set_patch(17, 16, 24), "PlainConvUNet cannot take the patch_size"),
+    ],
+)
+def test_plans_that_cannot_be_trained_are_refused_in_one_line(
+    pct_plans, fmunet_plans, copied_dataset, trainer, network, change, message
+):
+    name = {"FMUNet": fmunet_plans, "PCTNet": pct_plans, "U-Net": "nnUNetPlans"}[network]
+    edit_json(copied_dataset / f"{name}.json", lambda content: change(content["configurations"]["3d_fullres"]))
+    with pytest.raises(SystemExit, match=f"^nnUNetv2_vf: error: .*{message}"):
+        run_training(str(DATASET_ID), "3d_fullres", 0, trainer, name, device=device("cpu"))
+    failures = [finding.text for finding in examine(str(DATASET_ID), name) if finding.state == FAIL]
+    assert any(re.search(message, text) for text in failures)
