@@ -1,0 +1,110 @@
+"""The masked pretext in pure tensors: hide blocks of a volume, measure how well a network restores them.
+
+Masked autoencoding: He et al., arXiv 2111.06377 (2D, transformers); Tian et al., "SparK", arXiv 2301.03580
+(convolutions); Wald et al., "Revisiting MAE pre-training for 3D medical image segmentation", arXiv 2410.23132 (3D), whose
+recipe in nnssl (``masked_image_modeling/BaseMAETrainer.py``) is the default here: cubes of 16 voxels, three quarters of
+them hidden, squared error of the hidden voxels, no intensity augmentation.
+
+A mask is bool with the axes (D, H, W), True where a voxel is hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from nnunetv2_vf.settings import VFSettings
+
+HIDDEN_INTENSITY = 0.0  # the mean of an image that nnU-Net has normalised
+
+
+def draw_mask(patch_size: Sequence[int], settings: VFSettings, rng: np.random.Generator) -> Tensor:
+    """Draw a mask (D, H, W), bool: of a grid of cubes with ``mask_side`` voxels, ``mask_fraction`` are hidden.
+
+    The grid starts at the first voxel and covers the patch; its last cubes are cut off where the patch ends. If the
+    fraction is not a whole number of cubes, the number is rounded up or down at random, so that the fraction is right
+    on average.
+    """
+    patch = np.asarray(patch_size)
+    grid = -(-patch // settings.mask_side)
+    count = int(grid.prod())
+    is_hidden = np.arange(count) < int(count * settings.mask_fraction + rng.random())
+    mask = rng.permutation(is_hidden).reshape(grid)
+    for axis in range(3):
+        mask = mask.repeat(settings.mask_side, axis)
+    return torch.from_numpy(mask[tuple(slice(0, side) for side in patch)].copy())
+
+
+def hide(volume: Tensor, mask: Tensor) -> Tensor:
+    """Return a volume (B, C, D, H, W) without the intensities that a mask (B, D, H, W) hides."""
+    return volume.masked_fill(mask[:, None], HIDDEN_INTENSITY)
+
+
+class RestorationLoss(nn.Module):
+    """Mean squared error of the restored intensities, over the hidden voxels and, with less weight, the visible ones.
+
+    Args:
+        visible_weight: of the mean over the visible voxels; that over the hidden voxels has weight 1.
+    """
+
+    def __init__(self, visible_weight: float):
+        super().__init__()
+        self.visible_weight = visible_weight
+
+    def forward(self, restored: Tensor, volume: Tensor, mask: Tensor) -> Tensor:
+        """Return the loss of one output of the network, a number.
+
+        An output of deep supervision is smaller than the volume. It is compared with the mean intensity of each of its
+        voxels, which counts as hidden to the share to which it is.
+
+        Args:
+            restored: (B, C, d, h, w).
+            volume: (B, C, D, H, W), before intensities were hidden.
+            mask: (B, D, H, W).
+        """
+        size = restored.shape[2:]
+        hidden = _shrink(mask[:, None].float(), size)
+        error = (restored.float() - _shrink(volume, size)).square().mean(1, keepdim=True)
+        loss = _weighted_mean(error, hidden)
+        return loss + self.visible_weight * _weighted_mean(error, 1 - hidden) if self.visible_weight else loss
+
+
+def _shrink(x: Tensor, size: Sequence[int]) -> Tensor:
+    return x if x.shape[2:] == size else F.adaptive_avg_pool3d(x, tuple(size))
+
+
+def _weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted mean, or 0 if all weights are 0."""
+    return (x * weights).sum() / weights.sum().clamp_min(1)
+
+
+def restoration_sums(restored: Tensor, volume: Tensor, mask: Tensor) -> Tensor:
+    """Return sums over the hidden voxels of a batch, on the device and without waiting for it.
+
+    Returns:
+        (C, 4), float64: number of voxels, sum of their intensities, of the squared intensities, and of the squared
+        errors. Sums of several batches can be added.
+    """
+    hidden = mask[:, None].to(torch.float64)
+    volume = volume.to(torch.float64)
+    error = (restored.to(torch.float64) - volume).square()
+    columns = (torch.ones_like(volume), volume, volume.square(), error)
+    return torch.stack([(column * hidden).sum((0, 2, 3, 4)) for column in columns], dim=1)
+
+
+def restored_share(sums: np.ndarray) -> np.ndarray:
+    """Return how much of the variance of the hidden voxels was restored, for each channel.
+
+    1: all intensities are right; 0: no better than the mean of the hidden voxels; NaN: these have no variance.
+
+    Args:
+        sums: (C, 4), of :func:`restoration_sums`.
+    """
+    count, total, squares, errors = np.asarray(sums, float).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        deviations = squares - total**2 / count
+        return np.where(deviations > 1e-9 * squares, 1 - errors / deviations, np.nan)
