@@ -44,8 +44,8 @@ class FMUNet(FiveLevelNetwork):
 
     Every convolution but the stem comes after an instance norm and a leaky ReLU. An instance norm needs more than one
     voxel, so the input must be larger than the total stride, (16, 16, 16) in mode 0. The initial weights are He's, as
-    published. In mode 1, the stride from level 0 to level 1 does not halve axis 0, and the kernels of level 0 are 1x3x3.
-    In mode 2, the same also holds for the stride from level 1 to level 2 and the kernels of level 1.
+    published. In mode 1, the stride from level 0 to level 1 does not halve axis 0, and the kernels of level 0 are
+    1x3x3. In mode 2, the same also holds for the stride from level 1 to level 2 and the kernels of level 1.
 
     Args:
         input_channels: number of image channels.

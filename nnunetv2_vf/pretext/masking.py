@@ -1,9 +1,9 @@
 """The masked pretext in pure tensors: hide blocks of a volume, measure how well a network restores them.
 
 Masked autoencoding: He et al., arXiv 2111.06377 (2D, transformers); Tian et al., "SparK", arXiv 2301.03580
-(convolutions); Wald et al., "Revisiting MAE pre-training for 3D medical image segmentation", arXiv 2410.23132 (3D), whose
-recipe in nnssl (``masked_image_modeling/BaseMAETrainer.py``) is the default here: cubes of 16 voxels, three quarters of
-them hidden, squared error of the hidden voxels, no intensity augmentation.
+(convolutions); Wald et al., "Revisiting MAE pre-training for 3D medical image segmentation", arXiv 2410.23132. The
+recipe of the latter in nnssl (``masked_image_modeling/BaseMAETrainer.py``) is the default here: cubes of 16 voxels,
+three quarters of them hidden, squared error of the hidden voxels, no intensity augmentation.
 
 A mask is bool with the axes (D, H, W), True where a voxel is hidden.
 """
