@@ -113,10 +113,10 @@ class VFPretrainTrainer(ResumableTrainer):
             loss = self._compute_loss(output, pretext)
         logits, restored = split_output(self._full_resolution(output), self.settings)
         result = {"loss": loss}
-        if self.settings.has_fusion:
+        if pretext.fusion_map is not None:
             result["confusion"] = count_confusion(logits.argmax(1), pretext.fusion_map, logits.shape[1])
-        if self.settings.has_mask:
-            result["restoration"] = restoration_sums(restored, pretext.volume, pretext.mask)
+        if pretext.hidden is not None:
+            result["restoration"] = restoration_sums(restored, pretext.hidden)
         return result
 
     def _make_batch(self, batch: dict[str, Any]) -> PretextBatch:
@@ -133,7 +133,7 @@ class VFPretrainTrainer(ResumableTrainer):
 
     def _compute_loss(self, output: Any, pretext: PretextBatch) -> Tensor:
         classes = None if pretext.fusion_map is None else self._targets(pretext.fusion_map)
-        return self.loss(output, classes, pretext) if self.settings.has_mask else self.loss(output, classes)
+        return self.loss(output, classes) if pretext.hidden is None else self.loss(output, classes, pretext.hidden)
 
     def _full_resolution(self, output: Any) -> Tensor:
         return output[0] if self.enable_deep_supervision else output

@@ -11,6 +11,7 @@ A mask is bool with the axes (D, H, W), True where a voxel is hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,13 @@ from torch import Tensor, nn
 from nnunetv2_vf.settings import VFSettings
 
 HIDDEN_INTENSITY = 0.0  # the mean of an image that nnU-Net has normalised
+
+
+class HiddenVolume(NamedTuple):
+    """What the network has to restore."""
+
+    volume: Tensor  # B, C, D, H, W; before intensities were hidden
+    mask: Tensor  # B, D, H, W
 
 
 def draw_mask(patch_size: Sequence[int], settings: VFSettings, rng: np.random.Generator) -> Tensor:
@@ -39,9 +47,9 @@ def draw_mask(patch_size: Sequence[int], settings: VFSettings, rng: np.random.Ge
     return torch.from_numpy(mask[tuple(slice(0, side) for side in patch)].copy())
 
 
-def hide(volume: Tensor, mask: Tensor) -> Tensor:
-    """Return a volume (B, C, D, H, W) without the intensities that a mask (B, D, H, W) hides."""
-    return volume.masked_fill(mask[:, None], HIDDEN_INTENSITY)
+def hide(hidden: HiddenVolume) -> Tensor:
+    """Return the volume (B, C, D, H, W) without the hidden intensities."""
+    return hidden.volume.masked_fill(hidden.mask[:, None], HIDDEN_INTENSITY)
 
 
 class RestorationLoss(nn.Module):
@@ -55,7 +63,7 @@ class RestorationLoss(nn.Module):
         super().__init__()
         self.visible_weight = visible_weight
 
-    def forward(self, restored: Tensor, volume: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, restored: Tensor, hidden: HiddenVolume) -> Tensor:
         """Return the loss of one output of the network, a number.
 
         An output of deep supervision is smaller than the volume. It is compared with the mean intensity of each of its
@@ -63,18 +71,17 @@ class RestorationLoss(nn.Module):
 
         Args:
             restored: (B, C, d, h, w).
-            volume: (B, C, D, H, W), before intensities were hidden.
-            mask: (B, D, H, W).
         """
         size = restored.shape[2:]
-        hidden = _shrink(mask[:, None].float(), size)
-        error = (restored.float() - _shrink(volume, size)).square().mean(1, keepdim=True)
-        loss = _weighted_mean(error, hidden)
-        return loss + self.visible_weight * _weighted_mean(error, 1 - hidden) if self.visible_weight else loss
+        hidden_share = _shrink(hidden.mask[:, None].float(), size)
+        error = (restored.float() - _shrink(hidden.volume, size)).square().mean(1, keepdim=True)
+        loss = _weighted_mean(error, hidden_share)
+        return loss + self.visible_weight * _weighted_mean(error, 1 - hidden_share) if self.visible_weight else loss
 
 
-def _shrink(x: Tensor, size: Sequence[int]) -> Tensor:
-    return x if x.shape[2:] == size else F.adaptive_avg_pool3d(x, tuple(size))
+def _shrink(x: Tensor, size: torch.Size) -> Tensor:
+    depth, height, width = size
+    return x if x.shape[2:] == size else F.adaptive_avg_pool3d(x, (depth, height, width))
 
 
 def _weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
@@ -82,18 +89,18 @@ def _weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
     return (x * weights).sum() / weights.sum().clamp_min(1)
 
 
-def restoration_sums(restored: Tensor, volume: Tensor, mask: Tensor) -> Tensor:
+def restoration_sums(restored: Tensor, hidden: HiddenVolume) -> Tensor:
     """Return sums over the hidden voxels of a batch, on the device and without waiting for it.
 
     Returns:
         (C, 4), float64: number of voxels, sum of their intensities, of the squared intensities, and of the squared
         errors. Sums of several batches can be added.
     """
-    hidden = mask[:, None].to(torch.float64)
-    volume = volume.to(torch.float64)
+    is_hidden = hidden.mask[:, None].to(torch.float64)
+    volume = hidden.volume.to(torch.float64)
     error = (restored.to(torch.float64) - volume).square()
     columns = (torch.ones_like(volume), volume, volume.square(), error)
-    return torch.stack([(column * hidden).sum((0, 2, 3, 4)) for column in columns], dim=1)
+    return torch.stack([(column * is_hidden).sum((0, 2, 3, 4)) for column in columns], dim=1)
 
 
 def restored_share(sums: np.ndarray) -> np.ndarray:

@@ -58,8 +58,8 @@ def make_examples(
         volumes["background sub-volume"] = transform_background(tensors["background"])
         maps["fusion map (target)"] = pretext.fusion_map
         maps["prediction"] = None if logits is None else logits.argmax(1)
-    if settings.has_mask:
-        volumes["fused volume" if settings.has_fusion else "volume"] = pretext.volume
+    if pretext.hidden is not None:
+        volumes["fused volume" if settings.has_fusion else "volume"] = pretext.hidden.volume
         volumes["hidden blocks (network input)"] = pretext.data
         volumes["restored"] = restored
     else:

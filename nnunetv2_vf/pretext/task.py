@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_vf.pretext.fusion import fuse_batch
-from nnunetv2_vf.pretext.masking import RestorationLoss, hide
+from nnunetv2_vf.pretext.masking import HiddenVolume, RestorationLoss, hide
 from nnunetv2_vf.settings import VFSettings
 
 # With fusion, the visible voxels are restored too: their fused intensities are in the input, so this costs the network
@@ -26,8 +26,7 @@ class PretextBatch(NamedTuple):
 
     data: Tensor  # B, C, D, H, W
     fusion_map: Tensor | None = None  # B, D, H, W; uint8
-    volume: Tensor | None = None  # B, C, D, H, W: data before blocks were hidden
-    mask: Tensor | None = None  # B, D, H, W; bool, True: hidden
+    hidden: HiddenVolume | None = None
 
 
 def make_batch(tensors: Mapping[str, Tensor], settings: VFSettings, device: torch.device) -> PretextBatch:
@@ -43,8 +42,8 @@ def make_batch(tensors: Mapping[str, Tensor], settings: VFSettings, device: torc
         volume, fusion_map = tensors["volume"].to(device, non_blocking=True), None
     if not settings.has_mask:
         return PretextBatch(volume, fusion_map)
-    mask = tensors["mask"].to(device, non_blocking=True)
-    return PretextBatch(hide(volume, mask), fusion_map, volume, mask)
+    hidden = HiddenVolume(volume, tensors["mask"].to(device, non_blocking=True))
+    return PretextBatch(hide(hidden), fusion_map, hidden)
 
 
 def output_names(settings: VFSettings, channels: int) -> list[str]:
@@ -83,17 +82,19 @@ class PretextLoss(nn.Module):
         self.scale_weights = scale_weights
         self.settings = settings
 
-    def forward(self, outputs: Tensor | list[Tensor], classes: Tensor | list[Tensor], batch: PretextBatch) -> Tensor:
+    def forward(
+        self, outputs: Tensor | list[Tensor], classes: Tensor | list[Tensor] | None, hidden: HiddenVolume
+    ) -> Tensor:
         """Return the loss.
 
         Args:
             outputs: of the network, a list with deep supervision, the largest first.
-            classes: the fusion maps, in the form that ``fusion_loss`` expects.
+            classes: the fusion maps, in the form that ``fusion_loss`` expects; None without fusion.
         """
         scales = outputs if isinstance(outputs, list) else [outputs]
         parts = [split_output(output, self.settings) for output in scales]
         loss = sum(
-            weight * self.restoration_loss(restored, batch.volume, batch.mask)
+            weight * self.restoration_loss(restored, hidden)
             for weight, (_, restored) in zip(self.scale_weights, parts, strict=True)
             if weight
         )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnunetv2_vf.pretext.masking import RestorationLoss, draw_mask, hide, restoration_sums, restored_share
+from nnunetv2_vf.pretext.masking import HiddenVolume, RestorationLoss, draw_mask, hide, restoration_sums, restored_share
 from nnunetv2_vf.settings import VFSettings
 
 
@@ -52,9 +52,9 @@ def test_a_patch_that_is_no_multiple_of_the_side_is_covered(patch):
 def test_hidden_intensities_do_not_reach_the_input():
     mask, volume = masks(), volumes()
     changed = torch.where(mask[:, None], volume + 100, volume)
-    assert torch.equal(hide(volume, mask), hide(changed, mask))
+    assert torch.equal(hide(HiddenVolume(volume, mask)), hide(HiddenVolume(changed, mask)))
     visible = ~mask[:, None].expand_as(volume)
-    assert torch.equal(hide(volume, mask)[visible], volume[visible])
+    assert torch.equal(hide(HiddenVolume(volume, mask))[visible], volume[visible])
 
 
 # ---------------------------------------------------------------- the loss
@@ -64,36 +64,36 @@ def test_only_hidden_voxels_count_without_a_visible_weight():
     mask, volume, restored = masks(), volumes(), volumes(seed=1)
     loss = RestorationLoss(0.0)
     elsewhere = torch.where(mask[:, None], restored, restored + 100)
-    assert torch.equal(loss(restored, volume, mask), loss(elsewhere, volume, mask))
+    assert torch.equal(loss(restored, HiddenVolume(volume, mask)), loss(elsewhere, HiddenVolume(volume, mask)))
     expected = (restored - volume).square().mean(1)[mask].mean()
-    torch.testing.assert_close(loss(restored, volume, mask), expected)
+    torch.testing.assert_close(loss(restored, HiddenVolume(volume, mask)), expected)
 
 
 def test_a_copy_of_the_input_has_no_error_on_visible_and_a_known_one_on_hidden_voxels():
     mask, volume = masks(), volumes()
-    copied = hide(volume, mask)
+    copied = hide(HiddenVolume(volume, mask))
     expected = volume.square().mean(1)[mask].mean()  # hidden intensities are 0 in the input
     for weight in (0.0, 0.1, 1.0):
-        torch.testing.assert_close(RestorationLoss(weight)(copied, volume, mask), expected)
+        torch.testing.assert_close(RestorationLoss(weight)(copied, HiddenVolume(volume, mask)), expected)
 
 
 def test_visible_voxels_count_with_their_weight():
     mask, volume = masks(), volumes()
     restored = torch.where(mask[:, None], volume, volume + 2)
-    torch.testing.assert_close(RestorationLoss(0.25)(restored, volume, mask), torch.tensor(0.25 * 2**2))
+    torch.testing.assert_close(RestorationLoss(0.25)(restored, HiddenVolume(volume, mask)), torch.tensor(0.25 * 2**2))
 
 
 def test_smaller_outputs_are_compared_with_mean_intensities():
     mask, volume = masks(), volumes()
     small = torch.nn.functional.avg_pool3d(volume, (1, 2, 2))
-    assert RestorationLoss(0.5)(small, volume, mask) < 1e-12
-    torch.testing.assert_close(RestorationLoss(0.0)(small + 3, volume, mask), torch.tensor(9.0))
+    assert RestorationLoss(0.5)(small, HiddenVolume(volume, mask)) < 1e-12
+    torch.testing.assert_close(RestorationLoss(0.0)(small + 3, HiddenVolume(volume, mask)), torch.tensor(9.0))
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_batch_with_everything_visible_or_hidden_has_a_finite_loss(share):
     mask = torch.full((3, 16, 8, 24), bool(share))
-    loss = RestorationLoss(0.1)(volumes(seed=1), volumes(), mask)
+    loss = RestorationLoss(0.1)(volumes(seed=1), HiddenVolume(volumes(), mask))
     assert loss.isfinite()
 
 
@@ -105,16 +105,18 @@ def test_the_restored_share_is_that_of_the_hidden_voxels():
     hidden = [volume[:, channel][mask] for channel in (0, 1)]
     restored = volume.clone()
     restored[:, 1] = hidden[1].mean()  # no better than the mean
-    share = restored_share(restoration_sums(restored, volume, mask).numpy())
+    share = restored_share(restoration_sums(restored, HiddenVolume(volume, mask)).numpy())
     np.testing.assert_allclose(share, [1, 0], atol=1e-9)
-    half = restored_share(restoration_sums(volume + hidden[0].std() / 2**0.5, volume, mask).numpy())
+    half = restored_share(restoration_sums(volume + hidden[0].std() / 2**0.5, HiddenVolume(volume, mask)).numpy())
     assert half[0] == pytest.approx(0.5, abs=0.01)
 
 
 def test_sums_of_batches_add_up_and_constant_volumes_have_no_share():
     mask, volume, restored = masks(), volumes(), volumes(seed=1)
-    parts = sum(restoration_sums(restored[i : i + 1], volume[i : i + 1], mask[i : i + 1]) for i in range(3))
-    torch.testing.assert_close(parts, restoration_sums(restored, volume, mask))
+    parts = sum(
+        restoration_sums(restored[i : i + 1], HiddenVolume(volume[i : i + 1], mask[i : i + 1])) for i in range(3)
+    )
+    torch.testing.assert_close(parts, restoration_sums(restored, HiddenVolume(volume, mask)))
     constant = torch.full_like(volume, 7.3)
-    assert np.isnan(restored_share(restoration_sums(restored, constant, mask).numpy())).all()
+    assert np.isnan(restored_share(restoration_sums(restored, HiddenVolume(constant, mask)).numpy())).all()
     assert restored_share(np.zeros((0, 4))).shape == (0,)
