@@ -18,8 +18,8 @@ their folder is copied there.
 
 Finished cells are rows of ``scores.csv`` and ``curves.csv`` in the folder ``--tables`` and are not run again; an
 interrupted cell continues. ``--minutes`` starts no cell that would not end in time, judged by the finished cells of the
-same network. ``--variants`` are for choosing settings: they are scored on the validation cases, in ``variants.csv``. At
-the end ``label_efficiency_report.py`` draws and tabulates.
+same network. ``--variants`` are for choosing settings: they are scored on the validation cases, in ``variants.csv``
+and ``variant_curves.csv``. At the end ``label_efficiency_report.py`` draws and tabulates.
 
 Duration: on 2 CPU cores with ``--jobs 2``, hippocampus with 2, 5 and 10 labels: 3 hours for nnUNetPlansHalf, 4 hours
 for PCTNetPlansHalf. Needs: the dataset.
@@ -45,7 +45,15 @@ import numpy as np
 import torch
 from cells import CELL, DEFAULT_VARIANT, Cell, belongs_to, read_rows, usual_seconds, write_cell
 from common import NETWORK_PLANS, RESULTS, describe_device, make_parser, write_result
-from label_efficiency_report import CURVES, SCORES, VARIANTS, add_experiment, read_experiment, write_report
+from label_efficiency_report import (
+    CURVES,
+    SCORES,
+    VARIANT_CURVES,
+    VARIANTS,
+    add_experiment,
+    read_experiment,
+    write_report,
+)
 from segmentation_scores import score
 
 from nnunetv2_vf.errors import UserError, one_line_errors
@@ -201,7 +209,9 @@ class Experiment:
         deadline = time.monotonic() + 60 * minutes
         for cell in cells:
             self.check(cell)
-        file = tables / (SCORES if on_test_cases else VARIANTS)
+        file, curve_file = (
+            tables / name for name in ((SCORES, CURVES) if on_test_cases else (VARIANTS, VARIANT_CURVES))
+        )
         key = CELL if on_test_cases else [*CELL, "variant"]
         rows = read_rows(file)
         remaining = [cell for cell in cells if not any(belongs_to(row, cell, key) for row in rows)]
@@ -223,8 +233,7 @@ class Experiment:
                     print(f"{number} of {len(remaining)}: {cell}: not started, it would not end in time", flush=True)
                     continue
                 scores, curve = future.result()
-                if on_test_cases:  # the curve first: a cell with scores counts as finished
-                    write_cell(tables / CURVES, CELL, cell, curve)
+                write_cell(curve_file, key, cell, curve)  # first: a cell with scores counts as finished
                 write_cell(file, key, cell, scores)
                 mean = np.mean([row["dice"] for row in scores])
                 print(f"{number} of {len(remaining)}: {cell}: Dice {mean:.3f}", flush=True)

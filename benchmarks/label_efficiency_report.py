@@ -2,9 +2,10 @@
 
     python benchmarks/label_efficiency_report.py EXPERIMENT [--tables FOLDER]
 
-EXPERIMENT is the name of a file in ``benchmarks/experiments``. Reads ``scores.csv`` (test cases), ``curves.csv`` and
-``variants.csv`` (validation cases) in FOLDER. Writes ``table.md`` beside them and ``few_labels_EXPERIMENT.png``: to
-``docs/images`` for the committed tables, else to FOLDER. ``label_efficiency.py`` does the same after its last training.
+EXPERIMENT is the name of a file in ``benchmarks/experiments``. Reads ``scores.csv`` (test cases), ``curves.csv``,
+``variants.csv`` and ``variant_curves.csv`` (validation cases) in FOLDER. Writes ``table.md`` beside them and
+``few_labels_EXPERIMENT.png``: to ``docs/images`` for the committed tables, else to FOLDER. ``label_efficiency.py`` does
+the same after its last training.
 
 Duration: seconds. Needs: nothing else.
 """
@@ -26,10 +27,12 @@ from matplotlib.figure import Figure
 
 from nnunetv2_vf.errors import UserError, one_line_errors
 
-SCORES, CURVES, VARIANTS, TABLE = "scores.csv", "curves.csv", "variants.csv", "table.md"
+SCORES, CURVES, TABLE = "scores.csv", "curves.csv", "table.md"
+VARIANTS, VARIANT_CURVES = "variants.csv", "variant_curves.csv"
 EXPERIMENTS = Path(__file__).with_name("experiments")
 COLLAPSED_DICE = 0.1  # a training with a class of a lower mean Dice has collapsed
 SMOOTHED_EPOCHS = 3
+EARLY_ITERATIONS = (25, 50, 100, 200)
 NEVER = float("inf")
 COLORS = {"scratch": "tab:gray", "encoder": "tab:orange", "full": "tab:blue"}
 
@@ -37,7 +40,7 @@ Row = dict[str, str]
 
 
 def read_experiment(name: str) -> dict[str, Any]:
-    """Return the configuration of an experiment.
+    """Return the configuration of an experiment, on top of the experiment that it inherits from.
 
     Raises:
         UserError: there is none with this name.
@@ -47,7 +50,8 @@ def read_experiment(name: str) -> dict[str, Any]:
         legal = ", ".join(sorted(each.stem for each in EXPERIMENTS.glob("*.json")))
         raise UserError(f"there is no experiment {name!r}; legal: {legal}")
     configuration: dict[str, Any] = json.loads(file.read_text())
-    return configuration
+    parent = configuration.pop("inherits_from", None)
+    return {**read_experiment(parent), **configuration} if parent else configuration
 
 
 def read_table(file: Path) -> pd.DataFrame:
@@ -195,6 +199,18 @@ def variants_table(variants: pd.DataFrame) -> list[Row]:
     return table
 
 
+def early_table(curves: pd.DataFrame) -> list[Row]:
+    """Return one row for every variant: pseudo Dice after the first iterations, mean and each seed."""
+    table = []
+    for (plans, labels, variant, arm), rows in curves.groupby(["plans", "labels", "variant", "arm"]):
+        row = {"plans": plans, "labels": str(labels), "variant": variant, "arm": arm}
+        for iteration in EARLY_ITERATIONS:
+            dice = [*dice_by_seed(select(rows, iteration=iteration)).values()]
+            row[f"after {iteration}"] = f"{fmean(dice):.3f} ({join(dice, '.3f')})" if dice else "-"
+        table.append(row)
+    return table
+
+
 # ---------------------------------------------------------------- figure
 
 
@@ -241,7 +257,8 @@ def _draw_curves(axis: Axes, curves: pd.DataFrame, arms: Sequence[str]) -> None:
 
 def write_report(folder: Path, name: str, config: Mapping[str, Any]) -> None:
     """Write and print the tables of the CSV files in a folder, and draw the figure."""
-    scores, curves, variants = (read_table(folder / name) for name in (SCORES, CURVES, VARIANTS))
+    files = (SCORES, CURVES, VARIANTS, VARIANT_CURVES)
+    scores, curves, variants, variant_curves = (read_table(folder / file) for file in files)
     arms = [*config["arms"]]
     tables = {}
     if len(scores):
@@ -252,6 +269,8 @@ def write_report(folder: Path, name: str, config: Mapping[str, Any]) -> None:
         tables["Ends of the curves, validation cases"] = curves_table(curves, arms)
     if len(variants):
         tables["Variants, validation cases"] = variants_table(variants)
+    if len(variant_curves):
+        tables["Start of the curves of the variants, pseudo Dice of validation cases"] = early_table(variant_curves)
     text = "\n\n".join(f"{title}:\n\n{markdown_table(rows)}" for title, rows in tables.items()) + "\n"
     print(f"\n{text}")
     (folder / TABLE).write_text(text)

@@ -6,7 +6,8 @@
 All contenders have the published sizes, one output and 5 classes:
 
 - MIS-FM as released (single precision, not compiled), and the same network in channels-last memory format;
-- ours as a plan builds it and VFPretrainTrainer trains it, in single precision and bf16, with ``--compile`` compiled.
+- ours as VFPretrainTrainer trains it: in single precision in both memory formats, in bf16 in the network's default
+  format, with ``--compile`` also compiled.
 
 A training step is the forward pass, nnU-Net's Dice and cross-entropy loss, the backward pass and Adam; ours has the
 trainer's fused optimiser, gradient clipping and check for non-finite gradients. On CUDA MIS-FM's single-precision
@@ -15,9 +16,8 @@ convolutions run in TF32, which is torch's default; ours in the same precision i
 Peak memory is measured over a training step: on CUDA the memory that torch allocated for the contender, weights
 included; on the CPU the growth of the resident set, each contender in a process of its own.
 
-Duration: 7 minutes on 2 CPU cores; with FMUNet in bf16, for which many CPUs have no fast convolutions, much longer.
-Needs: for MIS-FM ``pip install einops`` (PCT-Net) or
-``PyMIC`` in ``--peers`` (FMUNet); with ``--device cuda`` a GPU.
+Duration: on 2 CPU cores 7 minutes (PCT-Net) and 18 (FMUNet in fp32; bf16 takes much longer on many CPUs). Needs: for
+MIS-FM ``pip install einops`` (PCT-Net) or ``PyMIC`` in ``--peers`` (FMUNet); with ``--device cuda`` a GPU.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ def main() -> None:
 def contender_makers(args: argparse.Namespace) -> dict[str, Callable[[], Contender]]:
     """Return, by name, a function that makes each contender."""
 
-    def ours(precision: str, compiled: bool = False, channels_last: bool = True) -> Contender:
-        network = NETWORKS[args.network](1, FEATURES[args.network], MODES[0], CLASSES, channels_last=channels_last)
+    def ours(precision: str, compiled: bool = False, **layout: bool) -> Contender:
+        network = NETWORKS[args.network](1, FEATURES[args.network], MODES[0], CLASSES, **layout)
         return OurContender(torch.compile(network) if compiled else network, args.device, precision)
 
     def misfm(memory_format: torch.memory_format) -> Contender:
@@ -190,8 +190,8 @@ def contender_makers(args: argparse.Namespace) -> dict[str, Callable[[], Contend
         makers[MISFM] = functools.partial(misfm, torch.contiguous_format)
         makers[f"{MISFM}, channels-last"] = functools.partial(misfm, torch.channels_last_3d)
     if "fp32" in args.precisions:
-        makers["ours, fp32"] = functools.partial(ours, "fp32")
-        makers["ours, fp32, channels first"] = functools.partial(ours, "fp32", channels_last=False)
+        makers["ours, fp32, channels-last"] = functools.partial(ours, "fp32", channels_last=True)
+        makers["ours, fp32, contiguous"] = functools.partial(ours, "fp32", channels_last=False)
         if args.device == "cuda":
             makers["ours, tf32"] = functools.partial(ours, "tf32")
     if "bf16" in args.precisions:

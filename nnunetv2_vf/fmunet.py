@@ -58,7 +58,8 @@ class FMUNet(FiveLevelNetwork):
         dropout_per_stage: dropout probability in the blocks of each level.
         depth: number of convolutions in each residual block.
         activation_checkpointing: recompute every block in the backward pass instead of keeping its activations.
-        channels_last: store kernels channels-last in memory, so that convolutions compute in this layout. Shapes and
+        channels_last: store kernels channels-last in memory, so that convolutions compute in this layout. Off, because
+            instance norms return the ordinary layout, so that every layer would convert twice. Shapes and
             results do not change.
 
     Raises:
@@ -75,7 +76,7 @@ class FMUNet(FiveLevelNetwork):
         dropout_per_stage: Sequence[float] = (0.0, 0.0, 0.2, 0.2, 0.2),
         depth: int = 2,
         activation_checkpointing: bool = False,
-        channels_last: bool = True,
+        channels_last: bool = False,
     ):
         triples = require_mode(strides)
         check_lengths(LEVELS, features_per_stage=features_per_stage, dropout_per_stage=dropout_per_stage)

@@ -20,6 +20,7 @@ from label_efficiency_report import (
     VARIANTS,
     bootstrap_interval,
     curves_table,
+    early_table,
     gain_by_case,
     read_experiment,
     read_table,
@@ -48,11 +49,19 @@ def experiment(tmp_path):
 
 @pytest.mark.parametrize("experiment", sorted(file.stem for file in EXPERIMENTS.glob("*.json")))
 def test_every_case_has_one_role(experiment):
-    roles = read_experiment(experiment)["split"]
+    config = read_experiment(experiment)
+    roles = config["split"]
     cases = [case for role in ("labelled", "validation", "test") for case in roles[role]]
-    expected = {"hippocampus": (130, 90), "left_atrium": (100, 80), "left_atrium_misfm": (100, 80)}[experiment]
+    expected = {"Dataset004_Hippocampus": (130, 90), "Dataset101_LeftAtrium": (100, 80)}[config["dataset"]]
     assert (len(cases), len(roles["labelled"] + roles["validation"])) == expected
     assert len(set(cases)) == len(cases)
+
+
+def test_an_experiment_has_the_entries_of_the_one_that_it_inherits_from():
+    start, parent = read_experiment("left_atrium_start"), read_experiment("left_atrium")
+    assert start["split"] == parent["split"]
+    assert (start["labels"], parent["labels"]) == ([2], [4, 8, 16])
+    assert "inherits_from" not in start
 
 
 def test_an_unknown_experiment_is_refused_with_the_legal_ones():
@@ -413,6 +422,17 @@ def test_the_gain_of_a_case_uses_the_seeds_that_both_arms_have():
     full = rows({(0, "a"): 0.5, (0, "b"): 0.9, (1, "a"): 0.1, (1, "b"): 0.1})
     scratch = rows({(0, "b"): 0.6, (0, "a"): 0.4})
     assert gain_by_case(full, scratch, [0]) == pytest.approx([0.1, 0.3])
+
+
+def test_the_start_of_a_curve_is_tabulated_for_each_seed():
+    rows = [
+        {"plans": "p", "arm": "full", "labels": 2, "seed": seed, "variant": "v", "iteration": iteration, "dice": dice}
+        for seed in (0, 1)
+        for iteration, dice in ((25, 0.1 + 0.2 * seed), (50, 0.5), (75, 0.9))
+    ]
+    (row,) = early_table(pd.DataFrame(rows))
+    assert row["after 25"] == "0.200 (0.100, 0.300)"
+    assert (row["after 50"], row["after 100"]) == ("0.500 (0.500, 0.500)", "-")
 
 
 def test_the_interval_contains_the_mean_gain_and_narrows_with_more_cases():
