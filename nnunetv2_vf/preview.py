@@ -18,7 +18,12 @@ from nnunetv2_vf.pretext.dataset import VALIDATION, PretextDataset
 from nnunetv2_vf.pretext.loader import collate
 from nnunetv2_vf.pretext.pictures import draw_examples, make_examples, view_names
 from nnunetv2_vf.settings import VFSettings
-from nnunetv2_vf.training.preflight import preprocessed_cases, preprocessed_folder, pretraining_configuration
+from nnunetv2_vf.training.preflight import (
+    preprocessed_cases,
+    preprocessed_folder,
+    pretraining_configuration,
+    require_visible_blocks,
+)
 
 
 def preview(
@@ -48,6 +53,7 @@ def preview(
     plans_manager = PlansManager(plans_file(dataset, plans_name).as_posix())
     settings = VFSettings.resolve(plans_manager.plans, environment)
     configuration = pretraining_configuration(plans_manager, configuration_name)
+    require_visible_blocks(configuration, settings)
     names = preprocessed_cases(plans_manager, configuration_name)
 
     folder = preprocessed_folder(plans_manager, configuration)

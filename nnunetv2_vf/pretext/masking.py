@@ -35,12 +35,13 @@ def draw_mask(patch_size: Sequence[int], settings: VFSettings, rng: np.random.Ge
 
     The grid starts at the first voxel and covers the patch; its last cubes are cut off where the patch ends. If the
     fraction is not a whole number of cubes, the number is rounded up or down at random, so that the fraction is right
-    on average.
+    on average. At least one cube stays visible: from an input of one value, norms would make noise.
     """
     patch = np.asarray(patch_size)
     grid = -(-patch // settings.mask_side)
     count = int(grid.prod())
-    is_hidden = np.arange(count) < int(count * settings.mask_fraction + rng.random())
+    num_hidden = min(int(count * settings.mask_fraction + rng.random()), count - 1)
+    is_hidden = np.arange(count) < num_hidden
     mask = rng.permutation(is_hidden).reshape(grid)
     for axis in range(3):
         mask = mask.repeat(settings.mask_side, axis)
@@ -53,7 +54,7 @@ def hide(hidden: HiddenVolume) -> Tensor:
 
 
 class RestorationLoss(nn.Module):
-    """Mean squared error of the restored intensities, over the hidden voxels and, with less weight, the visible ones.
+    """Mean squared error of the restored intensities of each sample: hidden voxels and, with less weight, visible ones.
 
     Args:
         visible_weight: of the mean over the visible voxels; that over the hidden voxels has weight 1.
@@ -75,8 +76,10 @@ class RestorationLoss(nn.Module):
         size = restored.shape[2:]
         hidden_share = _shrink(hidden.mask[:, None].float(), size)
         error = (restored.float() - _shrink(hidden.volume, size)).square().mean(1, keepdim=True)
-        loss = _weighted_mean(error, hidden_share)
-        return loss + self.visible_weight * _weighted_mean(error, 1 - hidden_share) if self.visible_weight else loss
+        loss = _mean_over_samples(error, hidden_share)
+        if self.visible_weight:
+            loss = loss + self.visible_weight * _mean_over_samples(error, 1 - hidden_share)
+        return loss
 
 
 def _shrink(x: Tensor, size: torch.Size) -> Tensor:
@@ -84,9 +87,13 @@ def _shrink(x: Tensor, size: torch.Size) -> Tensor:
     return x if x.shape[2:] == size else F.adaptive_avg_pool3d(x, (depth, height, width))
 
 
-def _weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
-    """Return the weighted mean, or 0 if all weights are 0."""
-    return (x * weights).sum() / weights.sum().clamp_min(1)
+def _mean_over_samples(x: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean over the samples of each sample's weighted mean, which is 0 if all its weights are 0.
+
+    The mean of a batch on several ranks is therefore that of the whole batch.
+    """
+    sums = (x * weights).flatten(1).sum(1)
+    return (sums / weights.flatten(1).sum(1).clamp_min(torch.finfo(sums.dtype).tiny)).mean()
 
 
 def restoration_sums(restored: Tensor, hidden: HiddenVolume) -> Tensor:

@@ -78,6 +78,16 @@ def test_the_preview_needs_no_training(two_epochs, tmp_path, monkeypatch):
     assert (tmp_path / "preview.png").is_file()
 
 
+def test_a_patch_of_a_single_block_is_refused(two_epochs, monkeypatch):
+    monkeypatch.setenv("nnUNet_vf_pretext", "masked")
+    monkeypatch.setenv("nnUNet_vf_mask_side", "24")
+    message = r"mask_side = 24 is not legal for the patch \[16, 16, 24\]: .* at most 23 \(export nnUNet_vf_mask_side=6"
+    with pytest.raises(SystemExit, match=message):
+        pretrain()
+    with pytest.raises(SystemExit, match=message):
+        main(["preview", "-d", str(DATASET_ID), "-p", "nnUNetPlans"])
+
+
 def test_a_checkpoint_of_one_pretext_is_not_continued_with_another(two_epochs, folder, monkeypatch):
     monkeypatch.setenv("nnUNet_vf_pretext", "masked")
     pretrain()
