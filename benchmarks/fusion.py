@@ -43,7 +43,7 @@ from common import (
 )
 from torch import Tensor
 
-from nnunetv2_vf.pretext.dataset import TRAINING, FusionDataset
+from nnunetv2_vf.pretext.dataset import TRAINING, PretextDataset
 from nnunetv2_vf.pretext.fusion import draw_fusion_map, fuse, fuse_batch
 from nnunetv2_vf.pretext.loader import collate
 from nnunetv2_vf.settings import VFSettings
@@ -97,7 +97,7 @@ def time_on_cpu(volume: np.ndarray, args: argparse.Namespace) -> dict[str, Secon
 
 def time_on_gpu(volume: np.ndarray, repeats: int) -> dict[str, Seconds]:
     """Time the part of a training step that nnU-Net does not have, with the copy from pinned memory."""
-    dataset = FusionDataset(VolumeInMemory(volume), PATCH, SETTINGS, TRAINING)
+    dataset = PretextDataset(VolumeInMemory(volume), PATCH, SETTINGS, TRAINING)
     tensors = collate([dataset[i] for i in range(GPU_BATCH)])["tensors"]
     batch = {name: tensor.pin_memory() for name, tensor in tensors.items()}
 
@@ -129,7 +129,7 @@ def make_tasks(volume: np.ndarray, pymic: Path | None, nnssl: Path | None) -> di
 
 def our_sample(volume: np.ndarray, settings: VFSettings) -> Callable[[], Any]:
     """Return what a worker and the training step on a CPU do, without collating, which no contender is timed for."""
-    dataset = FusionDataset(VolumeInMemory(volume), PATCH, settings, TRAINING)
+    dataset = PretextDataset(VolumeInMemory(volume), PATCH, settings, TRAINING)
     index = itertools.count()
 
     def run() -> Any:

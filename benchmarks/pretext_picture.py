@@ -107,15 +107,8 @@ def draw(examples: Sequence[Example], file: Path) -> None:
     """Draw the middle axial slices of the examples."""
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     for row, example in zip(figure.subplots(len(examples), 5, squeeze=False), examples, strict=True):
-        cells = {
-            "foreground sub-volume": example.foreground,
-            "background sub-volume": example.background,
-            "fused (input)": example.fused,
-            "fusion map (target)": example.fusion_map,
-            "prediction": example.prediction,
-        }
-        for axes, (title, volume) in zip(row, cells.items(), strict=True):
-            is_map = volume is example.fusion_map or volume is example.prediction
+        for axes, (title, volume) in zip(row, {**example.volumes, **example.maps}.items(), strict=True):
+            is_map = title in example.maps
             colours = {"cmap": "viridis", "vmin": 0, "vmax": CLASSES - 1} if is_map else {"cmap": "gray"}
             axes.imshow(volume[len(volume) // 2], interpolation="nearest", **colours)
             axes.set_title(title if example is examples[0] else "", fontsize=10)

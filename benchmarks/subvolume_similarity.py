@@ -18,7 +18,7 @@ import numpy as np
 from common import make_parser
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-from nnunetv2_vf.pretext.dataset import VALIDATION, FusionDataset
+from nnunetv2_vf.pretext.dataset import VALIDATION, PretextDataset
 from nnunetv2_vf.settings import VFSettings
 
 MIN_CORRELATION = 0.5
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=60)
     args = parser.parse_args()
     cases = infer_dataset_class(str(args.preprocessed))(str(args.preprocessed))
-    dataset = FusionDataset(cases, args.patch, VFSettings(), VALIDATION)
+    dataset = PretextDataset(cases, args.patch, VFSettings(), VALIDATION)
     samples = (dataset[i] for i in range(args.samples))
     pairs = [(sample["foreground"].numpy(), sample["background"].numpy()) for sample in samples]
     padding = np.mean([((a == 0) & (b == 0)).mean() for a, b in pairs])

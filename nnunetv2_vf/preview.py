@@ -14,11 +14,16 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_folders import plans_file
-from nnunetv2_vf.pretext.dataset import VALIDATION, FusionDataset
+from nnunetv2_vf.pretext.dataset import VALIDATION, PretextDataset
 from nnunetv2_vf.pretext.loader import collate
 from nnunetv2_vf.pretext.pictures import draw_examples, make_examples, view_names
 from nnunetv2_vf.settings import VFSettings
-from nnunetv2_vf.training.preflight import preprocessed_cases, preprocessed_folder, pretraining_configuration
+from nnunetv2_vf.training.preflight import (
+    preprocessed_cases,
+    preprocessed_folder,
+    pretraining_configuration,
+    require_visible_blocks,
+)
 
 
 def preview(
@@ -48,13 +53,14 @@ def preview(
     plans_manager = PlansManager(plans_file(dataset, plans_name).as_posix())
     settings = VFSettings.resolve(plans_manager.plans, environment)
     configuration = pretraining_configuration(plans_manager, configuration_name)
+    require_visible_blocks(configuration, settings)
     names = preprocessed_cases(plans_manager, configuration_name)
 
     folder = preprocessed_folder(plans_manager, configuration)
     cases = infer_dataset_class(str(folder))(str(folder), names)
     dataset_json = load_json((folder.parent / "dataset.json").as_posix())
     channels = determine_num_input_channels(plans_manager, configuration, dataset_json)
-    samples = FusionDataset(cases, configuration.patch_size, settings, VALIDATION, channels)
+    samples = PretextDataset(cases, configuration.patch_size, settings, VALIDATION, channels)
     batch = collate([samples[index] for index in range(num_samples)])
     for rejected in dict.fromkeys(batch["rejected"]):
         print(f"skipped case {rejected.case}: it {rejected.reason}")
@@ -62,4 +68,4 @@ def preview(
         first = batch["rejected"][0].case
         raise UserError(f"no usable sub-volume found in {folder}; check the images, for example of {first}")
     examples = make_examples(batch, settings, torch.device("cpu"))
-    draw_examples(examples, view_names(plans_manager.transpose_forward), settings.coefficient_steps, path)
+    draw_examples(examples, view_names(plans_manager.transpose_forward), settings, path)

@@ -272,7 +272,7 @@ def pretrain_dataset(dataset_id: int, monkeypatch: pytest.MonkeyPatch) -> dict:
     from nnunetv2.run.run_training import run_training
 
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # planning divides by it
-    extract_fingerprints([dataset_id], num_processes=1, check_dataset_integrity=False, clean=True)
+    extract_fingerprints([dataset_id], num_processes=1, check_dataset_integrity=True, clean=True)
     plan_experiments([dataset_id])
     preprocess([dataset_id], "nnUNetPlans", configurations=["3d_fullres"], num_processes=[1])
     shrink_network(_preprocessed(dataset_id) / "nnUNetPlans.json")

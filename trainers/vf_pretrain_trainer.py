@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
@@ -21,11 +22,12 @@ from torch import Tensor
 
 from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.pretext.cases import RejectedCase
-from nnunetv2_vf.pretext.dataset import TRAINING, VALIDATION, FusionDataset
-from nnunetv2_vf.pretext.fusion import fuse_batch
+from nnunetv2_vf.pretext.dataset import TRAINING, VALIDATION, PretextDataset
 from nnunetv2_vf.pretext.loader import RankShare, collate, describe_batches, make_loader
-from nnunetv2_vf.pretext.pictures import class_colours, draw_examples, make_examples, view_names
-from nnunetv2_vf.pretext.report import count_confusion, pretext_warning, write_report
+from nnunetv2_vf.pretext.masking import restoration_sums, restored_share
+from nnunetv2_vf.pretext.pictures import draw_examples, make_examples, score_colours, view_names
+from nnunetv2_vf.pretext.report import count_confusion, pretext_warning, report_lines, write_report
+from nnunetv2_vf.pretext.task import PretextBatch, PretextLoss, make_batch, output_names, split_output
 from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.training.checkpoints import FINAL, require_same_plans
 from nnunetv2_vf.training.monitoring import DataWaitTimer, EpochMeter
@@ -38,7 +40,7 @@ from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
 from nnunetv2_vf.training.step import Precision, take_step
 from nnunetv2_vf.transfer import artifact
 from nnunetv2_vf.transfer.architectures import refusal_warning
-from nnunetv2_vf.transfer.metadata import describe_pretraining
+from nnunetv2_vf.transfer.metadata import describe_pretraining, read_channel_names
 from nnunetv2_vf.transfer.model_card import CARD_NAME, write_model_card
 from nnunetv2_vf.transfer.network_fit import require_trainable
 from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights
@@ -50,7 +52,8 @@ _PREVIEW_EXAMPLES = 3
 class VFPretrainTrainer(ResumableTrainer):
     """Pretrains encoder and decoder with Volume Fusion: predict the fusion coefficient of every voxel.
 
-    Labels of the dataset are ignored. nnU-Net sees the K + 1 fusion classes as the labels of this training, so the
+    The setting ``pretext`` chooses the task: fusion, restoring hidden blocks, or both. Labels of the dataset are
+    ignored. nnU-Net sees the K + 1 fusion classes, and each restored channel, as the labels of this training, so the
     network's heads, loss, schedule, pseudo Dice, logging and checkpoints are nnU-Net's own. Besides checkpoints it
     writes ``vf_pretrained.pth``, ``MODEL_CARD.md``, ``preview.png`` and, at the end, ``pretext_report.json`` and
     ``.png``.
@@ -76,7 +79,7 @@ class VFPretrainTrainer(ResumableTrainer):
         self.precision = Precision.choose(settings.precision, device)
         # Copies: nnU-Net stores the plans in several places, and the settings with them.
         plans = {**plans, VFSettings.section: settings.as_dict()}
-        dataset_json = _with_fusion_labels(dataset_json, settings)
+        dataset_json = _with_pretext_labels(dataset_json, settings)
         target = TargetPlans(PlansManager(plans), configuration, dataset_json)
         require_trainable(target)
         self.pretrained_weights = PretrainedWeights.from_command_line(sys.argv, target)
@@ -84,18 +87,18 @@ class VFPretrainTrainer(ResumableTrainer):
         self._preflight_warnings = warnings if refusal is None else [*warnings, refusal]
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.grad_scaler = self.precision.scaler()
-        self.logger.local_logger = PretrainLogger(class_colours(settings.coefficient_steps))
+        self.logger.local_logger = PretrainLogger(score_colours(settings, target.input_channels))
         self.quarantine = Quarantine(settings.quarantine_limit, Path(self.output_folder) / "quarantine.json")
         self._step_finished = torch.cuda.Event() if self.device.type == "cuda" else None
 
     # ------------------------------------------------------------------ the pretext task
 
     def train_step(self, batch: dict) -> dict:
-        """Fuse, predict, compare, step. Loss and gradient stay on the device: no step waits for it."""
+        """Fuse or hide, predict, compare, step. Loss and gradient stay on the device: no step waits for it."""
         self.between_steps()
-        fused, target = self._fuse(batch)
+        pretext = self._make_batch(batch)
         with self.precision.autocast():
-            loss = self.loss(self.network(fused), target)
+            loss = self._compute_loss(self.network(pretext.data), pretext)
         is_finite = take_step(loss, self.network, self.optimizer, self.grad_scaler)
         self._record_step(loss.detach(), is_finite)
         return {"loss": loss.detach()}
@@ -105,17 +108,21 @@ class VFPretrainTrainer(ResumableTrainer):
         return self._evaluate(batch)
 
     def _evaluate(self, batch: dict) -> dict:
-        """Return loss and confusion matrix of a batch, on the device."""
-        fused, target = self._fuse(batch)
+        """Return loss, confusion matrix and restoration sums of a batch, on the device."""
+        pretext = self._make_batch(batch)
         with self.precision.autocast():
-            output = self.network(fused)
-            loss = self.loss(output, target)
-        if self.enable_deep_supervision:
-            output, target = output[0], target[0]  # the full resolution
-        return {"loss": loss, "confusion": count_confusion(output.argmax(1), target[:, 0], output.shape[1])}
+            output = self.network(pretext.data)
+            loss = self._compute_loss(output, pretext)
+        logits, restored = split_output(self._full_resolution(output), self.settings)
+        result = {"loss": loss}
+        if pretext.fusion_map is not None:
+            result["confusion"] = count_confusion(logits.argmax(1), pretext.fusion_map, logits.shape[1])
+        if pretext.hidden is not None:
+            result["restoration"] = restoration_sums(restored, pretext.hidden)
+        return result
 
-    def _fuse(self, batch: dict[str, Any]) -> tuple[Tensor, Any]:
-        """Return fused volumes (B, C, D, H, W) and targets of a collated batch of :class:`FusionDataset`.
+    def _make_batch(self, batch: dict[str, Any]) -> PretextBatch:
+        """Return input and targets of a collated batch of :class:`PretextDataset`.
 
         Raises:
             UserError: none of the drawn cases can be used.
@@ -124,8 +131,14 @@ class VFPretrainTrainer(ResumableTrainer):
         if "tensors" not in batch:
             cases = ", ".join(sorted(self.quarantine.reported))
             raise UserError(f"found no usable sub-volume; check the images of {cases}")
-        fused = fuse_batch(batch["tensors"], self.settings.coefficient_steps, self.device)
-        return fused.fused, self._targets(fused.fusion_map)
+        return make_batch(batch["tensors"], self.settings, self.device)
+
+    def _compute_loss(self, output: Any, pretext: PretextBatch) -> Tensor:
+        classes = None if pretext.fusion_map is None else self._targets(pretext.fusion_map)
+        return self.loss(output, classes) if pretext.hidden is None else self.loss(output, classes, pretext.hidden)
+
+    def _full_resolution(self, output: Any) -> Tensor:
+        return output[0] if self.enable_deep_supervision else output
 
     def _targets(self, fusion_map: Tensor) -> Tensor | list[Tensor]:
         """Return a fusion map (B, D, H, W) as (B, 1, D, H, W), at every resolution of the deep supervision."""
@@ -138,7 +151,9 @@ class VFPretrainTrainer(ResumableTrainer):
         loss = super()._build_loss()
         dice = (loss.loss if self.enable_deep_supervision else loss).dc
         getattr(dice, "_orig_mod", dice).do_bg = True  # class 0 is a class like the others
-        return loss
+        if not self.settings.has_mask:
+            return loss
+        return PretextLoss(loss, loss.weight_factors if self.enable_deep_supervision else (1,), self.settings)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         is_fused = self.settings.fused_optimizer == "on"
@@ -162,9 +177,9 @@ class VFPretrainTrainer(ResumableTrainer):
         """The fold's cases for TRAINING and for VALIDATION."""
         return self.get_tr_and_val_datasets()
 
-    def _samples(self, stream: int) -> FusionDataset:
+    def _samples(self, stream: int) -> PretextDataset:
         patch_size = self.configuration_manager.patch_size
-        return FusionDataset(self._cases[stream], patch_size, self.settings, stream, self.num_input_channels)
+        return PretextDataset(self._cases[stream], patch_size, self.settings, stream, self.num_input_channels)
 
     def _loader(self, stream: int, steps: Iterable[int]) -> torch.utils.data.DataLoader:
         workers = get_allowed_n_proc_DA()
@@ -195,7 +210,7 @@ class VFPretrainTrainer(ResumableTrainer):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        self.print_to_log_file(f"Volume Fusion settings:\n{self.settings}\n", add_timestamp=False)
+        self.print_to_log_file(f"Pretraining settings:\n{self.settings}\n", add_timestamp=False)
         self.print_to_log_file(f"Precision: {self.precision.name} on {self.device}\n", add_timestamp=False)
         for warning in self._preflight_warnings:
             self.print_to_log_file(warning)
@@ -220,18 +235,34 @@ class VFPretrainTrainer(ResumableTrainer):
         return torch.where(finite, losses, losses[finite].mean())
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
-        """Compute nnU-Net's pseudo Dice from the confusion matrices, with class 0, which is a class like the others."""
-        losses, confusions = (
-            torch.stack([output[name] for output in val_outputs]).cpu().numpy() for name in ("loss", "confusion")
-        )
-        hits = confusions.diagonal(axis1=1, axis2=2)
-        counts = {"tp_hard": hits, "fp_hard": confusions.sum(1) - hits, "fn_hard": confusions.sum(2) - hits}
-        super().on_validation_epoch_end(
-            [{"loss": loss, **{name: n[i] for name, n in counts.items()}} for i, loss in enumerate(losses)]
-        )
-        warning = pretext_warning(sum(self.ranks.gather(confusions.sum(0))))
+        """Let nnU-Net log a score for each output channel: Dice of a fusion class, restored share of an image channel.
+
+        nnU-Net computes the Dice 2 tp / (2 tp + fp + fn) from summed counts. Class 0 is a class like the others. With
+        tp = s and fp = fn = 1 - s, the Dice is the share s.
+        """
+        losses, confusion, sums = self._collect(val_outputs)
+        hits = confusion.diagonal()
+        share = restored_share(sum(self.ranks.gather(sums)))
+        counts = {
+            "tp_hard": np.concatenate([hits, share]),
+            "fp_hard": np.concatenate([confusion.sum(0) - hits, 1 - share]),
+            "fn_hard": np.concatenate([confusion.sum(1) - hits, 1 - share]),
+        }
+        super().on_validation_epoch_end([{"loss": losses.mean(), **counts}])
+        warning = pretext_warning(sum(self.ranks.gather(confusion))) if self.settings.has_fusion else None
         if warning:
             self.print_to_log_file(warning)
+
+    def _collect(self, outputs: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the losses of this rank's batches, their confusion matrix and their restoration sums.
+
+        The matrix has no rows without fusion, and the sums have none without a mask.
+        """
+        names = {"loss", "confusion", "restoration"} & outputs[0].keys()
+        stacked = {name: torch.stack([output[name] for output in outputs]).cpu().numpy() for name in names}
+        confusion = stacked["confusion"].sum(0) if self.settings.has_fusion else np.zeros((0, 0), int)
+        sums = stacked["restoration"].sum(0) if self.settings.has_mask else np.zeros((0, 4))
+        return stacked["loss"], confusion, sums
 
     def on_train_end(self) -> None:
         super().on_train_end()
@@ -308,8 +339,8 @@ class VFPretrainTrainer(ResumableTrainer):
         if writer != type(self).__name__ or VFSettings.section not in recorded.plans:
             raise UserError(f"{file} was written by {writer}, not by {type(self).__name__}; move it to another folder")
         settings = VFSettings.resolve(recorded.plans, {})
-        # The network has heads for this run's coefficient_steps. require_same says so if the checkpoint has others.
-        if not self.continue_training and settings.coefficient_steps == self.settings.coefficient_steps:
+        # The network has heads for this run's pretext. require_same says so if the checkpoint has others.
+        if not self.continue_training and _heads(settings) == _heads(self.settings):
             self.settings = dataclasses.replace(settings, precision=self.settings.precision)
             self.settings.apply_schedule(self)
         self.settings.require_same(recorded.plans[VFSettings.section], file)
@@ -337,15 +368,14 @@ class VFPretrainTrainer(ResumableTrainer):
         batch = collate([samples[index] for index in range(self.batch_size)])
         examples = make_examples(batch, self.settings, self.device, self._predict)[:_PREVIEW_EXAMPLES]
         views = view_names(self.plans_manager.transpose_forward)
-        draw_examples(examples, views, self.settings.coefficient_steps, file)
+        draw_examples(examples, views, self.settings, file)
 
     @torch.no_grad()
     def _predict(self, data: Tensor) -> Tensor:
-        """Return the predicted classes (B, D, H, W); only rank 0 calls it, so the network must not use collectives."""
+        """Return the output (B, channels, D, H, W); only rank 0 calls it, so the network must not use collectives."""
         network: Any = self.network.module if self.is_ddp else self.network
         with self.precision.autocast():
-            output = network(data)
-        return (output[0] if self.enable_deep_supervision else output).argmax(1)
+            return self._full_resolution(network(data)).float()
 
     def _write_artifact(self, folder: Path) -> None:
         metadata = describe_pretraining(
@@ -365,27 +395,34 @@ class VFPretrainTrainer(ResumableTrainer):
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Report the pretext task on the fixed validation samples, where nnU-Net predicts whole volumes.
 
-        Logs the Dice per fusion class, and writes it with the confusion matrix to ``pretext_report.json`` and ``.png``.
+        Logs the Dice of each fusion class and the restored share of each channel, and writes them to
+        ``pretext_report.json`` and ``.png``.
         """
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
         self.network.eval()
         loader = self._loader(VALIDATION, range(self.num_val_iterations_per_epoch))
         with torch.no_grad():
-            confusion = sum(self._evaluate(batch)["confusion"] for batch in loader).cpu().numpy()
-        confusion = sum(self.ranks.gather(confusion))
+            _, confusion, sums = self._collect([self._evaluate(batch) for batch in loader])
+        confusion, sums = sum(self.ranks.gather(confusion)), sum(self.ranks.gather(sums))
         if self.ranks.rank == 0:
             samples = self.num_val_iterations_per_epoch * self._share.batch
-            report = write_report(confusion, samples, self.settings.as_dict(), Path(self.output_folder))
-            dice = {**report["dice_per_class"], "mean": report["mean_dice"]}
-            lines = "\n".join(f"  {name}: Dice {value:.4f}" for name, value in dice.items())
+            report = write_report(confusion, sums, samples, self.settings.as_dict(), Path(self.output_folder))
+            lines = "\n".join(f"  {name}: {value:.4f}" for name, value in report_lines(report).items())
             self.print_to_log_file(f"Pretext report, fixed validation samples:\n{lines}")
             for name, value in report["dice_per_class"].items():
                 self.logger.log_summary(f"final_val/{name}_dice", value)
+            for name, value in report["restored_share"].items():
+                self.logger.log_summary(f"final_val/{name}_share", value)
 
 
-def _with_fusion_labels(dataset_json: dict, settings: VFSettings) -> dict:
-    """Return a copy of dataset.json whose labels are the fusion classes, without regions and list of cases."""
-    steps = settings.coefficient_steps
-    names = ["background", *(f"fusion_{label}_of_{steps}" for label in range(1, steps + 1))]
+def _with_pretext_labels(dataset_json: dict, settings: VFSettings) -> dict:
+    """Return a copy of dataset.json with a label for each output of the pretext, without regions and list of cases."""
+    outputs = output_names(settings, len(read_channel_names(dataset_json)))
+    names = ["background", *outputs[1:]]  # nnU-Net requires this name for label 0
     kept = {key: value for key, value in dataset_json.items() if key not in ("regions_class_order", "dataset")}
     return {**kept, "labels": {name: label for label, name in enumerate(names)}}
+
+
+def _heads(settings: VFSettings) -> tuple[int, bool]:
+    """Return what the number of the network's output channels depends on."""
+    return settings.num_fusion_classes, settings.has_mask

@@ -18,6 +18,7 @@ from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.pretext.augmentation import draw_augmentation
 from nnunetv2_vf.pretext.cases import PreprocessedCases, RejectedCase, RejectedCaseError
 from nnunetv2_vf.pretext.fusion import draw_fusion_map
+from nnunetv2_vf.pretext.masking import draw_mask
 from nnunetv2_vf.pretext.subvolumes import SubvolumeSampler
 from nnunetv2_vf.settings import VFSettings
 
@@ -27,14 +28,15 @@ TRAINING, VALIDATION = 0, 1
 _MAX_CASES = 100  # cases that are tried for one sample
 
 
-class FusionDataset(Dataset):
+class PretextDataset(Dataset):
     """Pretext samples from the preprocessed cases of one nnU-Net dataset.
 
     A sample is a dict with these items:
 
-    - ``foreground``, ``background``: sub-volumes (C, D, H, W), float32;
-    - ``fusion_map``: (D, H, W), uint8;
-    - the parameters of :func:`nnunetv2_vf.pretext.augmentation.draw_augmentation`;
+    - with fusion: ``foreground``, ``background``: sub-volumes (C, D, H, W), float32; ``fusion_map``: (D, H, W), uint8;
+      the parameters of :func:`nnunetv2_vf.pretext.augmentation.draw_augmentation`;
+    - without fusion: ``volume``: a sub-volume (C, D, H, W), float32;
+    - with a mask: ``mask``: (D, H, W), bool;
     - ``cases``: the names of the one or two cases of the sub-volumes;
     - ``rejected``: a list of :class:`nnunetv2_vf.pretext.cases.RejectedCase`, tried before these cases.
 
@@ -76,27 +78,29 @@ class FusionDataset(Dataset):
         key = (seed, self.stream, index)
         rng = np.random.default_rng(key)
         subvolumes, cases, rejected = self._draw_subvolumes(key, rng)
-        if len(subvolumes) < 2:
+        if len(subvolumes) < self.settings.subvolumes_per_sample:
             return {"rejected": rejected}
-        foreground, background = subvolumes
-        return {
-            "foreground": foreground,
-            "background": background,
-            "fusion_map": draw_fusion_map(self.subvolumes.patch_size, self.settings, rng),
-            **draw_augmentation(len(foreground), self.settings, rng),
-            "cases": cases,
-            "rejected": rejected,
-        }
+        sample: dict[str, Any] = {}
+        if self.settings.has_fusion:
+            sample["foreground"], sample["background"] = subvolumes
+            sample["fusion_map"] = draw_fusion_map(self.subvolumes.patch_size, self.settings, rng)
+            sample |= draw_augmentation(len(subvolumes[0]), self.settings, rng)
+        else:
+            (sample["volume"],) = subvolumes
+        if self.settings.has_mask:
+            sample["mask"] = draw_mask(self.subvolumes.patch_size, self.settings, rng)
+        return {**sample, "cases": cases, "rejected": rejected}
 
     def _draw_subvolumes(
         self, key: tuple[int, int, int], rng: np.random.Generator
     ) -> tuple[list[Tensor], list[str], list[RejectedCase]]:
-        """Return two sub-volumes (fewer if no case is left), the cases they come from, and the rejected cases.
+        """Return the sub-volumes (fewer if no case is left), the cases they come from, and the rejected cases.
 
         Each case has a random generator of its own, seeded with the sample's key and the number of the attempt. So
         the sample does not depend on how many crops of a rejected case were drawn.
         """
-        crops_per_case = 2 // self.settings.cases_per_sample
+        needed = self.settings.subvolumes_per_sample
+        crops_per_case = needed // self.settings.cases_per_sample
         subvolumes: list[Tensor] = []
         used: list[str] = []
         rejected: list[RejectedCase] = []
@@ -113,7 +117,7 @@ class FusionDataset(Dataset):
                 continue
             subvolumes += crops
             used.append(case)
-            if len(subvolumes) == 2:
+            if len(subvolumes) == needed:
                 break
         return subvolumes, used, rejected
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from nnunetv2_vf.pretext.dataset import FusionDataset
+from nnunetv2_vf.pretext.dataset import PretextDataset
 
 _PREFETCHED_BATCHES = 6  # batches that all workers together prepare in advance
 
@@ -35,7 +35,7 @@ class RankShare(NamedTuple):
             yield range(start, start + self.size)
 
 
-def describe_batches(dataset: FusionDataset, batches: Iterable[Sequence[int]]) -> dict[str, Any]:
+def describe_batches(dataset: PretextDataset, batches: Iterable[Sequence[int]]) -> dict[str, Any]:
     """Return indices and cases of the samples of batches, and the first batch itself, to look into a failure."""
     indices = [list(batch) for batch in batches]
     return {
@@ -46,7 +46,7 @@ def describe_batches(dataset: FusionDataset, batches: Iterable[Sequence[int]]) -
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Collate samples of :class:`nnunetv2_vf.pretext.dataset.FusionDataset` to a batch.
+    """Collate samples of :class:`nnunetv2_vf.pretext.dataset.PretextDataset` to a batch.
 
     Returns:
         ``tensors``, the stacked tensors by name; ``cases``, the list of cases of each sample; ``rejected``, the
@@ -59,7 +59,9 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return {"tensors": default_collate(samples), "cases": cases, "rejected": rejected}
 
 
-def make_loader(dataset: FusionDataset, batches: Iterable[Sequence[int]], workers: int, pin_memory: bool) -> DataLoader:
+def make_loader(
+    dataset: PretextDataset, batches: Iterable[Sequence[int]], workers: int, pin_memory: bool
+) -> DataLoader:
     """Return a DataLoader over batches of sample indices.
 
     Args:

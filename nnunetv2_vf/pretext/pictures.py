@@ -15,23 +15,24 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from nnunetv2_vf.pretext.fusion import fit_intensity_transforms, fuse_batch
+from nnunetv2_vf.pretext.fusion import fit_intensity_transforms
+from nnunetv2_vf.pretext.task import make_batch, split_output
 from nnunetv2_vf.settings import VFSettings
 
 _VIEWS = ("along z", "along y", "along x")  # axes of the original image; nnU-Net keeps its orientation
-_VOLUME_TITLES = ("foreground sub-volume", "background sub-volume", "fused volume (network input)")
-_MAP_TITLES = ("fusion map (target)", "prediction")
 
 
 class Example(NamedTuple):
-    """One pretext sample with its prediction; arrays (D, H, W), images of the first channel only."""
+    """One pretext sample with its prediction; arrays (D, H, W), images of the first channel only.
+
+    Attributes:
+        volumes: intensities by the title of their column.
+        maps: fusion classes by the title of their column.
+    """
 
     title: str
-    foreground: np.ndarray
-    background: np.ndarray
-    fused: np.ndarray
-    fusion_map: np.ndarray
-    prediction: np.ndarray | None = None
+    volumes: dict[str, np.ndarray]
+    maps: dict[str, np.ndarray]
 
 
 def make_examples(
@@ -40,62 +41,77 @@ def make_examples(
     device: torch.device,
     predict: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Example]:
-    """Fuse a batch of samples for :func:`draw_examples`.
+    """Make a batch of samples for :func:`draw_examples`.
 
     Args:
         batch: as :func:`nnunetv2_vf.pretext.loader.collate` returns it.
-        predict: the network: fused volumes (B, C, D, H, W) to predicted classes (B, D, H, W).
+        predict: the network: input (B, C, D, H, W) to output (B, channels, D, H, W).
     """
     tensors = batch["tensors"]
-    fused_batch = fuse_batch(tensors, settings.coefficient_steps, device)
-    transform_foreground, transform_background = fit_intensity_transforms(tensors)
-    foreground = transform_foreground(tensors["foreground"])
-    background = transform_background(tensors["background"])
-    images = [volume[:, 0].cpu().numpy() for volume in (foreground, background, fused_batch.fused)]
-    fusion_maps = fused_batch.fusion_map.cpu().numpy()
-    titles = [" + ".join(cases) for cases in batch["cases"]]
-    predictions = [None] * len(titles) if predict is None else predict(fused_batch.fused).cpu().numpy()
-    return [Example(*fields) for fields in zip(titles, *images, fusion_maps, predictions, strict=True)]
+    pretext = make_batch(tensors, settings, device)
+    logits, restored = (None, None) if predict is None else split_output(predict(pretext.data), settings)
+    volumes: dict[str, Tensor | None] = {}
+    maps: dict[str, Tensor | None] = {}
+    if settings.has_fusion:
+        transform_foreground, transform_background = fit_intensity_transforms(tensors)
+        volumes["foreground sub-volume"] = transform_foreground(tensors["foreground"])
+        volumes["background sub-volume"] = transform_background(tensors["background"])
+        maps["fusion map (target)"] = pretext.fusion_map
+        maps["prediction"] = None if logits is None else logits.argmax(1)
+    if pretext.hidden is not None:
+        volumes["fused volume" if settings.has_fusion else "volume"] = pretext.hidden.volume
+        volumes["hidden blocks (network input)"] = pretext.data
+        volumes["restored"] = restored
+    else:
+        volumes["fused volume (network input)"] = pretext.data
+    columns = {title: volume[:, 0].cpu().numpy() for title, volume in volumes.items() if volume is not None}
+    class_columns = {title: classes.cpu().numpy() for title, classes in maps.items() if classes is not None}
+    return [
+        Example(
+            " + ".join(cases),
+            {title: column[i] for title, column in columns.items()},
+            {title: column[i] for title, column in class_columns.items()},
+        )
+        for i, cases in enumerate(batch["cases"])
+    ]
 
 
-def draw_examples(examples: Sequence[Example], views: Sequence[str], coefficient_steps: int, path: Path) -> None:
+def draw_examples(examples: Sequence[Example], views: Sequence[str], settings: VFSettings, path: Path) -> None:
     """Draw the middle slices of each example along all three axes, with a legend of the fusion classes, to a PNG file.
 
     Args:
         views: names of the views along the axes (D, H, W), see :func:`view_names`.
     """
-    has_prediction = examples[0].prediction is not None
-    titles = [*_VOLUME_TITLES, *(_MAP_TITLES if has_prediction else _MAP_TITLES[:1])]
+    titles = [*examples[0].volumes, *examples[0].maps]
     num_rows = len(views) * len(examples)
     figure = Figure(figsize=(2.6 * len(titles), 2.4 * num_rows + 0.8), layout="constrained")
     grid = figure.subplots(num_rows, len(titles), squeeze=False)
-    colormap = _class_colormap(coefficient_steps)
     rows = [(example, axis) for example in examples for axis in range(3)]
     for row, (example, axis) in zip(grid, rows, strict=True):
-        _draw_row(row, example, axis, colormap)
+        _draw_row(row, example, axis, _class_colormap(settings.coefficient_steps))
         row[0].set_ylabel(f"{example.title}\n{views[axis]}" if axis == 0 else views[axis])
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=9)
     for axes in grid.flat:
         axes.set_xticks([])
         axes.set_yticks([])
-    patches = [
-        Patch(facecolor=colour, edgecolor="black", label=name)
-        for name, colour in class_colours(coefficient_steps).items()
-    ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 6))
+    if settings.has_fusion:
+        patches = [
+            Patch(facecolor=colour, edgecolor="black", label=name)
+            for name, colour in class_colours(settings.coefficient_steps).items()
+        ]
+        figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 6))
     figure.savefig(path, dpi=80, format="png")
 
 
 def _draw_row(row: Sequence[Axes], example: Example, axis: int, colormap: ListedColormap) -> None:
     """Draw the middle slices of an example along one axis, one slice in each of the axes."""
-    volumes = (example.foreground, example.background, example.fused)
-    maps = [classes for classes in (example.fusion_map, example.prediction) if classes is not None]
-    low, high = np.percentile(np.stack(volumes), (0.5, 99.5))  # the same grey scale for all three
+    volumes, maps = [*example.volumes.values()], [*example.maps.values()]
+    low, high = np.percentile(np.stack(volumes), (0.5, 99.5))  # the same grey scale for all
     class_borders = BoundaryNorm(np.arange(colormap.N + 1) - 0.5, colormap.N)
-    for axes, volume in zip(row[:3], volumes, strict=True):
+    for axes, volume in zip(row, volumes, strict=False):
         axes.imshow(_middle_slice(volume, axis), cmap="gray", vmin=low, vmax=high)
-    for axes, classes in zip(row[3:], maps, strict=True):
+    for axes, classes in zip(row[len(volumes) :], maps, strict=True):
         axes.imshow(_middle_slice(classes, axis), cmap=colormap, norm=class_borders, interpolation="nearest")
 
 
@@ -148,6 +164,19 @@ def class_colours(coefficient_steps: int) -> dict[str, Any]:
     """Return the colour (RGBA) of every fusion class by its name; all pictures use the same colours."""
     colormap = _class_colormap(coefficient_steps)
     return {name: colormap(label) for label, name in enumerate(class_names(coefficient_steps))}
+
+
+def score_colours(settings: VFSettings, channels: int) -> dict[str, Any]:
+    """Return the colour of the curve of each output of the network, by its name.
+
+    Args:
+        channels: number of image channels.
+    """
+    colours = class_colours(settings.coefficient_steps) if settings.has_fusion else {}
+    if settings.has_mask:
+        names = ["restored share"] if channels == 1 else [f"restored share, channel {i}" for i in range(channels)]
+        colours |= {name: colormaps["autumn"](i / channels) for i, name in enumerate(names)}
+    return colours
 
 
 def _class_colormap(coefficient_steps: int) -> ListedColormap:

@@ -1,4 +1,4 @@
-"""Quality of the predicted fusion classes: confusion matrix, Dice, warnings and a report."""
+"""Quality of the predictions: confusion matrix and Dice of the fusion classes, restored share; warnings, a report."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import save_json
 from torch import Tensor
 
+from nnunetv2_vf.pretext.masking import restored_share
 from nnunetv2_vf.pretext.pictures import class_names, draw_confusion
 
 _COLLAPSED_SHARE = 0.99  # collapsed: at least this share of the voxels is predicted as one class
@@ -60,23 +61,37 @@ def pretext_warning(confusion: np.ndarray) -> str | None:
     return None
 
 
-def write_report(confusion: np.ndarray, samples: int, settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Write ``pretext_report.json`` and ``pretext_report.png``; return the content of the former.
+def write_report(
+    confusion: np.ndarray, sums: np.ndarray, samples: int, settings: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Write ``pretext_report.json`` and, with fusion, ``pretext_report.png``; return the content of the former.
 
     Args:
-        confusion: number of voxels by (true class, predicted class).
-        samples: number of samples in the confusion matrix.
+        confusion: number of voxels by (true class, predicted class); without rows if the pretext has no fusion.
+        sums: of :func:`nnunetv2_vf.pretext.masking.restoration_sums`; without rows if the pretext has no mask.
+        samples: number of samples in the confusion matrix and the sums.
         settings: settings of the training, as plain JSON types.
     """
     dice = dice_per_class(confusion)
-    names = class_names(len(confusion) - 1)
+    names = class_names(len(confusion) - 1) if len(confusion) else []
+    share = restored_share(sums)
     report = {
-        "mean_dice": float(np.nanmean(dice)),
+        "mean_dice": float(np.nanmean(dice)) if len(dice) else None,
         "dice_per_class": dict(zip(names, map(float, dice), strict=True)),
+        "restored_share": {f"channel_{channel}": float(value) for channel, value in enumerate(share)},
         "confusion_rows_are_the_truth": confusion.tolist(),
         "samples": samples,
         "settings": dict(settings),
     }
     save_json(report, str(folder / "pretext_report.json"), sort_keys=False)
-    draw_confusion(confusion, dice.tolist(), folder / "pretext_report.png")
+    if len(confusion):
+        draw_confusion(confusion, dice.tolist(), folder / "pretext_report.png")
     return report
+
+
+def report_lines(report: Mapping[str, Any]) -> dict[str, float]:
+    """Return the scores of a report by what they are called in the log."""
+    lines = {f"{name}: Dice": value for name, value in report["dice_per_class"].items()}
+    if lines:
+        lines["mean: Dice"] = report["mean_dice"]
+    return lines | {f"{name}: restored share": value for name, value in report["restored_share"].items()}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from nnunetv2_vf.settings.legal_values import setting
 from nnunetv2_vf.settings.shared import OPTIMIZER_DESCRIPTION, OPTIMIZERS, TrainingSettings
 
+PRETEXTS = ("fusion", "masked", "fusion+masked")
+JOINT_MASK_FRACTION = 0.3  # where three quarters of the voxels are hidden, few coefficients can be told
 _PRECISION_DESCRIPTION = (
     "precision of matrix products and convolutions; "
     "auto: bf16 on GPUs that support it, fp16 on other GPUs, fp32 on CPUs"
@@ -49,6 +52,11 @@ class VFSettings(TrainingSettings):
     )
 
     # The pretext task
+    pretext: str = setting(
+        "fusion",
+        "fusion: predict the fusion coefficient of each voxel; masked: restore hidden blocks; fusion+masked: both",
+        choices=PRETEXTS,
+    )
     coefficient_steps: int = setting(
         4, "K: the fusion coefficients are 0, 1/K, ..., 1, and each is a class", low=1, high=100
     )
@@ -68,6 +76,14 @@ class VFSettings(TrainingSettings):
     block_side: tuple[int, int] = setting((8, 32), "blocks: side in voxels", low=1)
     block_foreground: float = setting(0.7, "blocks: share of the blocks whose class is not 0", low=0, high=1)
 
+    mask_side: int = setting(16, "masked: side of a hidden block in voxels", low=1)
+    mask_fraction: float = setting(
+        0.75, "masked: share of the blocks that is hidden; the default with fusion+masked is 0.3", low=0.01, high=0.99
+    )
+    reconstruction_weight: float = setting(
+        1.0, "fusion+masked: weight of the restored intensities in the loss; the fusion classes have 1", low=0, high=100
+    )
+
     # Crops and augmentation
     crop_scale: tuple[float, float] = setting(
         (0.7, 1.5), "size of a crop relative to the patch, drawn for each axis", low=0.1, high=10
@@ -83,7 +99,33 @@ class VFSettings(TrainingSettings):
         0.25, "probability that the intensities of both sub-volumes are inverted", low=0, high=1
     )
 
+    @classmethod
+    def _adapt_defaults(cls, defaults: dict[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+        defaults = super()._adapt_defaults(defaults, chosen)
+        if chosen.get("pretext") == "fusion+masked":
+            return {**defaults, "mask_fraction": JOINT_MASK_FRACTION}
+        return defaults
+
+    @property
+    def has_fusion(self) -> bool:
+        """True if the network predicts fusion classes."""
+        return self.pretext != "masked"
+
+    @property
+    def has_mask(self) -> bool:
+        """True if the network restores hidden blocks."""
+        return self.pretext != "fusion"
+
+    @property
+    def num_fusion_classes(self) -> int:
+        """Number of fusion classes, K + 1; 0 in a pretext without fusion."""
+        return self.coefficient_steps + 1 if self.has_fusion else 0
+
+    @property
+    def subvolumes_per_sample(self) -> int:
+        return 2 if self.has_fusion else 1
+
     @property
     def cases_per_sample(self) -> int:
-        """The number of cases that the two sub-volumes of a sample come from."""
-        return 2 if self.pairing == "different" else 1
+        """The number of cases that the sub-volumes of a sample come from."""
+        return 2 if self.has_fusion and self.pairing == "different" else 1

@@ -6,6 +6,7 @@ import hashlib
 import os
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
@@ -82,11 +83,19 @@ class DistributedTrainer(nnUNetTrainer):
     def _make_parallel(self) -> None:
         self._set_batch_size_and_oversample()
         self.network = self.ranks.wrap_in_ddp(self.network, self.device)
-        single_rank_loss, self.loss = self.loss, self._build_loss()  # its Dice is now computed over all ranks
-        if self.enable_deep_supervision:
-            # Under DDP nnU-Net gives the lowest resolution a small weight instead of none, so that each parameter has
-            # a gradient. Our DDP accepts parameters without a gradient (find_unused_parameters).
-            self.loss.weight_factors = single_rank_loss.weight_factors
+        self.loss = self._build_loss()  # its Dice is now computed over all ranks
+
+    def _build_loss(self) -> Any:
+        """Return nnU-Net's loss, with the weights of deep supervision that a single rank has.
+
+        Under DDP nnU-Net gives the lowest resolution a small weight instead of none, so that each parameter has a
+        gradient. Our DDP accepts parameters without a gradient (find_unused_parameters).
+        """
+        loss: Any = super()._build_loss()
+        if self.is_ddp and self.enable_deep_supervision:
+            weights = np.array([*loss.weight_factors[:-1], 0.0])
+            loss.weight_factors = tuple(weights / weights.sum())
+        return loss
 
     def _set_batch_size_and_oversample(self) -> None:
         ranks, batch = self.ranks.size, self.configuration_manager.batch_size

@@ -53,8 +53,20 @@ def check_pretraining(
             f"{settings.pairing!r} needs at least {settings.cases_per_sample} of each; fold 'all' uses all cases for "
             "both"
         )
+    require_visible_blocks(configuration, settings)
     warnings = patch_warning(configuration), _left_out_warning(plans_manager, cases, fold)
     return [warning for warning in warnings if warning is not None]
+
+
+def require_visible_blocks(configuration: ConfigurationManager, settings: VFSettings) -> None:
+    """Raise UserError if the patch has only one block, which a pretext with a mask can neither hide nor show."""
+    longest = max(int(side) for side in configuration.patch_size)
+    if settings.has_mask and settings.mask_side >= longest:
+        raise UserError(
+            f"setting mask_side = {settings.mask_side} is not legal for the patch "
+            f"{[int(side) for side in configuration.patch_size]}: it has only one block; legal: at most {longest - 1} "
+            f"(export {settings.prefix}mask_side={max(1, longest // 4)})"
+        )
 
 
 def check_fold(plans_manager: PlansManager, cases: list[str], fold: int | str) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""nnU-Net's local logger; for pretraining, with a progress.png that has a Dice curve for every fusion class."""
+"""nnU-Net's local logger; for pretraining, with a progress.png that has a curve for every output of the network."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ class PlotLogger(LocalLogger):
 
 
 class PretrainLogger(PlotLogger):
-    """Logs what nnU-Net logs, with all K + 1 fusion classes as ``dice_per_class_or_region``, and :data:`MONITORED`.
+    """Logs what nnU-Net logs, with a score of each output as ``dice_per_class_or_region``, and :data:`MONITORED`.
 
     Args:
-        class_colours: the name of every fusion class, in order, and its colour.
+        score_colours: the name of every score, in order, and the colour of its curve.
     """
 
-    def __init__(self, class_colours: Mapping[str, Any]):
+    def __init__(self, score_colours: Mapping[str, Any]):
         super().__init__()
         self.my_fantastic_logging |= {name: [] for name in MONITORED}
-        self.class_colours = class_colours
+        self.score_colours = score_colours
 
     def draw(self, file: Path) -> None:
-        """Draw losses, pseudo Dice per fusion class, learning rate and :data:`MONITORED` over the epochs."""
+        """Draw losses, the score of each output, learning rate and :data:`MONITORED` over the epochs."""
         logged = self.my_fantastic_logging
         epochs = np.arange(min(len(values) for values in logged.values()))
         curves = {name: np.asarray(values[: len(epochs)]) for name, values in logged.items()}
@@ -80,11 +80,12 @@ class PretrainLogger(PlotLogger):
         figure.savefig(file, dpi=100)
 
     def _draw_dice(self, axes: Axes, epochs: np.ndarray, curves: Mapping[str, np.ndarray]) -> None:
-        classes = curves["dice_per_class_or_region"].T
-        for (name, colour), values in zip(self.class_colours.items(), classes, strict=True):
+        scores = curves["dice_per_class_or_region"].T
+        for (name, colour), values in zip(self.score_colours.items(), scores, strict=True):
             axes.plot(epochs, values, color=colour, label=name)
         axes.plot(epochs, curves["ema_fg_dice"], "k--", label="mean (moving average)")
-        _set_y_axis(axes, "pseudo Dice", bottom=0, top=1)
+        is_fusion_only = not any(name.startswith("restored") for name in self.score_colours)
+        _set_y_axis(axes, "pseudo Dice" if is_fusion_only else "pseudo Dice, restored share", bottom=0, top=1)
 
 
 def _set_y_axis(axes: Axes, name: str, bottom: float | None = None, top: float | None = None) -> None:

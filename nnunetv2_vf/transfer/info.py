@@ -64,11 +64,13 @@ def _describe_artifact(path: Path, content: Mapping[str, Any]) -> list[str]:
     ]
     if "settings" in metadata:
         settings, dice = metadata["settings"], metadata["pretext_dice_per_class"]
+        share = metadata.get("pretext_restored_share", [])  # older files have none
         lines += [
             f"training: {settings['num_epochs']} epochs x {settings['iterations_per_epoch']} iterations, "
-            f"{settings['optimizer']} at {settings['initial_lr']:g}, {settings['fusion_map']}, "
-            f"pairing {settings['pairing']}",
-            f"pretext Dice by class: {', '.join(f'{value:.3f}' for value in dice)}",
+            f"{settings['optimizer']} at {settings['initial_lr']:g}, pretext {settings.get('pretext', 'fusion')}"
+            + (f", {settings['fusion_map']}, pairing {settings['pairing']}" if dice else ""),
+            *([f"pretext Dice by class: {', '.join(f'{value:.3f}' for value in dice)}"] if dice else []),
+            *([f"restored share of the hidden blocks: {', '.join(f'{v:.3f}' for v in share)}"] if share else []),
         ]
     file = shlex.quote(str(path))
     if adapted:

@@ -8,7 +8,8 @@ All values are plain data that JSON can hold. Which keys a file has depends on t
     normalization_schemes    of that configuration, for each channel
     spacing, patch_size      of that configuration, in mm and voxels, in the order of its axes
     dataset, channel_names, fold, num_cases
-    settings, pretext_dice_per_class    settings of pretraining; Dice of each fusion class
+    settings                 of pretraining
+    pretext_dice_per_class, pretext_restored_share    Dice of each fusion class; restored share of each channel
     trainer                  only for checkpoints of nnU-Net
     converted_from, adapted  what nnUNetv2_vf convert and adapt did
     versions                 of the packages that wrote the file
@@ -40,19 +41,25 @@ def describe_pretraining(
     settings: VFSettings,
     fold: int | str,
     num_cases: int,
-    dice_per_class: Sequence[float],
+    scores: Sequence[float],
 ) -> dict[str, Any]:
-    """Return the metadata of a Volume Fusion pretraining."""
+    """Return the metadata of a pretraining.
+
+    Args:
+        scores: of each output of the network: Dice of the fusion classes, then the restored shares of the channels.
+    """
+    classes = settings.num_fusion_classes
     channel_names = read_channel_names(dataset_json)
     return {
         **_describe_plans(plans_manager, configuration_manager, configuration_name),
         "num_input_channels": len(channel_names),
-        "num_classes": settings.coefficient_steps + 1,
+        "num_classes": len(scores),
         "channel_names": channel_names,
         "settings": settings.as_dict(),
         "fold": fold,
         "num_cases": num_cases,
-        "pretext_dice_per_class": [float(dice) for dice in dice_per_class],
+        "pretext_dice_per_class": [float(dice) for dice in scores[:classes]],
+        "pretext_restored_share": [float(share) for share in scores[classes:]],
         "versions": package_versions(),
     }
 

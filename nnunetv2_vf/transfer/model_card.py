@@ -12,6 +12,11 @@ from nnunetv2_vf.transfer.metadata import format_spacing
 from nnunetv2_vf.transfer.suggested_commands import finetune_command
 
 CARD_NAME = "MODEL_CARD.md"
+_PRETEXTS = {
+    "fusion": "Volume Fusion",
+    "masked": "masked autoencoding",
+    "fusion+masked": "Volume Fusion and masked autoencoding",
+}
 _AUTHORS_SECTION = "## Licence and data"
 
 
@@ -36,11 +41,8 @@ def write_model_card(path: Path, metadata: Mapping[str, Any]) -> None:
 def _make_card(metadata: Mapping[str, Any]) -> str:
     network = network_name(metadata["architecture"])
     settings = metadata["settings"]
-    dice = metadata["pretext_dice_per_class"]
-    mean = sum(dice) / len(dice)
-    steps = settings["coefficient_steps"]
     settings_rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    return f"""# {ARTIFACT_NAME}: {network} pretrained with Volume Fusion on {metadata["dataset"]}
+    return f"""# {ARTIFACT_NAME}: {network} pretrained with {_PRETEXTS[settings["pretext"]]} on {metadata["dataset"]}
 
 Self-supervised weights of encoder and decoder for 3D segmentation with nnU-Net v2, trained without labels.
 
@@ -57,11 +59,7 @@ Self-supervised weights of encoder and decoder for 3D segmentation with nnU-Net 
 
 ## Pretext task
 
-Dice on fixed validation samples by fusion coefficient (mean {mean:.3f}):
-
-| {" | ".join(f"{label}/{steps}" for label in range(len(dice)))} |
-|{"---|" * len(dice)}
-| {" | ".join(f"{value:.3f}" for value in dice)} |
+{_scores(metadata)}
 
 ![training curves](progress.png)
 ![samples and predictions](preview.png)
@@ -93,6 +91,25 @@ eval "$(nnUNetv2_vf env)"
 - Origin of the images, and their terms of use: TO BE FILLED IN
 - Author and contact: TO BE FILLED IN
 """
+
+
+def _scores(metadata: Mapping[str, Any]) -> str:
+    """Return the scores of the pretext on fixed validation samples."""
+    dice, share = metadata["pretext_dice_per_class"], metadata["pretext_restored_share"]
+    parts = []
+    if dice:
+        steps = metadata["settings"]["coefficient_steps"]
+        parts.append(f"""Dice on fixed validation samples by fusion coefficient (mean {sum(dice) / len(dice):.3f}):
+
+| {" | ".join(f"{label}/{steps}" for label in range(len(dice)))} |
+|{"---|" * len(dice)}
+| {" | ".join(f"{value:.3f}" for value in dice)} |""")
+    if share:
+        parts.append(
+            "Share of the variance of the hidden blocks that the network restores, for each channel: "
+            + ", ".join(f"{value:.3f}" for value in share)
+        )
+    return "\n\n".join(parts)
 
 
 def _commands(metadata: Mapping[str, Any]) -> str:

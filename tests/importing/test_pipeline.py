@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 from conftest import pretrain_dataset
-from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from unlabelled_data import (
     DATASET,
@@ -278,7 +277,6 @@ def test_stock_nnunet_plans_and_pretrains_on_an_imported_dataset_and_its_additio
     for number in range(5):
         write_case(number)
     run_import(data)
-    extract_fingerprints([DATASET_ID], num_processes=1, check_dataset_integrity=True)
     write_case(9)
     run_import(data)
     plans = pretrain_dataset(DATASET_ID, monkeypatch)

@@ -11,7 +11,7 @@ import torch
 from preprocessed_cases import noise, save_cases
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.pretext.dataset import TRAINING, VALIDATION, FusionDataset, _case_generator
+from nnunetv2_vf.pretext.dataset import TRAINING, VALIDATION, PretextDataset, _case_generator
 from nnunetv2_vf.settings import VFSettings
 
 PATCH = (12, 14, 16)
@@ -27,12 +27,12 @@ def are_equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def test_a_sample_depends_on_seed_and_index_only(cases):
-    first = FusionDataset(cases, PATCH, VFSettings(seed=1), TRAINING)
-    second = FusionDataset(cases, PATCH, VFSettings(seed=1), TRAINING)
+    first = PretextDataset(cases, PATCH, VFSettings(seed=1), TRAINING)
+    second = PretextDataset(cases, PATCH, VFSettings(seed=1), TRAINING)
     _ = [second[i] for i in (5, 0, 9)]  # samples drawn before must not matter
     assert are_equal(first[3], second[3])
     assert not are_equal(first[3], first[4])
-    assert not are_equal(first[3], FusionDataset(cases, PATCH, VFSettings(seed=2), TRAINING)[3])
+    assert not are_equal(first[3], PretextDataset(cases, PATCH, VFSettings(seed=2), TRAINING)[3])
 
 
 def test_crops_and_fusion_map_are_drawn_independently():
@@ -43,13 +43,13 @@ def test_crops_and_fusion_map_are_drawn_independently():
 
 
 def test_validation_samples_do_not_depend_on_the_seed(cases):
-    one, two = (FusionDataset(cases, PATCH, VFSettings(seed=seed), VALIDATION) for seed in (0, 1))
+    one, two = (PretextDataset(cases, PATCH, VFSettings(seed=seed), VALIDATION) for seed in (0, 1))
     assert are_equal(one[0], two[0])
 
 
 def test_validation_samples_differ_from_training_samples(cases):
     training, validation = (
-        FusionDataset(cases, PATCH, VFSettings(seed=0), stream) for stream in (TRAINING, VALIDATION)
+        PretextDataset(cases, PATCH, VFSettings(seed=0), stream) for stream in (TRAINING, VALIDATION)
     )
     assert not are_equal(training[0], validation[0])
 
@@ -59,7 +59,7 @@ def test_validation_samples_differ_from_training_samples(cases):
 
 @pytest.mark.parametrize(("pairing", "num_cases"), [("same", 1), ("different", 2)])
 def test_a_sample_has_two_subvolumes_from_one_or_two_cases(cases, pairing, num_cases):
-    samples = FusionDataset(cases, PATCH, VFSettings(pairing=pairing), TRAINING)
+    samples = PretextDataset(cases, PATCH, VFSettings(pairing=pairing), TRAINING)
     for index in range(8):
         sample = samples[index]
         for name in ("foreground", "background"):
@@ -71,14 +71,14 @@ def test_a_sample_has_two_subvolumes_from_one_or_two_cases(cases, pairing, num_c
 
 
 def test_samples_come_from_all_cases(cases):
-    samples = FusionDataset(cases, PATCH, VFSettings(), TRAINING)
+    samples = PretextDataset(cases, PATCH, VFSettings(), TRAINING)
     assert {name for i in range(40) for name in samples[i]["cases"]} == set(cases.identifiers)
 
 
 def test_pairing_different_needs_two_cases(tmp_path):
     cases = save_cases(tmp_path, only=noise(1, 20, 20, 20))
     with pytest.raises(UserError, match="'different' needs at least 2 cases, not 1"):
-        FusionDataset(cases, PATCH, VFSettings(pairing="different"), TRAINING)
+        PretextDataset(cases, PATCH, VFSettings(pairing="different"), TRAINING)
 
 
 # ---------------------------------------------------------------- rejected cases
@@ -90,7 +90,7 @@ def test_cases_with_nan_and_constant_cases_are_rejected_with_a_reason(tmp_path):
     cases = save_cases(
         tmp_path, good=noise(1, 20, 20, 20), partly_nan=partly_nan, constant=np.full((1, 20, 20, 20), 7.0)
     )
-    samples = FusionDataset(cases, PATCH, VFSettings(), TRAINING)
+    samples = PretextDataset(cases, PATCH, VFSettings(), TRAINING)
     drawn = [samples[i] for i in range(20)]
     assert all(sample["cases"] == ["good"] for sample in drawn)
     assert all(sample[name].isfinite().all() for sample in drawn for name in ("foreground", "background"))
@@ -103,7 +103,7 @@ def test_cases_with_nan_and_constant_cases_are_rejected_with_a_reason(tmp_path):
 def test_a_case_that_is_almost_all_air_is_rejected_again_in_every_sample(tmp_path):
     air = np.zeros((1, 200, 40, 40))
     air[:, 0, 0, 0] = 1
-    samples = FusionDataset(save_cases(tmp_path, air=air, good=noise(1, 20, 20, 20)), PATCH, VFSettings(), TRAINING)
+    samples = PretextDataset(save_cases(tmp_path, air=air, good=noise(1, 20, 20, 20)), PATCH, VFSettings(), TRAINING)
     drawn = [samples[i] for i in range(6)]
     assert all(sample["cases"] == ["good"] for sample in drawn)
     rejected = [case for sample in drawn for case in sample["rejected"]]
@@ -113,7 +113,7 @@ def test_a_case_that_is_almost_all_air_is_rejected_again_in_every_sample(tmp_pat
 
 def test_a_sample_without_a_usable_case_has_rejected_cases_only(tmp_path):
     cases = save_cases(tmp_path, constant=np.zeros((1, 20, 20, 20)))
-    sample = FusionDataset(cases, PATCH, VFSettings(), TRAINING)[0]
+    sample = PretextDataset(cases, PATCH, VFSettings(), TRAINING)[0]
     assert set(sample) == {"rejected"}
     assert [(case.case, case.unusable) for case in sample["rejected"]] == [("constant", True)]
 
@@ -122,7 +122,7 @@ def test_a_sample_without_a_usable_case_has_rejected_cases_only(tmp_path):
 def test_two_usable_cases_among_many_unusable_ones_are_always_found(tmp_path, pairing):
     unusable = {f"unusable_{i}": np.zeros((1, 20, 20, 20)) for i in range(12)}
     cases = save_cases(tmp_path, **unusable, one=noise(1, 20, 20, 20), two=noise(1, 20, 20, 20, seed=1))
-    samples = FusionDataset(cases, PATCH, VFSettings(pairing=pairing), TRAINING)
+    samples = PretextDataset(cases, PATCH, VFSettings(pairing=pairing), TRAINING)
     assert all("foreground" in samples[i] for i in range(30))
 
 
@@ -154,7 +154,7 @@ def test_a_damaged_case_is_reported_once_and_replaced(tmp_path, kind):
     good = {f"good_{i}": noise(1, 20, 20, 20, seed=i) for i in range(3)}
     cases = save_cases(tmp_path, **good, bad=noise(1, 20, 20, 20))
     damage(tmp_path, "bad", kind)
-    samples = FusionDataset(cases, PATCH, VFSettings(), TRAINING, channels=1)
+    samples = PretextDataset(cases, PATCH, VFSettings(), TRAINING, channels=1)
     drawn = [samples[i] for i in range(20)]
     assert {case for sample in drawn for case in sample["cases"]} == set(good)
     (rejected,) = [case for sample in drawn for case in sample["rejected"]]
@@ -167,6 +167,6 @@ def test_samples_do_not_depend_on_which_damaged_cases_are_known(tmp_path, kind):
         tmp_path, good=noise(1, 20, 20, 20), other=noise(1, 20, 20, 20, seed=1), bad=noise(1, 20, 20, 20)
     )
     damage(tmp_path, "bad", kind)
-    samples = FusionDataset(cases, PATCH, VFSettings(), TRAINING, channels=1)
+    samples = PretextDataset(cases, PATCH, VFSettings(), TRAINING, channels=1)
     for index in range(12):
-        assert are_equal(samples[index], FusionDataset(cases, PATCH, VFSettings(), TRAINING, channels=1)[index])
+        assert are_equal(samples[index], PretextDataset(cases, PATCH, VFSettings(), TRAINING, channels=1)[index])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from preprocessed_cases import save_cases
 
-from nnunetv2_vf.pretext.dataset import TRAINING, FusionDataset
+from nnunetv2_vf.pretext.dataset import TRAINING, PretextDataset
 from nnunetv2_vf.pretext.loader import RankShare, collate, make_loader
 from nnunetv2_vf.settings import VFSettings
 
@@ -18,11 +18,11 @@ PATCH = (12, 14, 16)
 
 
 @pytest.fixture
-def samples(cases) -> FusionDataset:
-    return FusionDataset(cases, PATCH, VFSettings(), TRAINING)
+def samples(cases) -> PretextDataset:
+    return PretextDataset(cases, PATCH, VFSettings(), TRAINING)
 
 
-def load_batches(samples: FusionDataset, steps: range, workers: int) -> list[dict[str, Any]]:
+def load_batches(samples: PretextDataset, steps: range, workers: int) -> list[dict[str, Any]]:
     indices = RankShare(batch=2, first=0, size=2).batches(steps)
     return list(make_loader(samples, indices, workers, pin_memory=False))
 
@@ -55,7 +55,7 @@ def test_loading_does_not_touch_the_global_random_states(samples):
 
 def test_a_batch_with_an_incomplete_sample_has_rejected_cases_only(tmp_path, samples):
     cases = save_cases(tmp_path, constant=np.zeros((1, 20, 20, 20)))
-    incomplete = FusionDataset(cases, PATCH, VFSettings(), TRAINING)[0]
+    incomplete = PretextDataset(cases, PATCH, VFSettings(), TRAINING)[0]
     batch = collate([samples[0], incomplete])
     assert set(batch) == {"rejected"}
     assert [(case.case, case.unusable) for case in batch["rejected"]] == [("constant", True)]

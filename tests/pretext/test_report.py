@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_vf.pretext.report import count_confusion, dice_per_class, pretext_warning, write_report
+from nnunetv2_vf.pretext.report import count_confusion, dice_per_class, pretext_warning, report_lines, write_report
 from nnunetv2_vf.settings import VFSettings
 
 
@@ -46,7 +46,10 @@ def test_a_solved_pretext_task_gives_a_warning_only_if_every_class_is_solved():
 @pytest.mark.pictures
 def test_the_report_is_written_as_json_and_as_a_picture(tmp_path):
     confusion = np.ones((5, 5), int) + 9 * np.eye(5, dtype=int)
-    report = write_report(confusion, 4, VFSettings().as_dict(), tmp_path)
+    sums = np.array([[10, 0.0, 10.0, 2.5]])  # a channel of which three quarters of the variance are restored
+    report = write_report(confusion, sums, 4, VFSettings().as_dict(), tmp_path)
+    assert report["restored_share"] == {"channel_0": 0.75}
+    assert report_lines(report)["channel_0: restored share"] == 0.75
     assert json.loads((tmp_path / "pretext_report.json").read_text()) == json.loads(json.dumps(report))
     assert report["mean_dice"] == np.mean(list(report["dice_per_class"].values()))
     assert (tmp_path / "pretext_report.png").stat().st_size > 1000

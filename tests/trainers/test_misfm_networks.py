@@ -35,8 +35,17 @@ def test_stock_trainers_train_the_network(plans, two_epochs, trainer_name):
     trainer.on_train_end()
 
 
-@pytest.mark.parametrize("plans", ["pct_plans", pytest.param("fmunet_plans", marks=pytest.mark.slow)], indirect=True)
-def test_pretrain_then_finetune_then_predict(plans, two_epochs, tmp_path):
+@pytest.mark.parametrize(
+    ("plans", "pretext"),
+    [
+        ("pct_plans", "fusion"),
+        pytest.param("pct_plans", "masked", marks=pytest.mark.slow),
+        pytest.param("fmunet_plans", "fusion+masked", marks=pytest.mark.slow),
+    ],
+    indirect=["plans"],
+)
+def test_pretrain_then_finetune_then_predict(plans, pretext, two_epochs, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_vf_pretext", pretext)
     results = tmp_path / "results" / DATASET
     run_training(*TRAINING, "VFPretrainTrainer", plans, device=CPU)
     artifact_file = results / f"VFPretrainTrainer__{plans}__3d_fullres" / "fold_0" / "vf_pretrained.pth"

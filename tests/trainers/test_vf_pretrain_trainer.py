@@ -190,9 +190,9 @@ def test_there_is_a_fusion_map_for_every_output_of_the_network(two_epochs):
     trainer.initialize()
     train, _ = trainer.get_dataloaders()
     batch = next(train)
-    fused, targets = trainer._fuse(batch)
-    outputs = trainer.network(fused)
-    assert fused.shape == (2, 1, 16, 16, 24)
+    pretext = trainer._make_batch(batch)
+    targets, outputs = trainer._targets(pretext.fusion_map), trainer.network(pretext.data)
+    assert pretext.data.shape == (2, 1, 16, 16, 24)
     assert [t.shape[2:] for t in targets] == [o.shape[2:] for o in outputs]
     assert torch.equal(targets[0][:, 0], batch["tensors"]["fusion_map"])
 
@@ -222,9 +222,18 @@ def test_the_network_learns_the_pretext_task(two_epochs, monkeypatch):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
-def test_a_resumed_run_equals_an_uninterrupted_one(two_epochs, tmp_path, monkeypatch, workers):
+@pytest.mark.parametrize(
+    ("workers", "pretext"),
+    [
+        pytest.param(0, "fusion", marks=pytest.mark.slow),
+        (2, "fusion"),
+        pytest.param(0, "masked", marks=pytest.mark.slow),
+        (0, "fusion+masked"),
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(two_epochs, tmp_path, monkeypatch, workers, pretext):
     monkeypatch.setenv("nnUNet_n_proc_DA", str(workers))
+    monkeypatch.setenv("nnUNet_vf_pretext", pretext)
     monkeypatch.setenv("nnUNet_vf_num_epochs", "3")
     monkeypatch.setenv("nnUNet_vf_save_every", "2")
 

@@ -1,0 +1,129 @@
+"""The masked pretext: sizes and shares of hidden blocks, what reaches the input, what the loss compares."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nnunetv2_vf.pretext.masking import HiddenVolume, RestorationLoss, draw_mask, hide, restoration_sums, restored_share
+from nnunetv2_vf.settings import VFSettings
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def volumes(channels: int = 2, seed: int = 0) -> Tensor:
+    return torch.randn(3, channels, 16, 8, 24, generator=torch.Generator().manual_seed(seed))
+
+
+def masks(**settings) -> Tensor:
+    settings = VFSettings(pretext="masked", mask_side=4, **settings)
+    return torch.stack([draw_mask((16, 8, 24), settings, rng(seed)) for seed in range(3)])
+
+
+# ---------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize(("side", "fraction"), [(16, 0.75), (8, 0.3), (4, 0.6)])
+def test_whole_cubes_are_hidden_and_their_share_is_the_fraction(side, fraction):
+    mask = draw_mask((64, 32, 48), VFSettings(mask_side=side, mask_fraction=fraction), rng())
+    assert mask.dtype == torch.bool
+    cubes = mask.unfold(0, side, side).unfold(1, side, side).unfold(2, side, side).flatten(3)
+    assert torch.equal(cubes.all(-1), cubes.any(-1))
+    assert abs(mask.float().mean() - fraction) <= 1 / cubes[..., 0].numel()
+
+
+def test_a_share_of_few_cubes_is_right_on_average():
+    settings = VFSettings(mask_side=16, mask_fraction=0.3)  # of two cubes
+    shares = [draw_mask((16, 16, 32), settings, rng(seed)).float().mean() for seed in range(2000)]
+    assert abs(np.mean(shares) - 0.3) < 0.02
+
+
+def test_a_cube_stays_visible():
+    settings = VFSettings(mask_side=8, mask_fraction=0.99)
+    assert all((~draw_mask((8, 8, 16), settings, rng(seed))).any() for seed in range(20))
+
+
+@pytest.mark.parametrize("patch", [(5, 16, 20), (40, 7, 33)])
+def test_a_patch_that_is_no_multiple_of_the_side_is_covered(patch):
+    is_ever_hidden = sum(draw_mask(patch, VFSettings(mask_side=8), rng(seed)).int() for seed in range(50))
+    assert is_ever_hidden.shape == patch
+    assert (is_ever_hidden > 0).all()
+
+
+def test_hidden_intensities_do_not_reach_the_input():
+    mask, volume = masks(), volumes()
+    changed = torch.where(mask[:, None], volume + 100, volume)
+    assert torch.equal(hide(HiddenVolume(volume, mask)), hide(HiddenVolume(changed, mask)))
+    visible = ~mask[:, None].expand_as(volume)
+    assert torch.equal(hide(HiddenVolume(volume, mask))[visible], volume[visible])
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def test_only_hidden_voxels_count_without_a_visible_weight():
+    mask, volume, restored = masks(), volumes(), volumes(seed=1)
+    loss = RestorationLoss(0.0)
+    elsewhere = torch.where(mask[:, None], restored, restored + 100)
+    assert torch.equal(loss(restored, HiddenVolume(volume, mask)), loss(elsewhere, HiddenVolume(volume, mask)))
+    errors = (restored - volume).square().mean(1)
+    expected = torch.stack([error[hidden].mean() for error, hidden in zip(errors, mask, strict=True)]).mean()
+    torch.testing.assert_close(loss(restored, HiddenVolume(volume, mask)), expected)
+
+
+def test_a_copy_of_the_input_has_no_error_on_visible_and_a_known_one_on_hidden_voxels():
+    mask, volume = masks(), volumes()
+    copied = hide(HiddenVolume(volume, mask))
+    intensities = volume.square().mean(1)  # hidden intensities are 0 in the input
+    expected = torch.stack([values[hidden].mean() for values, hidden in zip(intensities, mask, strict=True)]).mean()
+    for weight in (0.0, 0.1, 1.0):
+        torch.testing.assert_close(RestorationLoss(weight)(copied, HiddenVolume(volume, mask)), expected)
+
+
+def test_visible_voxels_count_with_their_weight():
+    mask, volume = masks(), volumes()
+    restored = torch.where(mask[:, None], volume, volume + 2)
+    torch.testing.assert_close(RestorationLoss(0.25)(restored, HiddenVolume(volume, mask)), torch.tensor(0.25 * 2**2))
+
+
+def test_smaller_outputs_are_compared_with_mean_intensities():
+    mask, volume = masks(), volumes()
+    small = torch.nn.functional.avg_pool3d(volume, (1, 2, 2))
+    assert RestorationLoss(0.5)(small, HiddenVolume(volume, mask)) < 1e-12
+    torch.testing.assert_close(RestorationLoss(0.0)(small + 3, HiddenVolume(volume, mask)), torch.tensor(9.0))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_batch_with_everything_visible_or_hidden_has_a_finite_loss(share):
+    mask = torch.full((3, 16, 8, 24), bool(share))
+    loss = RestorationLoss(0.1)(volumes(seed=1), HiddenVolume(volumes(), mask))
+    assert loss.isfinite()
+
+
+# ---------------------------------------------------------------- the restored share
+
+
+def test_the_restored_share_is_that_of_the_hidden_voxels():
+    mask, volume = masks(), volumes()
+    hidden = [volume[:, channel][mask] for channel in (0, 1)]
+    restored = volume.clone()
+    restored[:, 1] = hidden[1].mean()  # no better than the mean
+    share = restored_share(restoration_sums(restored, HiddenVolume(volume, mask)).numpy())
+    np.testing.assert_allclose(share, [1, 0], atol=1e-9)
+    half = restored_share(restoration_sums(volume + hidden[0].std() / 2**0.5, HiddenVolume(volume, mask)).numpy())
+    assert half[0] == pytest.approx(0.5, abs=0.01)
+
+
+def test_sums_of_batches_add_up_and_constant_volumes_have_no_share():
+    mask, volume, restored = masks(), volumes(), volumes(seed=1)
+    parts = sum(
+        restoration_sums(restored[i : i + 1], HiddenVolume(volume[i : i + 1], mask[i : i + 1])) for i in range(3)
+    )
+    torch.testing.assert_close(parts, restoration_sums(restored, HiddenVolume(volume, mask)))
+    constant = torch.full_like(volume, 7.3)
+    assert np.isnan(restored_share(restoration_sums(restored, HiddenVolume(constant, mask)).numpy())).all()
+    assert restored_share(np.zeros((0, 4))).shape == (0,)
