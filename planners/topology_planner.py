@@ -10,18 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_folders import dataset_name, require_variables
 from nnunetv2_vf.planners.memory_fitting import Patch, candidate_patches, fit_batch_size, fit_patch, patch_divisor
 from nnunetv2_vf.planners.step_memory import GIB, StepMemory, measure_architecture
+from nnunetv2_vf.transfer.architectures import canonical_architecture
 from nnunetv2_vf.transfer.metadata import format_spacing, read_channel_names
+from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 
+# Arguments of networks that change no weights.
+_WITHOUT_WEIGHTS = {"channels_last", "activation_checkpointing", "dropout_per_stage", "drop_path"}
 _PRETEXT_CLASSES = 5  # of Volume Fusion's default settings; pretraining with these plans must fit as well
 
 
@@ -84,7 +90,8 @@ class TopologyPlanner(ExperimentPlanner):
         """Write the plans.
 
         Raises:
-            UserError: trainings use plans of this name with another network; afterwards they could not predict.
+            UserError: folds are trained with plans of this name and another network. The next fold would write its
+                plans into their results folder, and they could no longer predict.
         """
         self._require_same_network_as_trained(plans)
         super().save_plans(plans)
@@ -94,18 +101,30 @@ class TopologyPlanner(ExperimentPlanner):
         if not results:
             return
         for trained in sorted((Path(results) / self.dataset_name).glob(f"*__{name}__*/plans.json")):
-            old, new = (content["configurations"] for content in (json.loads(trained.read_text()), plans))
             configuration = trained.parent.name.rpartition("__")[2]
-            networks = [each.get(configuration, {}).get("architecture") for each in (old, new)]
-            if None not in networks and networks[0] != json.loads(json.dumps(networks[1])):
+            with malformed_file_errors(trained):
+                old, new = (_network_of(content, configuration) for content in (load_json(str(trained)), plans))
+            if old and new and old != new:
                 raise UserError(
-                    f"{trained.parent} was trained with {name} that have another network, and could not predict after "
-                    f"planning; give the new plans another name: -overwrite_plans_name {name}2"
+                    f"{trained.parent} has folds of another network, which could not predict once another fold is "
+                    f"trained with the new plans; give these another name: -overwrite_plans_name {name}2"
                 )
 
     @property
     def number_of_channels(self) -> int:
         return len(read_channel_names(self.dataset_json))
+
+
+def _network_of(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    """Return the entry ``architecture`` of a configuration, without arguments that change no weights; empty if none."""
+    if configuration not in plans["configurations"]:
+        return {}
+    entry = PlansManager(dict(plans)).get_configuration(configuration).configuration["architecture"]
+    architecture: dict[str, Any] = json.loads(json.dumps(canonical_architecture(entry)))
+    architecture["arch_kwargs"] = {
+        name: value for name, value in architecture["arch_kwargs"].items() if name not in _WITHOUT_WEIGHTS
+    }
+    return architecture
 
 
 def plan_datasets(

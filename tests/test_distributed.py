@@ -68,6 +68,7 @@ def test_ranks_that_share_a_batch_get_the_weights_of_a_single_process(
     batch_of_four, tmp_path, monkeypatch, processes, pretext
 ):
     monkeypatch.setenv("nnUNet_vf_pretext", pretext)
+    monkeypatch.setenv("nnUNet_vf_mask_side", "4")
     done = torchrun(processes, nnUNet_results=tmp_path / "shared")
     assert done.returncode == 0, done.stderr
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "alone"))

@@ -158,7 +158,7 @@ class VFFinetuneTrainer(ResumableTrainer):
         }
         factors = self.ranks.broadcast_from_first(factors)  # norms differ in the last digits between devices
         scale_kernels(network, factors)
-        if factors:  # only kernels before a norm are scaled, and not every network has some
+        if factors:  # only kernels before a norm are scaled; some networks have none
             extremes = f"by {min(factors.values()):.2f} to {max(factors.values()):.2f}"
             self.print_to_log_file(f"{len(factors)} pretrained kernels scaled to the norm of new ones, {extremes}")
 

@@ -50,15 +50,15 @@ _PREVIEW_EXAMPLES = 3
 
 
 class VFPretrainTrainer(ResumableTrainer):
-    """Pretrains encoder and decoder with Volume Fusion: predict the fusion coefficient of every voxel.
+    """Pretrains encoder and decoder: predict the fusion coefficient of every voxel, restore hidden blocks, or both.
 
-    The setting ``pretext`` chooses the task: fusion, restoring hidden blocks, or both. Labels of the dataset are
-    ignored. nnU-Net sees the K + 1 fusion classes, and each restored channel, as the labels of this training, so the
-    network's heads, loss, schedule, pseudo Dice, logging and checkpoints are nnU-Net's own. Besides checkpoints it
-    writes ``vf_pretrained.pth``, ``MODEL_CARD.md``, ``preview.png`` and, at the end, ``pretext_report.json`` and
-    ``.png``.
+    The setting ``pretext`` chooses the task; Volume Fusion is the default. Labels of the dataset are ignored. nnU-Net
+    sees the K + 1 fusion classes, and each restored channel, as the labels of this training, so the network's heads,
+    loss, schedule, pseudo Dice, logging and checkpoints are nnU-Net's own. Besides checkpoints it writes
+    ``vf_pretrained.pth``, ``MODEL_CARD.md``, ``preview.png`` and, at the end, ``pretext_report.json`` and ``.png``.
 
-    Settings: :class:`nnunetv2_vf.settings.VFSettings`. Source: arXiv 2306.16925, section "Volume Fusion".
+    Settings: :class:`nnunetv2_vf.settings.VFSettings`. Source: arXiv 2306.16925, section "Volume Fusion"; for hidden
+    blocks see :mod:`nnunetv2_vf.pretext.masking`.
     """
 
     settings: VFSettings
@@ -94,7 +94,7 @@ class VFPretrainTrainer(ResumableTrainer):
     # ------------------------------------------------------------------ the pretext task
 
     def train_step(self, batch: dict) -> dict:
-        """Fuse or hide, predict, compare, step. Loss and gradient stay on the device: no step waits for it."""
+        """Make the batch, predict, compare, step. Loss and gradient stay on the device: no step waits for it."""
         self.between_steps()
         pretext = self._make_batch(batch)
         with self.precision.autocast():
@@ -117,8 +117,8 @@ class VFPretrainTrainer(ResumableTrainer):
         result = {"loss": loss}
         if pretext.fusion_map is not None:
             result["confusion"] = count_confusion(logits.argmax(1), pretext.fusion_map, logits.shape[1])
-        if pretext.hidden is not None:
-            result["restoration"] = restoration_sums(restored, pretext.hidden)
+        if pretext.restoration is not None:
+            result["restoration"] = restoration_sums(restored, pretext.restoration)
         return result
 
     def _make_batch(self, batch: dict[str, Any]) -> PretextBatch:
@@ -135,7 +135,9 @@ class VFPretrainTrainer(ResumableTrainer):
 
     def _compute_loss(self, output: Any, pretext: PretextBatch) -> Tensor:
         classes = None if pretext.fusion_map is None else self._targets(pretext.fusion_map)
-        return self.loss(output, classes) if pretext.hidden is None else self.loss(output, classes, pretext.hidden)
+        if pretext.restoration is None:
+            return self.loss(output, classes)
+        return self.loss(output, classes, pretext.restoration)
 
     def _full_resolution(self, output: Any) -> Tensor:
         return output[0] if self.enable_deep_supervision else output
@@ -238,18 +240,20 @@ class VFPretrainTrainer(ResumableTrainer):
         """Let nnU-Net log a score for each output channel: Dice of a fusion class, restored share of an image channel.
 
         nnU-Net computes the Dice 2 tp / (2 tp + fp + fn) from summed counts. Class 0 is a class like the others. With
-        tp = s and fp = fn = 1 - s, the Dice is the share s.
+        tp = s and fp = fn = 1 - s, the Dice is the share s. A share has no lower bound, and is NaN if an output is. So
+        it is logged as at least 0: it must not outweigh the Dice in the mean that decides which checkpoint is best.
         """
         losses, confusion, sums = self._collect(val_outputs)
         hits = confusion.diagonal()
-        share = restored_share(sum(self.ranks.gather(sums)))
+        raw_share = restored_share(sum(self.ranks.gather(sums)))
+        share = np.nan_to_num(raw_share, nan=0.0, neginf=0.0).clip(0, 1)
         counts = {
             "tp_hard": np.concatenate([hits, share]),
             "fp_hard": np.concatenate([confusion.sum(0) - hits, 1 - share]),
             "fn_hard": np.concatenate([confusion.sum(1) - hits, 1 - share]),
         }
         super().on_validation_epoch_end([{"loss": losses.mean(), **counts}])
-        warning = pretext_warning(sum(self.ranks.gather(confusion))) if self.settings.has_fusion else None
+        warning = pretext_warning(sum(self.ranks.gather(confusion)), raw_share)
         if warning:
             self.print_to_log_file(warning)
 
@@ -261,7 +265,7 @@ class VFPretrainTrainer(ResumableTrainer):
         names = {"loss", "confusion", "restoration"} & outputs[0].keys()
         stacked = {name: torch.stack([output[name] for output in outputs]).cpu().numpy() for name in names}
         confusion = stacked["confusion"].sum(0) if self.settings.has_fusion else np.zeros((0, 0), int)
-        sums = stacked["restoration"].sum(0) if self.settings.has_mask else np.zeros((0, 4))
+        sums = stacked["restoration"].sum(0, dtype=float) if self.settings.has_mask else np.zeros((0, 4))
         return stacked["loss"], confusion, sums
 
     def on_train_end(self) -> None:

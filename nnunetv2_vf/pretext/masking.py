@@ -2,8 +2,9 @@
 
 Masked autoencoding: He et al., arXiv 2111.06377 (2D, transformers); Tian et al., "SparK", arXiv 2301.03580
 (convolutions); Wald et al., "Revisiting MAE pre-training for 3D medical image segmentation", arXiv 2410.23132. The
-recipe of the latter in nnssl (``masked_image_modeling/BaseMAETrainer.py``) is the default here: cubes of 16 voxels,
-three quarters of them hidden, squared error of the hidden voxels, no intensity augmentation.
+recipe of the latter in nnssl (``masked_image_modeling/BaseMAETrainer.py``) gave the defaults: cubes of 16 voxels, three
+quarters of them hidden, squared error of the hidden voxels, no intensity augmentation. Other than there, crops have
+random scales, the optimiser is Adam, and the lower outputs of deep supervision count too.
 
 A mask is bool with the axes (D, H, W), True where a voxel is hidden.
 """
@@ -20,10 +21,13 @@ from torch import Tensor, nn
 
 from nnunetv2_vf.settings import VFSettings
 
-HIDDEN_INTENSITY = 0.0  # the mean of an image that nnU-Net has normalised
+# As published. It is the mean of an image after nnU-Net's z-score. After other normalisations it is another value: for
+# CT the mean of the body, for intensities in [0, 1] that of air.
+HIDDEN_INTENSITY = 0.0
+_CONSTANT = 1e-5  # volumes whose variance is below this part of their mean square count as constant
 
 
-class HiddenVolume(NamedTuple):
+class RestorationTarget(NamedTuple):
     """What the network has to restore."""
 
     volume: Tensor  # B, C, D, H, W; before intensities were hidden
@@ -35,12 +39,12 @@ def draw_mask(patch_size: Sequence[int], settings: VFSettings, rng: np.random.Ge
 
     The grid starts at the first voxel and covers the patch; its last cubes are cut off where the patch ends. If the
     fraction is not a whole number of cubes, the number is rounded up or down at random, so that the fraction is right
-    on average. At least one cube stays visible: from an input of one value, norms would make noise.
+    on average. At least one cube is hidden, and one stays visible: from an input of one value, norms would make noise.
     """
     patch = np.asarray(patch_size)
     grid = -(-patch // settings.mask_side)
     count = int(grid.prod())
-    num_hidden = min(int(count * settings.mask_fraction + rng.random()), count - 1)
+    num_hidden = min(max(int(count * settings.mask_fraction + rng.random()), 1), count - 1)
     is_hidden = np.arange(count) < num_hidden
     mask = rng.permutation(is_hidden).reshape(grid)
     for axis in range(3):
@@ -48,9 +52,9 @@ def draw_mask(patch_size: Sequence[int], settings: VFSettings, rng: np.random.Ge
     return torch.from_numpy(mask[tuple(slice(0, side) for side in patch)].copy())
 
 
-def hide(hidden: HiddenVolume) -> Tensor:
+def hide(target: RestorationTarget) -> Tensor:
     """Return the volume (B, C, D, H, W) without the hidden intensities."""
-    return hidden.volume.masked_fill(hidden.mask[:, None], HIDDEN_INTENSITY)
+    return target.volume.masked_fill(target.mask[:, None], HIDDEN_INTENSITY)
 
 
 class RestorationLoss(nn.Module):
@@ -64,50 +68,49 @@ class RestorationLoss(nn.Module):
         super().__init__()
         self.visible_weight = visible_weight
 
-    def forward(self, restored: Tensor, hidden: HiddenVolume) -> Tensor:
-        """Return the loss of one output of the network, a number.
-
-        An output of deep supervision is smaller than the volume. It is compared with the mean intensity of each of its
-        voxels, which counts as hidden to the share to which it is.
+    def forward(self, restored: Tensor, target: RestorationTarget) -> Tensor:
+        """Return the loss of one output of the network, a number: the mean over the samples.
 
         Args:
-            restored: (B, C, d, h, w).
+            restored: (B, C, d, h, w); smaller than the volume for the lower outputs of deep supervision.
         """
-        size = restored.shape[2:]
-        hidden_share = _shrink(hidden.mask[:, None].float(), size)
-        error = (restored.float() - _shrink(hidden.volume, size)).square().mean(1, keepdim=True)
-        loss = _mean_over_samples(error, hidden_share)
+        hidden = target.mask[:, None].to(restored.device, torch.float32)
+        loss = _part_error(restored, target.volume, hidden)
         if self.visible_weight:
-            loss = loss + self.visible_weight * _mean_over_samples(error, 1 - hidden_share)
+            loss = loss + self.visible_weight * _part_error(restored, target.volume, 1 - hidden)
         return loss
 
 
-def _shrink(x: Tensor, size: torch.Size) -> Tensor:
-    depth, height, width = size
-    return x if x.shape[2:] == size else F.adaptive_avg_pool3d(x, (depth, height, width))
+def _part_error(restored: Tensor, volume: Tensor, part: Tensor) -> Tensor:
+    """Return the mean squared error over a part of the voxels: of each sample, then the mean over the samples.
 
+    A voxel of a smaller output is compared with the mean intensity of its voxels that belong to the part. Its weight is
+    the share of these voxels.
 
-def _mean_over_samples(x: Tensor, weights: Tensor) -> Tensor:
-    """Return the mean over the samples of each sample's weighted mean, which is 0 if all its weights are 0.
-
-    The mean of a batch on several ranks is therefore that of the whole batch.
+    Args:
+        part: (B, 1, D, H, W), 1 for the voxels of the part and 0 for others.
     """
-    sums = (x * weights).flatten(1).sum(1)
-    return (sums / weights.flatten(1).sum(1).clamp_min(torch.finfo(sums.dtype).tiny)).mean()
+    depth, height, width = restored.shape[2:]
+    share, intensity = part, volume * part
+    if restored.shape[2:] != volume.shape[2:]:
+        share, intensity = (F.adaptive_avg_pool3d(x, (depth, height, width)) for x in (share, intensity))
+    tiny = torch.finfo(torch.float32).tiny
+    error = (restored.float() - intensity / share.clamp_min(tiny)).square().mean(1, keepdim=True)
+    sums = (error * share).flatten(1).sum(1)
+    return (sums / share.flatten(1).sum(1).clamp_min(tiny)).mean()
 
 
-def restoration_sums(restored: Tensor, hidden: HiddenVolume) -> Tensor:
+def restoration_sums(restored: Tensor, target: RestorationTarget) -> Tensor:
     """Return sums over the hidden voxels of a batch, on the device and without waiting for it.
 
     Returns:
-        (C, 4), float64: number of voxels, sum of their intensities, of the squared intensities, and of the squared
+        (C, 4), float32: number of voxels, sum of their intensities, of the squared intensities, and of the squared
         errors. Sums of several batches can be added.
     """
-    is_hidden = hidden.mask[:, None].to(torch.float64)
-    volume = hidden.volume.to(torch.float64)
-    error = (restored.to(torch.float64) - volume).square()
+    hidden, volume = target.mask[:, None].float(), target.volume
+    error = (restored.float() - volume).square()
     columns = (torch.ones_like(volume), volume, volume.square(), error)
-    return torch.stack([(column * is_hidden).sum((0, 2, 3, 4)) for column in columns], dim=1)
+    return torch.stack([(column * hidden).sum((0, 2, 3, 4)) for column in columns], dim=1)
 
 
 def restored_share(sums: np.ndarray) -> np.ndarray:
@@ -121,4 +124,4 @@ def restored_share(sums: np.ndarray) -> np.ndarray:
     count, total, squares, errors = np.asarray(sums, float).T
     with np.errstate(divide="ignore", invalid="ignore"):
         deviations = squares - total**2 / count
-        return np.where(deviations > 1e-9 * squares, 1 - errors / deviations, np.nan)
+        return np.where(deviations > _CONSTANT * squares, 1 - errors / deviations, np.nan)

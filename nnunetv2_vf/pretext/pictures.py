@@ -19,6 +19,7 @@ from nnunetv2_vf.pretext.fusion import fit_intensity_transforms
 from nnunetv2_vf.pretext.task import make_batch, split_output
 from nnunetv2_vf.settings import VFSettings
 
+_RESTORED = "restored"
 _VIEWS = ("along z", "along y", "along x")  # axes of the original image; nnU-Net keeps its orientation
 
 
@@ -58,10 +59,10 @@ def make_examples(
         volumes["background sub-volume"] = transform_background(tensors["background"])
         maps["fusion map (target)"] = pretext.fusion_map
         maps["prediction"] = None if logits is None else logits.argmax(1)
-    if pretext.hidden is not None:
-        volumes["fused volume" if settings.has_fusion else "volume"] = pretext.hidden.volume
+    if pretext.restoration is not None:
+        volumes["fused volume" if settings.has_fusion else "volume"] = pretext.restoration.volume
         volumes["hidden blocks (network input)"] = pretext.data
-        volumes["restored"] = restored
+        volumes[_RESTORED] = restored
     else:
         volumes["fused volume (network input)"] = pretext.data
     columns = {title: volume[:, 0].cpu().numpy() for title, volume in volumes.items() if volume is not None}
@@ -107,9 +108,10 @@ def draw_examples(examples: Sequence[Example], views: Sequence[str], settings: V
 def _draw_row(row: Sequence[Axes], example: Example, axis: int, colormap: ListedColormap) -> None:
     """Draw the middle slices of an example along one axis, one slice in each of the axes."""
     volumes, maps = [*example.volumes.values()], [*example.maps.values()]
-    low, high = np.percentile(np.stack(volumes), (0.5, 99.5))  # the same grey scale for all
+    # The same grey scale for all. A prediction may have any values, so it does not count.
+    low, high = np.percentile(np.stack([v for k, v in example.volumes.items() if k != _RESTORED]), (0.5, 99.5))
     class_borders = BoundaryNorm(np.arange(colormap.N + 1) - 0.5, colormap.N)
-    for axes, volume in zip(row, volumes, strict=False):
+    for axes, volume in zip(row[: len(volumes)], volumes, strict=True):
         axes.imshow(_middle_slice(volume, axis), cmap="gray", vmin=low, vmax=high)
     for axes, classes in zip(row[len(volumes) :], maps, strict=True):
         axes.imshow(_middle_slice(classes, axis), cmap=colormap, norm=class_borders, interpolation="nearest")

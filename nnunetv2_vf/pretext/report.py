@@ -15,6 +15,7 @@ from nnunetv2_vf.pretext.masking import restored_share
 from nnunetv2_vf.pretext.pictures import class_names, draw_confusion
 
 _COLLAPSED_SHARE = 0.99  # collapsed: at least this share of the voxels is predicted as one class
+_RESTORED_NOTHING = 0.01  # at most this share of the variance of the hidden voxels
 _SOLVED_DICE = 0.98  # solved: every class has at least this Dice
 
 
@@ -39,12 +40,20 @@ def dice_per_class(confusion: np.ndarray) -> np.ndarray:
     return np.divide(2 * confusion.diagonal(), sizes, out=np.full(len(sizes), np.nan), where=sizes > 0)
 
 
-def pretext_warning(confusion: np.ndarray) -> str | None:
-    """Return a warning if the network predicts almost only one class, or has nothing left to learn.
+def pretext_warning(confusion: np.ndarray, share: np.ndarray) -> str | None:
+    """Return a warning if the network predicts almost only one class or restores nothing, or has nothing left to learn.
 
     Args:
-        confusion: number of voxels by (true class, predicted class).
+        confusion: number of voxels by (true class, predicted class); without rows if the pretext has no fusion.
+        share: the restored share of each channel; empty if the pretext has no mask.
     """
+    if len(share) and not np.nanmax(share, initial=0) > _RESTORED_NOTHING:
+        return (
+            "WARNING: the network restores nothing of the hidden blocks. This is normal in the first epochs; if it "
+            "lasts, lower nnUNet_vf_initial_lr, or look at the volumes (nnUNetv2_vf preview)"
+        )
+    if not len(confusion):
+        return None
     shares = confusion.sum(axis=0) / confusion.sum()
     if shares.max() >= _COLLAPSED_SHARE:
         return (

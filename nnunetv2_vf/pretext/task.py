@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_vf.pretext.fusion import fuse_batch
-from nnunetv2_vf.pretext.masking import HiddenVolume, RestorationLoss, hide
+from nnunetv2_vf.pretext.masking import RestorationLoss, RestorationTarget, hide
 from nnunetv2_vf.settings import VFSettings
 
-# With fusion, the visible voxels are restored too: their fused intensities are in the input, so this costs the network
-# little and ties the hidden blocks to what surrounds them. Without fusion, as published, only hidden voxels count.
+# Without fusion, as published, only hidden voxels count. With fusion, visible ones count a little: our choice, not
+# compared with others.
 _VISIBLE_WEIGHT = {"masked": 0.0, "fusion+masked": 0.1}
 
 
@@ -26,7 +26,7 @@ class PretextBatch(NamedTuple):
 
     data: Tensor  # B, C, D, H, W
     fusion_map: Tensor | None = None  # B, D, H, W; uint8
-    hidden: HiddenVolume | None = None
+    restoration: RestorationTarget | None = None
 
 
 def make_batch(tensors: Mapping[str, Tensor], settings: VFSettings, device: torch.device) -> PretextBatch:
@@ -35,15 +35,15 @@ def make_batch(tensors: Mapping[str, Tensor], settings: VFSettings, device: torc
     Args:
         tensors: of :func:`nnunetv2_vf.pretext.loader.collate`; they are not changed.
     """
+    tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
     if settings.has_fusion:
-        fused = fuse_batch(tensors, settings.coefficient_steps, device)
-        volume, fusion_map = fused.fused, fused.fusion_map
+        volume, fusion_map = fuse_batch(tensors, settings.coefficient_steps, device)
     else:
-        volume, fusion_map = tensors["volume"].to(device, non_blocking=True), None
+        volume, fusion_map = tensors["volume"], None
     if not settings.has_mask:
         return PretextBatch(volume, fusion_map)
-    hidden = HiddenVolume(volume, tensors["mask"].to(device, non_blocking=True))
-    return PretextBatch(hide(hidden), fusion_map, hidden)
+    restoration = RestorationTarget(volume, tensors["mask"])
+    return PretextBatch(hide(restoration), fusion_map, restoration)
 
 
 def output_names(settings: VFSettings, channels: int) -> list[str]:
@@ -83,7 +83,7 @@ class PretextLoss(nn.Module):
         self.settings = settings
 
     def forward(
-        self, outputs: Tensor | list[Tensor], classes: Tensor | list[Tensor] | None, hidden: HiddenVolume
+        self, outputs: Tensor | list[Tensor], classes: Tensor | list[Tensor] | None, restoration: RestorationTarget
     ) -> Tensor:
         """Return the loss.
 
@@ -91,15 +91,15 @@ class PretextLoss(nn.Module):
             outputs: of the network, a list with deep supervision, the largest first.
             classes: the fusion maps, in the form that ``fusion_loss`` expects; None without fusion.
         """
-        scales = outputs if isinstance(outputs, list) else [outputs]
+        scales = outputs if isinstance(outputs, (list, tuple)) else [outputs]
         parts = [split_output(output, self.settings) for output in scales]
         loss = sum(
-            weight * self.restoration_loss(restored, hidden)
+            weight * self.restoration_loss(restored, restoration)
             for weight, (_, restored) in zip(self.scale_weights, parts, strict=True)
             if weight
         )
         if not self.settings.has_fusion:
             return loss
         logits = [logits for logits, _ in parts]
-        fusion_loss = self.fusion_loss(logits if isinstance(outputs, list) else logits[0], classes)
+        fusion_loss = self.fusion_loss(logits if isinstance(outputs, (list, tuple)) else logits[0], classes)
         return fusion_loss + self.settings.reconstruction_weight * loss

@@ -10,7 +10,7 @@ from nnunetv2_vf.settings.legal_values import setting
 from nnunetv2_vf.settings.shared import OPTIMIZER_DESCRIPTION, OPTIMIZERS, TrainingSettings
 
 PRETEXTS = ("fusion", "masked", "fusion+masked")
-JOINT_MASK_FRACTION = 0.3  # where three quarters of the voxels are hidden, few coefficients can be told
+JOINT_MASK_FRACTION = 0.3  # where three quarters of the voxels are hidden, few coefficients can be recognised
 _PRECISION_DESCRIPTION = (
     "precision of matrix products and convolutions; "
     "auto: bf16 on GPUs that support it, fp16 on other GPUs, fp32 on CPUs"
@@ -76,9 +76,9 @@ class VFSettings(TrainingSettings):
     block_side: tuple[int, int] = setting((8, 32), "blocks: side in voxels", low=1)
     block_foreground: float = setting(0.7, "blocks: share of the blocks whose class is not 0", low=0, high=1)
 
-    mask_side: int = setting(16, "masked: side of a hidden block in voxels", low=1)
+    mask_side: int = setting(16, "hidden blocks: side in voxels", low=1)
     mask_fraction: float = setting(
-        0.75, "masked: share of the blocks that is hidden; the default with fusion+masked is 0.3", low=0.01, high=0.99
+        0.75, "hidden blocks: their share; the default with fusion+masked is 0.3", low=0.01, high=0.99
     )
     reconstruction_weight: float = setting(
         1.0, "fusion+masked: weight of the restored intensities in the loss; the fusion classes have 1", low=0, high=100

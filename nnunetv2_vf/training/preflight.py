@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ _MAX_COMPARED_CASES = 10  # tried until one can be read and has the shape that f
 # nnU-Net's own classes and functions that give a case the plans' spacing, so that its shape can be predicted.
 _PREPROCESSOR = "DefaultPreprocessor"
 _RESAMPLING = ("resample_data_or_seg_to_shape", "resample_torch_simple", "resample_torch_fornnunet")
+
+
+_MIN_BLOCKS = 8  # of a patch, if the pretext hides some
 
 
 def check_pretraining(
@@ -59,13 +63,13 @@ def check_pretraining(
 
 
 def require_visible_blocks(configuration: ConfigurationManager, settings: VFSettings) -> None:
-    """Raise UserError if the patch has only one block, which a pretext with a mask can neither hide nor show."""
-    longest = max(int(side) for side in configuration.patch_size)
-    if settings.has_mask and settings.mask_side >= longest:
+    """Raise UserError if the patch has so few blocks that a share of them cannot be hidden."""
+    patch = [int(side) for side in configuration.patch_size]
+    blocks = math.prod(-(-side // settings.mask_side) for side in patch)
+    if settings.has_mask and blocks < _MIN_BLOCKS:
         raise UserError(
-            f"setting mask_side = {settings.mask_side} is not legal for the patch "
-            f"{[int(side) for side in configuration.patch_size]}: it has only one block; legal: at most {longest - 1} "
-            f"(export {settings.prefix}mask_side={max(1, longest // 4)})"
+            f"setting mask_side = {settings.mask_side} is not legal for the patch {patch}: it has {blocks} blocks; "
+            f"legal: at least {_MIN_BLOCKS} (export {settings.prefix}mask_side={max(1, min(patch) // 2)})"
         )
 
 

@@ -17,7 +17,12 @@ from nnunetv2_vf.transfer.architectures import can_be_planned, is_known, network
 from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, storage_key
 from nnunetv2_vf.transfer.convert_misfm import convert_state_dict
 from nnunetv2_vf.transfer.convert_nnssl import convert_nnssl_checkpoint, is_nnssl_checkpoint
-from nnunetv2_vf.transfer.metadata import describe_nnunet_checkpoint, format_spacing, is_nnunet_checkpoint
+from nnunetv2_vf.transfer.metadata import (
+    describe_nnunet_checkpoint,
+    describe_pretext,
+    format_spacing,
+    is_nnunet_checkpoint,
+)
 from nnunetv2_vf.transfer.safe_loading import load_safely, malformed_file_errors
 from nnunetv2_vf.transfer.suggested_commands import finetune_command
 
@@ -49,7 +54,7 @@ def _describe(path: Path, content: Mapping[str, Any]) -> list[str]:
 def _describe_artifact(path: Path, content: Mapping[str, Any]) -> list[str]:
     metadata = content["vf"]
     origin, adapted = metadata.get("converted_from"), metadata.get("adapted")
-    training = "pretrained with Volume Fusion"
+    training = f"pretrained with {describe_pretext(metadata)}"
     if origin:
         training = f"converted from {origin['project']}, {origin['file']}"
     elif "trainer" in metadata:
@@ -67,7 +72,7 @@ def _describe_artifact(path: Path, content: Mapping[str, Any]) -> list[str]:
         share = metadata.get("pretext_restored_share", [])  # older files have none
         lines += [
             f"training: {settings['num_epochs']} epochs x {settings['iterations_per_epoch']} iterations, "
-            f"{settings['optimizer']} at {settings['initial_lr']:g}, pretext {settings.get('pretext', 'fusion')}"
+            f"{settings['optimizer']} at {settings['initial_lr']:g}"
             + (f", {settings['fusion_map']}, pairing {settings['pairing']}" if dice else ""),
             *([f"pretext Dice by class: {', '.join(f'{value:.3f}' for value in dice)}"] if dice else []),
             *([f"restored share of the hidden blocks: {', '.join(f'{v:.3f}' for v in share)}"] if share else []),

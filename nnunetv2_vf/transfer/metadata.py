@@ -64,6 +64,14 @@ def describe_pretraining(
     }
 
 
+def describe_pretext(metadata: Mapping[str, Any]) -> str:
+    """Return the name of the pretext of a pretraining; files without it were trained with Volume Fusion."""
+    pretext = metadata.get("settings", {}).get("pretext", "fusion")
+    return {"fusion": "Volume Fusion", "masked": "masked autoencoding"}.get(
+        pretext, "Volume Fusion and masked autoencoding"
+    )
+
+
 def is_nnunet_checkpoint(content: Mapping[str, Any]) -> bool:
     """Return True if a file's content is a checkpoint of nnU-Net."""
     arguments = content.get("init_args")

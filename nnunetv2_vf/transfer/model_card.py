@@ -8,15 +8,10 @@ from typing import Any
 
 from nnunetv2_vf.transfer.architectures import can_be_planned, network_name
 from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME
-from nnunetv2_vf.transfer.metadata import format_spacing
+from nnunetv2_vf.transfer.metadata import describe_pretext, format_spacing
 from nnunetv2_vf.transfer.suggested_commands import finetune_command
 
 CARD_NAME = "MODEL_CARD.md"
-_PRETEXTS = {
-    "fusion": "Volume Fusion",
-    "masked": "masked autoencoding",
-    "fusion+masked": "Volume Fusion and masked autoencoding",
-}
 _AUTHORS_SECTION = "## Licence and data"
 
 
@@ -42,7 +37,7 @@ def _make_card(metadata: Mapping[str, Any]) -> str:
     network = network_name(metadata["architecture"])
     settings = metadata["settings"]
     settings_rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    return f"""# {ARTIFACT_NAME}: {network} pretrained with {_PRETEXTS[settings["pretext"]]} on {metadata["dataset"]}
+    return f"""# {ARTIFACT_NAME}: {network} pretrained with {describe_pretext(metadata)} on {metadata["dataset"]}
 
 Self-supervised weights of encoder and decoder for 3D segmentation with nnU-Net v2, trained without labels.
 
@@ -82,6 +77,8 @@ eval "$(nnUNetv2_vf env)"
 
 - Wang et al., MIS-FM: 3D Medical Image Segmentation using Foundation Models Pretrained on a Large-Scale Unannotated
   Dataset, arXiv 2306.16925, 2023; IEEE Transactions on Image Processing 34, 2025 (Volume Fusion, PCT-Net, FMUNet)
+- Wald et al., Revisiting MAE pre-training for 3D medical image segmentation, arXiv 2410.23132, 2024 (if hidden blocks
+  were restored)
 - Isensee et al., nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation, Nature
   Methods 18, 2021
 
@@ -95,7 +92,7 @@ eval "$(nnUNetv2_vf env)"
 
 def _scores(metadata: Mapping[str, Any]) -> str:
     """Return the scores of the pretext on fixed validation samples."""
-    dice, share = metadata["pretext_dice_per_class"], metadata["pretext_restored_share"]
+    dice, share = metadata["pretext_dice_per_class"], metadata.get("pretext_restored_share")
     parts = []
     if dice:
         steps = metadata["settings"]["coefficient_steps"]

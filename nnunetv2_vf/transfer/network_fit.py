@@ -35,6 +35,7 @@ def require_trainable(target: TargetPlans) -> None:
         return
     patch = [int(side) for side in target.configuration.patch_size]
     network = build_network(target.architecture, target.input_channels, target.num_classes)
+    network.eval()  # the batch norms of PCT-Net cannot train with the single sample of this test
     try:
         with torch.no_grad():
             network(torch.empty(1, target.input_channels, *patch, device="meta"))

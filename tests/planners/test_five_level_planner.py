@@ -137,9 +137,7 @@ def test_plans_with_which_a_network_was_trained_are_not_replaced_by_those_of_ano
     planned["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] = [8, 16, 32, 64, 128]
     (folder / "plans.json").write_text(json.dumps(planned))
     before = plans_file.read_text()
-    with pytest.raises(
-        SystemExit, match=r"3d_fullres was trained with PCTNetPlans .* -overwrite_plans_name PCTNetPlans2"
-    ):
+    with pytest.raises(SystemExit, match=r"has folds of another network.* -overwrite_plans_name PCTNetPlans2"):
         main(["plan", "-d", "42"])
     assert plans_file.read_text() == before
     main(["plan", "-d", "42", "-overwrite_plans_name", "PCTNetPlans2"])

@@ -11,6 +11,8 @@ import torch
 from nnunetv2_vf.pretext.report import count_confusion, dice_per_class, pretext_warning, report_lines, write_report
 from nnunetv2_vf.settings import VFSettings
 
+NO_SHARE = np.zeros(0)  # of a pretext without a mask
+
 
 def test_voxels_are_counted_by_true_and_predicted_class():
     generator = torch.Generator().manual_seed(0)
@@ -27,20 +29,27 @@ def test_the_dice_of_a_class_that_does_not_occur_is_nan():
 
 
 def test_no_warning_while_the_network_is_learning():
-    assert pretext_warning(np.full((5, 5), 10) + 50 * np.eye(5, dtype=int)) is None
+    assert pretext_warning(np.full((5, 5), 10) + 50 * np.eye(5, dtype=int), NO_SHARE) is None
 
 
 def test_a_collapsed_pretext_task_gives_a_warning():
     collapsed = np.zeros((5, 5), int)
     collapsed[:, 3] = 100
-    assert "collapsed: 100.0% of the voxels are predicted as class 3" in pretext_warning(collapsed)
+    assert "collapsed: 100.0% of the voxels are predicted as class 3" in pretext_warning(collapsed, NO_SHARE)
 
 
 def test_a_solved_pretext_task_gives_a_warning_only_if_every_class_is_solved():
     confusion = np.ones((5, 5), int) + 1000 * np.eye(5, dtype=int)
-    assert "solved: every class has a Dice of at least 0.996" in pretext_warning(confusion)
+    assert "solved: every class has a Dice of at least 0.996" in pretext_warning(confusion, NO_SHARE)
     confusion[2, 1] = 500
-    assert pretext_warning(confusion) is None
+    assert pretext_warning(confusion, NO_SHARE) is None
+
+
+@pytest.mark.parametrize("share", [[-0.5], [0.005], [np.nan]])
+def test_a_network_that_restores_nothing_gives_a_warning(share):
+    no_fusion = np.zeros((0, 0), int)
+    assert "restores nothing" in pretext_warning(no_fusion, np.array(share))
+    assert pretext_warning(no_fusion, np.array([*share, 0.3])) is None
 
 
 @pytest.mark.pictures

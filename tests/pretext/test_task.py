@@ -9,7 +9,7 @@ from torch import nn
 
 from nnunetv2_vf.pretext.dataset import TRAINING, PretextDataset
 from nnunetv2_vf.pretext.loader import collate
-from nnunetv2_vf.pretext.masking import HiddenVolume, hide
+from nnunetv2_vf.pretext.masking import RestorationTarget, hide
 from nnunetv2_vf.pretext.pictures import draw_examples, make_examples, score_colours
 from nnunetv2_vf.pretext.task import PretextLoss, make_batch, output_names, split_output
 from nnunetv2_vf.settings import VFSettings
@@ -37,10 +37,10 @@ def test_the_masked_pretext_shows_one_subvolume_without_intensity_augmentation(c
     assert [len(names) for names in batch["cases"]] == [1, 1]
     pretext = make_batch(batch["tensors"], settings, CPU)
     image = cases.load_case(batch["cases"][0][0])[0][:]
-    crop = pretext.hidden.volume[0].numpy()
+    crop = pretext.restoration.volume[0].numpy()
     windows = np.lib.stride_tricks.sliding_window_view(image[0], PATCH)
     assert (windows == crop[0]).all((-3, -2, -1)).any(), "the volume is a crop of the image as it is"
-    assert torch.equal(pretext.data, hide(pretext.hidden))
+    assert torch.equal(pretext.data, hide(pretext.restoration))
     assert pretext.fusion_map is None
 
 
@@ -49,8 +49,8 @@ def test_the_joint_pretext_hides_blocks_of_the_fused_volume(cases):
     tensors = collated(cases, settings)["tensors"]
     joint = make_batch(tensors, settings, CPU)
     fused = make_batch(tensors, VFSettings(), CPU)
-    assert torch.equal(joint.hidden.volume, fused.data)
-    assert torch.equal(joint.data, hide(HiddenVolume(fused.data, tensors["mask"])))
+    assert torch.equal(joint.restoration.volume, fused.data)
+    assert torch.equal(joint.data, hide(RestorationTarget(fused.data, tensors["mask"])))
     assert torch.equal(joint.fusion_map, tensors["fusion_map"])
 
 
@@ -79,14 +79,14 @@ def test_the_joint_loss_is_the_sum_of_both_with_the_weights_of_the_scales(cases)
     batch = make_batch(collated(cases, settings)["tensors"], settings, CPU)
     sizes = (PATCH, tuple(side // 2 for side in PATCH))
     outputs = [torch.zeros(2, 7, *size) for size in sizes]
-    parts = [PretextLoss(Mean(), weights, settings)(outputs, [], batch.hidden) for weights in ((1, 0), (0, 1))]
+    parts = [PretextLoss(Mean(), weights, settings)(outputs, [], batch.restoration) for weights in ((1, 0), (0, 1))]
     torch.testing.assert_close(
-        PretextLoss(Mean(), (0.7, 0.3), settings)(outputs, [], batch.hidden), 0.7 * parts[0] + 0.3 * parts[1]
+        PretextLoss(Mean(), (0.7, 0.3), settings)(outputs, [], batch.restoration), 0.7 * parts[0] + 0.3 * parts[1]
     )
     assert parts[0] > 0
     for output in outputs:
         output[:, :5] += 3
-    torch.testing.assert_close(PretextLoss(Mean(), (1, 0), settings)(outputs, [], batch.hidden), parts[0] + 3)
+    torch.testing.assert_close(PretextLoss(Mean(), (1, 0), settings)(outputs, [], batch.restoration), parts[0] + 3)
 
 
 def test_hidden_intensities_reach_the_loss_of_hidden_voxels_only(cases):
@@ -94,10 +94,10 @@ def test_hidden_intensities_reach_the_loss_of_hidden_voxels_only(cases):
     settings = VFSettings(pretext="masked", mask_side=4)
     batch = make_batch(collated(cases, settings)["tensors"], settings, CPU)
     loss = PretextLoss(Mean(), (1,), settings)
-    restored = batch.hidden.volume.clone().requires_grad_()
-    loss(restored + 1, None, batch.hidden).backward()
-    assert (restored.grad != 0)[batch.hidden.mask[:, None].expand_as(restored)].all()
-    assert (restored.grad == 0)[~batch.hidden.mask[:, None].expand_as(restored)].all()
+    restored = batch.restoration.volume.clone().requires_grad_()
+    loss(restored + 1, None, batch.restoration).backward()
+    assert (restored.grad != 0)[batch.restoration.mask[:, None].expand_as(restored)].all()
+    assert (restored.grad == 0)[~batch.restoration.mask[:, None].expand_as(restored)].all()
 
 
 @pytest.mark.pictures

@@ -234,6 +234,7 @@ def test_the_network_learns_the_pretext_task(two_epochs, monkeypatch):
 def test_a_resumed_run_equals_an_uninterrupted_one(two_epochs, tmp_path, monkeypatch, workers, pretext):
     monkeypatch.setenv("nnUNet_n_proc_DA", str(workers))
     monkeypatch.setenv("nnUNet_vf_pretext", pretext)
+    monkeypatch.setenv("nnUNet_vf_mask_side", "4")
     monkeypatch.setenv("nnUNet_vf_num_epochs", "3")
     monkeypatch.setenv("nnUNet_vf_save_every", "2")
 
