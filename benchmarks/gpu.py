@@ -202,11 +202,13 @@ def gpu_tests() -> Measurement:
 
 def pretraining_steps() -> list[Measurement]:
     options = ("--device", "cuda", "--workers", "12", "--spacing", "2", "--rounds", "2")
+    variants = {
+        **{network: ("--network", network) for network in ("U-Net", "PCT-Net", "ResEnc-L")},
+        **{f"U-Net, {pretext}": ("--pretext", pretext) for pretext in ("masked", "fusion+masked")},
+    }
     return [
-        script(
-            f"pretraining step, {network}", "pretrain_step.py", "--network", network, *options, usual_s=120, limit_s=240
-        )
-        for network in ("U-Net", "PCT-Net", "ResEnc-L")
+        script(f"pretraining step, {name}", "pretrain_step.py", *variant, *options, usual_s=120, limit_s=240)
+        for name, variant in variants.items()
     ]
 
 

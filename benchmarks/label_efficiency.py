@@ -18,8 +18,9 @@ their folder is copied there.
 
 Finished cells are rows of ``scores.csv`` and ``curves.csv`` in the folder ``--tables`` and are not run again; an
 interrupted cell continues. ``--minutes`` starts no cell that would not end in time, judged by the finished cells of the
-same network. ``--variants`` are for choosing settings: they are scored on the validation cases, in ``variants.csv``
-and ``variant_curves.csv``. At the end ``label_efficiency_report.py`` draws and tabulates.
+same network; it does not limit pretrainings. ``--variants`` are for choosing settings: they are scored on the
+validation cases, in ``variants.csv`` and ``variant_curves.csv``. At the end ``label_efficiency_report.py`` draws and
+tabulates.
 
 Duration: on 2 CPU cores with ``--jobs 2``, hippocampus with 2, 5 and 10 labels: 3 hours for nnUNetPlansHalf, 4 hours
 for PCTNetPlansHalf. Needs: the dataset.

@@ -1,7 +1,7 @@
 """Time of a pretraining step beside a supervised step of nnU-Net: same plans, same device, same number of workers.
 
-    python benchmarks/pretrain_step.py [--network U-Net|ResEnc-L|PCT-Net|FMUNet] [--device cpu|cuda] [--workers 2]
-        [--steps 24] [--rounds 4] [--spacing 6] [--memory 2]
+    python benchmarks/pretrain_step.py [--network U-Net|ResEnc-L|PCT-Net|FMUNet] [--pretext fusion|masked|fusion+masked]
+        [--device cpu|cuda] [--workers 2] [--steps 24] [--rounds 4] [--spacing 6] [--memory 2]
 
 nnU-Net's own commands plan and preprocess generated phantoms. nnUNetTrainer and VFPretrainTrainer take turns; only the
 workers of one of them are alive at a time. A turn first trains on as many batches as the queues of the workers can
@@ -41,6 +41,7 @@ from common import (
 
 from nnunetv2_vf.errors import one_line_errors
 from nnunetv2_vf.nnunet_commands import Workspace
+from nnunetv2_vf.settings.pretraining import PRETEXTS
 
 CASES = 8
 LOADED_BATCHES = 16  # timed in a turn without training
@@ -50,6 +51,7 @@ SUPERVISED, PRETRAINING = "nnUNetTrainer", "VFPretrainTrainer"
 def main() -> None:
     parser = make_parser(__doc__, device=True, output=True)
     parser.add_argument("--network", default="U-Net", choices=[*NETWORK_PLANS])
+    parser.add_argument("--pretext", default="fusion", choices=PRETEXTS)
     parser.add_argument("--workers", type=int, default=2, help="nnUNet_n_proc_DA; nnU-Net's default is 12")
     parser.add_argument("--steps", type=int, default=24, help="counted steps of a turn")
     parser.add_argument("--rounds", type=int, default=4)
@@ -59,7 +61,8 @@ def main() -> None:
     with one_line_errors(), tempfile.TemporaryDirectory() as folder:
         workspace = Workspace(Path(folder), args.workers)
         plan = prepare_phantoms(workspace, CASES, args.spacing, args.network, args.memory)
-        os.environ |= workspace.environment  # nnU-Net reads its variables when it is imported
+        # nnU-Net reads its variables when it is imported
+        os.environ |= {**workspace.environment, "nnUNet_vf_pretext": args.pretext}
         plans_name = NETWORK_PLANS[args.network][1]
         wait, step, load = measure(plans_name, args.device, args.workers, args.steps, args.rounds)
     rows = [
@@ -73,9 +76,10 @@ def main() -> None:
         }
         for name in step
     ]
-    plan_text = f"{args.network}, patch {by(plan['patch_size'])}, batch {plan['batch_size']}"
+    plan_text = f"{args.network}, {args.pretext}, patch {by(plan['patch_size'])}, batch {plan['batch_size']}"
     about = f"{plan_text}, {args.workers} workers, {describe_device(args.device)}: median (range)"
-    report(args, f"pretrain_step_{args.device}", about, rows, waiting=wait, working=step, alone=load)
+    kind = "" if args.pretext == "fusion" else f"_{args.pretext}"
+    report(args, f"pretrain_step{kind}_{args.device}", about, rows, waiting=wait, working=step, alone=load)
 
 
 def wait_share(waits: list[float], steps: list[float]) -> float:

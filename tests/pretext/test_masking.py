@@ -122,6 +122,14 @@ def test_hidden_voxels_do_not_reach_the_visible_part_of_smaller_outputs():
     torch.testing.assert_close(visible_part(changed), visible_part(volume), rtol=0, atol=2e-3)  # of errors of 10,000
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_outputs_in_half_precision_are_compared_in_single_precision(dtype):
+    target, restored = RestorationTarget(volumes(), masks()), volumes(seed=1).to(dtype)
+    loss, sums = RestorationLoss(0.1)(restored, target), restoration_sums(restored, target)
+    assert loss.dtype == sums.dtype == torch.float32
+    torch.testing.assert_close(loss, RestorationLoss(0.1)(restored.float(), target))
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_batch_with_everything_visible_or_hidden_has_a_finite_loss(share):
     mask = torch.full((3, 16, 8, 24), bool(share))
