@@ -3,7 +3,7 @@
 Masked autoencoding: He et al., arXiv 2111.06377 (2D, transformers); Tian et al., "SparK", arXiv 2301.03580
 (convolutions); Wald et al., "Revisiting MAE pre-training for 3D medical image segmentation", arXiv 2410.23132. The
 recipe of the latter in nnssl (``masked_image_modeling/BaseMAETrainer.py``) gave the defaults: cubes of 16 voxels, three
-quarters of them hidden, squared error of the hidden voxels, no intensity augmentation. Other than there, crops have
+quarters of them hidden, squared error of the hidden voxels, no intensity augmentation. Unlike there, crops have
 random scales, the optimiser is Adam, and the lower outputs of deep supervision count too.
 
 A mask is bool with the axes (D, H, W), True where a voxel is hidden.
