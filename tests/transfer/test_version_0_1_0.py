@@ -51,7 +51,8 @@ def test_the_metadata_are_read(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "network"), [("unet", "PlainConvUNet"), ("pct_net", "PCTNet"), ("adapted", "PlainConvUNet")]
+    ("name", "network"),
+    [("unet", "PlainConvUNet"), ("pct_net", "PCTNet of resolution mode 0"), ("adapted", "PlainConvUNet")],
 )
 def test_info_describes_an_artifact(capsys, name, network):
     main(["info", str(old_artifact(name))])
