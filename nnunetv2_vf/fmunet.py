@@ -59,8 +59,8 @@ class FMUNet(FiveLevelNetwork):
         depth: number of convolutions in each residual block.
         activation_checkpointing: recompute every block in the backward pass instead of keeping its activations.
         channels_last: store kernels channels-last in memory, so that convolutions compute in this layout. Off, because
-            instance norms return the ordinary layout, so that every layer would convert twice. Shapes and
-            results do not change.
+            instance norms return the ordinary layout, so that every layer would convert twice. Shapes and results do
+            not change.
 
     Raises:
         ValueError: an argument is not legal; the message lists the legal values.

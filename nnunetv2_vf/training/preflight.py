@@ -30,8 +30,6 @@ _MAX_COMPARED_CASES = 10  # tried until one can be read and has the shape that f
 # nnU-Net's own classes and functions that give a case the plans' spacing, so that its shape can be predicted.
 _PREPROCESSOR = "DefaultPreprocessor"
 _RESAMPLING = ("resample_data_or_seg_to_shape", "resample_torch_simple", "resample_torch_fornnunet")
-
-
 _MIN_BLOCKS = 8  # of a patch, if the pretext hides some
 
 

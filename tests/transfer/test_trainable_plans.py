@@ -10,6 +10,8 @@ from nnunetv2.run.run_training import run_training
 from torch import device
 
 from nnunetv2_vf.doctor import FAIL, examine
+from nnunetv2_vf.transfer.network_fit import require_trainable
+from nnunetv2_vf.transfer.target_plans import load_target
 
 
 def set_option(name, value):
@@ -44,3 +46,10 @@ def test_plans_that_cannot_be_trained_are_refused_in_one_line(
         run_training(str(DATASET_ID), "3d_fullres", 0, trainer, name, device=device("cpu"))
     failures = [finding.text for finding in examine(str(DATASET_ID), name) if finding.state == FAIL]
     assert any(re.search(message, text) for text in failures)
+
+
+def test_the_smallest_patch_of_pct_net_is_accepted(pct_plans, copied_dataset):
+    """Its deepest level has one voxel, with which batch norms train if the batch has two samples."""
+    smallest = set_patch(16, 16, 16)
+    edit_json(copied_dataset / f"{pct_plans}.json", lambda content: smallest(content["configurations"]["3d_fullres"]))
+    require_trainable(load_target(str(DATASET_ID), pct_plans, "3d_fullres"))
