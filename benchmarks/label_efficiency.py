@@ -1,11 +1,12 @@
-"""Few labelled cases with and without pretraining: from scratch, pretrained encoder, pretrained encoder and decoder.
+"""Few labelled cases with and without pretraining, and after other pretexts.
 
     python benchmarks/label_efficiency.py EXPERIMENT DATA --work FOLDER [--labels 2 5] [--seeds 0 1 2] [--minutes 60]
     python benchmarks/label_efficiency.py EXPERIMENT DATA --work FOLDER --variants VARIANT ... [--labels 5]
 
 EXPERIMENT is the name of a file in ``benchmarks/experiments``: it names the dataset and has the split by case name, the
-networks ("plans"), the arms (scratch, encoder, full), the budgets and the variants. DATA is this dataset in nnU-Net's
-raw format.
+networks ("plans"), the arms, the budgets and the variants. The arms are scratch, encoder (only the encoder is
+pretrained), full (encoder and decoder), and pretexts beside Volume Fusion (masked, fusion_masked). DATA is this dataset
+in nnU-Net's raw format.
 
 One training, a "cell", is a network, arm, number of labels and seed. The script pretrains each network once, on the
 images of the labelled and validation cases, then fine-tunes every cell with VFFinetuneTrainer: with the same cases,
@@ -248,10 +249,15 @@ class Experiment:
                 raise UserError(f"--{name} {value} is not in the experiment; legal: {', '.join(legal)}")
         variant, arm = self._changes(cell.variant), self.config["arms"][cell.arm]
         finetuning = variant.get("finetuning", {}).keys()
-        in_both = finetuning & arm.keys()
+        in_both = {
+            name
+            for kind in ("pretraining", "finetuning")
+            for name in variant.get(kind, {})
+            if name in arm.get(kind, {})
+        }
         if in_both:
             raise UserError(f"{cell}: variant and arm both set {', '.join(in_both)}; leave the arm out (--arms)")
-        if arm.get("schedule") == "encoder_only" and "fresh_decoder_stages" in finetuning:
+        if arm.get("finetuning", {}).get("schedule") == "encoder_only" and "fresh_decoder_stages" in finetuning:
             raise UserError(f"{cell}: this arm's whole decoder is new already; leave the arm out (--arms)")
         if cell.arm == "scratch" and ("pretraining" in variant or finetuning & NEED_PRETRAINED):
             raise UserError(f"{cell}: this variant changes nothing from scratch; leave the arm out (--arms)")
@@ -272,6 +278,7 @@ class Experiment:
         settings = {
             **self.config["pretraining"],
             **self.config["pretraining_plans"].get(plans, {}).get("pretraining", {}),
+            **self.config["arms"][cell.arm].get("pretraining", {}),
             **self._changes(cell.variant).get("pretraining", {}),
         }
         return plans, tuple(sorted(settings.items()))
@@ -319,7 +326,7 @@ class Experiment:
             **self.config["finetuning"],
             **self.config["plans"][cell.plans].get("finetuning", {}),
             **self._changes(cell.variant).get("finetuning", {}),
-            **self.config["arms"][cell.arm],
+            **self.config["arms"][cell.arm].get("finetuning", {}),
             "seed": cell.seed,
         }
         train = functools.partial(self._train, self.fold(cell), cell.plans, FINETUNE, results)
@@ -384,12 +391,12 @@ def has_checkpoint(fold: Path) -> bool:
 def require_same_configuration(record: Path, config: Mapping[str, Any]) -> None:
     """Raise UserError if the tables or trainings beside a record have another configuration; else write the record.
 
-    Networks and variants may be added; seeds and the source of the data may change.
+    Networks, arms and variants may be added; seeds and the source of the data may change.
     """
     current = {name: value for name, value in config.items() if name not in ("seeds", "source")}
     if record.is_file():
         recorded = json.loads(record.read_text())
-        for name in ("plans", "pretraining_plans", "variants"):
+        for name in ("plans", "pretraining_plans", "arms", "variants"):
             recorded[name] = {**current.get(name, {}), **recorded.get(name, {})}
             current[name] = {**recorded[name], **current.get(name, {})}
         different = [name for name in current if recorded.get(name) != current[name]]

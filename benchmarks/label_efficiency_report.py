@@ -34,7 +34,13 @@ COLLAPSED_DICE = 0.1  # a training with a class of a lower mean Dice has collaps
 SMOOTHED_EPOCHS = 3
 EARLY_ITERATIONS = (25, 50, 100, 200)
 NEVER = float("inf")
-COLORS = {"scratch": "tab:gray", "encoder": "tab:orange", "full": "tab:blue"}
+COLORS = {
+    "scratch": "tab:gray",
+    "encoder": "tab:orange",
+    "full": "tab:blue",
+    "masked": "tab:green",
+    "fusion_masked": "tab:purple",
+}
 
 Row = dict[str, str]
 
