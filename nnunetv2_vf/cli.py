@@ -19,6 +19,7 @@ from nnunetv2_vf.errors import OneLineArgumentParser, UserError, one_line_errors
 from nnunetv2_vf.nnunet_commands import TRAINER_VARIABLE, trainer_path
 
 _Commands = argparse._SubParsersAction
+_HUB_FILES = "or hf://USER/NAME"  # wherever a command reads weights
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,6 +47,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_preview(commands)
     _add_convert(commands)
     _add_adapt(commands)
+    _add_push(commands)
+    _add_pull(commands)
     _add_info(commands)
     _add_doctor(commands)
     _add_demo(commands)
@@ -296,7 +299,7 @@ def _add_plan(commands: _Commands) -> None:
     )
     parser.add_argument("--network", choices=("PCTNet", "FMUNet"), help="network of the plans; default: PCTNet")
     like = parser.add_argument_group("plans for pretrained weights")
-    like.add_argument("--like", type=Path, metavar="FILE", help="vf_pretrained.pth, or a checkpoint of nnU-Net")
+    like.add_argument("--like", metavar="FILE", help=f"vf_pretrained.pth, or a checkpoint of nnU-Net; {_HUB_FILES}")
     like.add_argument(
         "--spacing",
         choices=("target", "pretrained"),
@@ -317,6 +320,7 @@ def _run_plan(args: argparse.Namespace) -> None:
     from nnunetv2_vf.planners.fmunet_planner import FMUNetPlanner
     from nnunetv2_vf.planners.like_planner import plan_like
     from nnunetv2_vf.planners.pct_net_planner import PCTNetPlanner
+    from nnunetv2_vf.transfer.hub import local_file
 
     options = {
         "gpu_memory_target": args.gpu_memory_target,
@@ -329,7 +333,7 @@ def _run_plan(args: argparse.Namespace) -> None:
             raise UserError(
                 "--network and --like exclude each other: --like takes the network of the file; leave one out"
             )
-        reports = plan_like(args.d, args.like, args.spacing, args.normalization, **options)
+        reports = plan_like(args.d, local_file(args.like), args.spacing, args.normalization, **options)
     else:
         for option in ("spacing", "normalization"):
             if getattr(args, option) == "pretrained":
@@ -407,9 +411,10 @@ def _add_convert(commands: _Commands) -> None:
         commands,
         "convert",
         _run_convert,
-        "make vf_pretrained.pth from a checkpoint of MIS-FM or nnssl",
+        "make vf_pretrained.pth from a checkpoint of MIS-FM or nnssl, or from model.safetensors",
         "Make a vf_pretrained.pth from weights that other projects pretrained with Volume Fusion: MIS-FM's released "
-        "PCT-Net and FMUNet; nnssl's ResEnc-L, other residual encoder U-Nets, and Primus-M.",
+        "PCT-Net and FMUNet; nnssl's ResEnc-L, other residual encoder U-Nets, and Primus-M. Or from model.safetensors, "
+        "as nnUNetv2_vf push uploads it.",
     )
     parser.add_argument("release", type=Path, metavar="CHECKPOINT", help="checkpoint of MIS-FM or nnssl")
     parser.add_argument("-o", type=Path, required=True, metavar="OUT.pth", help="file to write")
@@ -448,7 +453,7 @@ def _add_adapt(commands: _Commands) -> None:
         "weights were transferred, adapted or left at random. Plans made with nnUNetv2_vf plan --like need this only "
         "if the number of input channels differs.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="vf_pretrained.pth, or a checkpoint of nnU-Net")
+    parser.add_argument("file", metavar="FILE", help=f"vf_pretrained.pth, or a checkpoint of nnU-Net; {_HUB_FILES}")
     _add_plans_arguments(parser)
     parser.add_argument("-o", type=Path, required=True, metavar="OUT.pth", help="file to write")
     parser.add_argument(
@@ -461,13 +466,64 @@ def _run_adapt(args: argparse.Namespace) -> None:
     from nnunetv2_vf.transfer.adapt import adapt_file
     from nnunetv2_vf.transfer.artifact import read_artifact
     from nnunetv2_vf.transfer.differences import describe_differences
+    from nnunetv2_vf.transfer.hub import local_file
     from nnunetv2_vf.transfer.suggested_commands import finetune_command
     from nnunetv2_vf.transfer.target_plans import load_target
 
     target = load_target(args.d, args.p, args.c)
-    print(adapt_file(args.file, target, args.o, args.partial, args.encoder_only))
+    print(adapt_file(local_file(args.file), target, args.o, args.partial, args.encoder_only))
     print("\n  ".join(["Pretraining and these plans:", *describe_differences(read_artifact(args.o)["vf"], target)]))
     print(f"wrote {args.o}\nNext: {finetune_command(target.dataset_id, args.c, 0, args.p, args.o)}")
+
+
+# ---------------------------------------------------------------- push
+
+
+def _add_push(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "push",
+        _run_push,
+        "upload pretrained weights and their model card to the Hugging Face Hub",
+        "Upload pretrained weights to the Hugging Face Hub: as safetensors, with their metadata, MODEL_CARD.md and the "
+        "pictures beside them. The repository is created if it does not exist. Log in first: hf auth login. Needs: "
+        "pip install 'nnunetv2-vf[hub]'.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="vf_pretrained.pth, with MODEL_CARD.md beside it")
+    parser.add_argument("name", metavar="USER/NAME[@BRANCH]", help="repository on the Hub")
+    parser.add_argument("--private", action="store_true", help="if the repository is new, only you can see it")
+
+
+def _run_push(args: argparse.Namespace) -> None:
+    from nnunetv2_vf.transfer.hub_push import push
+
+    print(f"uploaded: {push(args.file, args.name, args.private)}\nNext: nnUNetv2_vf pull {args.name} -o FOLDER")
+
+
+# ---------------------------------------------------------------- pull
+
+
+def _add_pull(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "pull",
+        _run_pull,
+        "download pretrained weights from the Hugging Face Hub",
+        "Download pretrained weights that nnUNetv2_vf push uploaded to the Hugging Face Hub; write vf_pretrained.pth, "
+        "MODEL_CARD.md and pictures. No code in the files is run. For a private repository log in first: hf auth "
+        "login. Needs: pip install 'nnunetv2-vf[hub]'.",
+    )
+    parser.add_argument("name", metavar="USER/NAME[@REVISION]", help="repository, and branch, tag or commit")
+    parser.add_argument("-o", type=Path, required=True, metavar="FOLDER", help="folder for the files")
+
+
+def _run_pull(args: argparse.Namespace) -> None:
+    from nnunetv2_vf.transfer.hub import pull
+    from nnunetv2_vf.transfer.info import describe_file
+
+    weights, *others = pull(args.name, args.o)
+    print("\n".join(f"wrote {file}" for file in [weights, *others]))
+    print(describe_file(weights))
 
 
 # ---------------------------------------------------------------- info
@@ -477,13 +533,14 @@ def _add_info(commands: _Commands) -> None:
     parser = _add_command(
         commands, "info", _run_info, "describe a file of weights, without running any code that the file may hold"
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="vf_pretrained.pth or any other file of weights")
+    parser.add_argument("file", metavar="FILE", help=f"vf_pretrained.pth or any other file of weights; {_HUB_FILES}")
 
 
 def _run_info(args: argparse.Namespace) -> None:
+    from nnunetv2_vf.transfer.hub import local_file
     from nnunetv2_vf.transfer.info import describe_file
 
-    print(describe_file(args.file))
+    print(describe_file(local_file(args.file)))
 
 
 # ---------------------------------------------------------------- doctor
@@ -493,7 +550,9 @@ def _add_doctor(commands: _Commands) -> None:
     parser = _add_command(commands, "doctor", _run_doctor, "check the installation, a dataset, its plans and weights")
     _add_plans_arguments(parser, dataset_required=False)
     parser.add_argument(
-        "-w", type=Path, metavar="FILE", help="pretrained weights; with -d they are checked against its plans"
+        "-w",
+        metavar="FILE",
+        help=f"pretrained weights; with -d they are checked against its plans; {_HUB_FILES}",
     )
 
 

@@ -27,6 +27,7 @@ from nnunetv2_vf.training.preflight import preprocessed_cases
 from nnunetv2_vf.transfer.architectures import network_name
 from nnunetv2_vf.transfer.artifact import read_pretrained
 from nnunetv2_vf.transfer.differences import find_differences
+from nnunetv2_vf.transfer.hub import local_file
 from nnunetv2_vf.transfer.network_fit import require_fit, require_trainable
 from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 from nnunetv2_vf.transfer.target_plans import TargetPlans, load_target
@@ -49,7 +50,7 @@ def examine(
     dataset: str | None = None,
     plans_name: str = "nnUNetPlans",
     configuration_name: str = "3d_fullres",
-    weights: Path | None = None,
+    weights: str | None = None,
 ) -> Iterator[Finding]:
     """Check the installation and, if they are given, a dataset's plans and weights for them.
 
@@ -181,7 +182,8 @@ def _check_dataset(target: TargetPlans) -> Iterator[Finding]:
         yield Finding(NOTE, left_out)
 
 
-def _check_weights(file: Path, target: TargetPlans | None) -> Iterator[Finding]:
+def _check_weights(weights: str, target: TargetPlans | None) -> Iterator[Finding]:
+    file = local_file(weights)
     pretrained = read_pretrained(file)
     yield Finding(OK, f"{file} can be read")
     if target is None:

@@ -20,7 +20,14 @@ from nnunetv2_vf.planners.topology_planner import TopologyPlanner, describe_plan
 from nnunetv2_vf.transfer.architectures import can_be_planned
 from nnunetv2_vf.transfer.artifact import read_with_architecture
 from nnunetv2_vf.transfer.differences import describe_differences
-from nnunetv2_vf.transfer.suggested_commands import adapt_command, adapted_file_name, finetune_command
+from nnunetv2_vf.transfer.safetensors_files import SAFETENSORS_ENDING
+from nnunetv2_vf.transfer.suggested_commands import (
+    adapt_command,
+    adapted_file_name,
+    convert_command,
+    converted_file_name,
+    finetune_command,
+)
 from nnunetv2_vf.transfer.target_plans import load_target
 
 _RECORD = "volume_fusion_like"  # section of the plans that names the weights
@@ -198,6 +205,9 @@ def _describe_plans(plans: dict[str, Any], name: str, pretrained: Mapping[str, A
         if target.input_channels != pretrained["num_input_channels"]:
             commands.append(adapt_command(file, target))
             weights = adapted_file_name(file, target.dataset_id)
+        elif file.suffix == SAFETENSORS_ENDING:  # nnU-Net's -pretrained_weights does not read them
+            commands.append(convert_command(file))
+            weights = converted_file_name(file)
         commands.append(finetune_command(target.dataset_id, "3d_fullres", 0, name, weights))
     is_pretrained = plans[_RECORD]["normalization"] == "pretrained"
     normalization = "the normalisation of its pretraining" if is_pretrained else "nnU-Net's normalisation"

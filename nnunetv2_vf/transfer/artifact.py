@@ -23,6 +23,7 @@ from nnunetv2_vf.transfer.architectures import canonical_architecture, require_k
 from nnunetv2_vf.transfer.metadata import describe_nnunet_checkpoint, is_nnunet_checkpoint
 from nnunetv2_vf.transfer.nnssl_plan import NNSSL_PLAN_KEY, make_nnssl_plan
 from nnunetv2_vf.transfer.safe_loading import load_safely, malformed_file_errors
+from nnunetv2_vf.transfer.shared_tensors import storage_key
 
 ARTIFACT_NAME = "vf_pretrained.pth"
 
@@ -59,11 +60,6 @@ def _move_to_cpu(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if storage_key(tensor) not in copies:
             copies[storage_key(tensor)] = tensor.detach().cpu()
     return {name: copies[storage_key(tensor)] for name, tensor in state_dict.items()}
-
-
-def storage_key(tensor: Tensor) -> tuple[Any, ...]:
-    """Return a key that is equal for two names of the same tensor."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def require_writable(output: Path, source: Path) -> None:

@@ -1,4 +1,4 @@
-"""``nnUNetv2_vf convert``: make an artifact from a checkpoint of MIS-FM or nnssl."""
+"""``nnUNetv2_vf convert``: make an artifact from a checkpoint of MIS-FM or nnssl, or from our safetensors."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.transfer.architectures import network_name
+from nnunetv2_vf.transfer.architectures import network_name, require_known_architecture
 from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, require_writable, write_artifact
 from nnunetv2_vf.transfer.convert_misfm import convert_state_dict
 from nnunetv2_vf.transfer.convert_nnssl import convert_nnssl_checkpoint, is_nnssl_checkpoint
 from nnunetv2_vf.transfer.metadata import package_versions
 from nnunetv2_vf.transfer.nnssl_plan import NNSSL_PLAN_KEY
 from nnunetv2_vf.transfer.safe_loading import load_safely, malformed_file_errors
+from nnunetv2_vf.transfer.safetensors_files import SAFETENSORS_ENDING
 
 
 def convert_file(checkpoint_file: Path, output: Path, mode: int | None = None) -> str:
-    """Convert a checkpoint of MIS-FM or nnssl; no code in the file is run.
+    """Convert a checkpoint of MIS-FM or nnssl, or safetensors of :mod:`.safetensors_files`; no code in it is run.
 
     Args:
         output: the artifact to write.
@@ -40,12 +41,23 @@ def convert_file(checkpoint_file: Path, output: Path, mode: int | None = None) -
         return _convert_nnssl(checkpoint_file, checkpoint, output)
     if isinstance(checkpoint.get("model_state_dict"), dict):
         return _convert_misfm(checkpoint_file, checkpoint, output, mode)
+    if "vf" in checkpoint and checkpoint_file.suffix == SAFETENSORS_ENDING:
+        return _convert_safetensors(checkpoint_file, checkpoint, output)
     if "vf" in checkpoint:
         raise UserError(f"{checkpoint_file} is a {ARTIFACT_NAME} already; it needs no conversion")
     raise UserError(
         f"{checkpoint_file} is no checkpoint of MIS-FM or nnssl: it has neither 'model_state_dict' nor "
         f"'{NNSSL_PLAN_KEY}'"
     )
+
+
+def _convert_safetensors(file: Path, artifact: Mapping[str, Any], output: Path) -> str:
+    metadata = artifact["vf"]
+    with malformed_file_errors(file):
+        require_known_architecture(metadata["architecture"], file)
+        write_artifact(output, artifact["network_weights"], metadata, artifact.get(NNSSL_PLAN_KEY))
+        network = network_name(metadata["architecture"])
+        return f"{network}, {metadata['num_input_channels']} input channels, {metadata['num_classes']} classes"
 
 
 def _convert_nnssl(file: Path, checkpoint: Mapping[str, Any], output: Path) -> str:

@@ -14,7 +14,7 @@ from nnunetv2_vf.five_level_network import MODES
 from nnunetv2_vf.fmunet import FMUNET_PATH
 from nnunetv2_vf.pct_net import PCT_NET_PATH
 from nnunetv2_vf.transfer.architectures import can_be_planned, is_known, network_name
-from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, storage_key
+from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME
 from nnunetv2_vf.transfer.convert_misfm import convert_state_dict
 from nnunetv2_vf.transfer.convert_nnssl import convert_nnssl_checkpoint, is_nnssl_checkpoint
 from nnunetv2_vf.transfer.metadata import (
@@ -24,6 +24,7 @@ from nnunetv2_vf.transfer.metadata import (
     is_nnunet_checkpoint,
 )
 from nnunetv2_vf.transfer.safe_loading import load_safely, malformed_file_errors
+from nnunetv2_vf.transfer.shared_tensors import storage_key
 from nnunetv2_vf.transfer.suggested_commands import finetune_command
 
 

@@ -12,6 +12,7 @@ from nnunetv2_vf.transfer.metadata import describe_pretext, format_spacing
 from nnunetv2_vf.transfer.suggested_commands import finetune_command
 
 CARD_NAME = "MODEL_CARD.md"
+TO_BE_FILLED_IN = "TO BE FILLED IN"  # by the author, in the last section
 _AUTHORS_SECTION = "## Licence and data"
 
 
@@ -64,6 +65,7 @@ Self-supervised weights of encoder and decoder for 3D segmentation with nnU-Net 
 ```bash
 pip install nnunetv2-vf
 eval "$(nnUNetv2_vf env)"
+nnUNetv2_vf pull USER/NAME -o .     # if these weights are on the Hugging Face Hub; needs 'nnunetv2-vf[hub]'
 {_commands(metadata)}
 ```
 
@@ -84,9 +86,9 @@ eval "$(nnUNetv2_vf env)"
 
 {_AUTHORS_SECTION}
 
-- Licence of the weights: TO BE FILLED IN
-- Origin of the images, and their terms of use: TO BE FILLED IN
-- Author and contact: TO BE FILLED IN
+- Licence of the weights: {TO_BE_FILLED_IN}
+- Origin of the images, and their terms of use: {TO_BE_FILLED_IN}
+- Author and contact: {TO_BE_FILLED_IN}
 """
 
 

@@ -13,11 +13,14 @@ from typing import Any
 
 from torch import nn
 
+from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.network_parts import HEADS
 from nnunetv2_vf.transfer.artifact import read_pretrained
 from nnunetv2_vf.transfer.differences import describe_differences
 from nnunetv2_vf.transfer.network_fit import require_fit
 from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
+from nnunetv2_vf.transfer.safetensors_files import SAFETENSORS_ENDING
+from nnunetv2_vf.transfer.suggested_commands import convert_command
 from nnunetv2_vf.transfer.target_plans import TargetPlans
 
 _TRAINING_COMMANDS = ("nnUNetv2_train", "run_training", "distributed")  # the last is nnunetv2_vf.distributed
@@ -47,6 +50,7 @@ class PretrainedWeights:
         file = pretrained_weights_argument(command)
         if file is None:
             return None
+        _require_pth(file)
         pretrained = read_pretrained(file)
         metadata = pretrained["vf"]
         with malformed_file_errors(file):
@@ -67,6 +71,15 @@ class PretrainedWeights:
         for name, tensor in network.state_dict().items():
             if HEADS not in name:
                 tensor.copy_(weights[name.removeprefix("_orig_mod.")])  # torch.compile adds this prefix
+
+
+def _require_pth(file: Path) -> None:
+    """Raise UserError for weights that our commands read but nnU-Net does not."""
+    if file.parts[0] == "hf:":
+        name = "/".join(file.parts[1:])
+        raise UserError(f"nnU-Net reads no weights from the Hub; download them: nnUNetv2_vf pull {name} -o FOLDER")
+    if file.suffix == SAFETENSORS_ENDING:
+        raise UserError(f"nnU-Net does not read {file}; make a file that it reads: {convert_command(file)}")
 
 
 def pretrained_weights_argument(command: Sequence[str]) -> Path | None:

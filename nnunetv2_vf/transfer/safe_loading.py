@@ -1,7 +1,7 @@
 """Read weight files from anywhere without running code that they may hold.
 
-``torch.load(weights_only=True)`` reads only tensors and plain data. But nnU-Net also calls the networks and layers that
-a file names; :mod:`nnunetv2_vf.transfer.architectures` checks those names.
+Files of safetensors hold no code. ``torch.load(weights_only=True)`` reads only tensors and plain data. But nnU-Net also
+calls the networks and layers that a file names; :mod:`nnunetv2_vf.transfer.architectures` checks those names.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.transfer.safetensors_files import SAFETENSORS_ENDING, read_safetensors
 
 _HINT = "pretraining writes vf_pretrained.pth into its fold folder"
 # nnU-Net, nnssl and MIS-FM store scores as numpy numbers beside the weights.
@@ -28,7 +29,7 @@ _NUMPY_SCALARS: list[Any] = [
 
 
 def load_safely(path: Path) -> dict[str, Any]:
-    """Read a file of PyTorch weights; all tensors are on the CPU.
+    """Read a file of PyTorch weights or of safetensors; all tensors are on the CPU.
 
     Raises:
         UserError: the file does not exist, is damaged, can only be loaded by running code, or holds no dict.
@@ -36,6 +37,8 @@ def load_safely(path: Path) -> dict[str, Any]:
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"no file {path}: it {problem}; {_HINT}")
+    if path.suffix == SAFETENSORS_ENDING:
+        return read_safetensors(path)
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALARS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about pickles that it did not write

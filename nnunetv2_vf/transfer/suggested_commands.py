@@ -21,6 +21,16 @@ def adapted_file_name(file: Path, dataset_id: int) -> str:
     return f"{file.stem}_for_{dataset_id}.pth"
 
 
+def convert_command(file: Path) -> str:
+    """Return the command that makes an artifact from a checkpoint of another project, or from safetensors."""
+    return f"nnUNetv2_vf convert {shlex.quote(str(file))} -o {shlex.quote(converted_file_name(file))}"
+
+
+def converted_file_name(file: Path) -> str:
+    """Return a name for converted weights."""
+    return f"{file.stem}.pth"
+
+
 def finetune_command(
     dataset: int | str, configuration_name: str, fold: int | str, plans_name: str, weights: Path | str
 ) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from nnunetv2_vf.network_parts import HEADS
-from nnunetv2_vf.transfer.artifact import storage_key
+from nnunetv2_vf.transfer.shared_tensors import storage_key
 from nnunetv2_vf.transfer.tensor_rules import fit_tensor
 
 TRANSFERRED, ADAPTED, RANDOM = "transferred", "adapted", "left at random"

@@ -1,0 +1,248 @@
+"""Weights on a Hub that runs on this machine: pushed, pulled, named as hf://USER/NAME, and what can go wrong."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DATASET_ID
+from local_hub import LocalHub, local_hub
+
+from nnunetv2_vf.cli import main
+from nnunetv2_vf.transfer.artifact import read_artifact
+from nnunetv2_vf.transfer.model_card import CARD_NAME, TO_BE_FILLED_IN
+from nnunetv2_vf.transfer.nnssl_plan import NNSSL_PLAN_KEY
+
+NAME = "someone/lung-ct"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub that huggingface_hub of this process talks to, with a token and an empty cache."""
+    from huggingface_hub import constants
+
+    with local_hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # needs a further server
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+        monkeypatch.setenv("HF_TOKEN", server.TOKEN)
+        yield server
+
+
+@pytest.fixture
+def file(artifacts, tmp_path) -> Path:
+    """A copy of the U-Net's artifact, with pictures and a completed model card beside it."""
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    for each in (artifacts["U-Net"], *artifacts["U-Net"].parent.glob("*.png")):
+        shutil.copyfile(each, folder / each.name)
+    card = artifacts["U-Net"].with_name(CARD_NAME).read_text()
+    (folder / CARD_NAME).write_text(card.replace(TO_BE_FILLED_IN, "CC BY 4.0"))
+    return folder / "vf_pretrained.pth"
+
+
+@pytest.fixture
+def pushed(hub: LocalHub, file: Path) -> LocalHub:
+    main(["push", str(file), NAME])
+    return hub
+
+
+def assert_equal_artifacts(file: Path, other: Path) -> None:
+    one, two = read_artifact(file), read_artifact(other)
+    assert one["vf"] == two["vf"]
+    assert one[NNSSL_PLAN_KEY] == two[NNSSL_PLAN_KEY]
+    assert one["network_weights"].keys() == two["network_weights"].keys()
+    for name, tensor in one["network_weights"].items():
+        torch.testing.assert_close(two["network_weights"][name], tensor, rtol=0, atol=0)
+
+
+def error_of(command: list[str]) -> str:
+    with pytest.raises(SystemExit) as error:
+        main(command)
+    message = str(error.value)
+    assert message.startswith("nnUNetv2_vf: error: ")
+    assert "\n" not in message
+    return message
+
+
+# ---------------------------------------------------------------- what works
+
+
+def test_pulled_weights_equal_pushed_ones(pushed, file, tmp_path, capsys):
+    capsys.readouterr()
+    main(["pull", NAME, "-o", str(tmp_path / "pulled")])
+    assert_equal_artifacts(file, tmp_path / "pulled" / file.name)
+    pictures = {each.name for each in file.parent.glob("*.png")}
+    assert {each.name for each in (tmp_path / "pulled").iterdir()} == {file.name, CARD_NAME, *pictures}
+    assert f"plan -d ID --like {tmp_path / 'pulled' / file.name}" in capsys.readouterr().out
+
+
+def test_the_pushed_page_is_the_model_card_with_entries_for_the_hub(pushed, file):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard(pushed.repositories[NAME].files["README.md"].decode())
+    assert card.data.license == "cc-by-4.0"
+    assert card.data.library_name == "nnunetv2-vf"
+    assert card.data.metrics == ["dice"]
+    assert {"nnunet", "volume-fusion", "ct"} <= set(card.data.tags)
+    assert f"nnUNetv2_vf pull {NAME} -o ." in card.text
+    assert pushed.repositories[NAME].files.keys() >= {"model.safetensors", "vf.json"}
+
+
+def test_weights_with_several_names_are_stored_once(pushed, file):
+    weights = pushed.repositories[NAME].files["model.safetensors"]
+    unique = {tensor.data_ptr(): tensor.nbytes for tensor in read_artifact(file)["network_weights"].values()}
+    assert sum(unique.values()) < len(weights) < sum(unique.values()) + 60_000  # the header holds the metadata
+
+
+@pytest.mark.parametrize("suffix", ["", "@main"])
+def test_a_name_on_the_hub_works_wherever_weights_are_named(
+    pushed, copied_dataset, tmp_path, monkeypatch, capsys, suffix
+):
+    monkeypatch.delenv("nnUNet_n_proc_DA")  # a value for training
+    weights = f"hf://{NAME}{suffix}"
+    main(["info", weights])
+    main(["plan", "-d", str(DATASET_ID), "--like", weights, "-overwrite_plans_name", "Like"])
+    planned = capsys.readouterr().out
+    assert "-pretrained_weights" in planned
+    assert "vf_pretrained.pth" in planned
+    main(["adapt", weights, "-d", str(DATASET_ID), "-o", str(tmp_path / "adapted.pth")])
+    with pytest.raises(SystemExit):  # of other findings: the folders of this test
+        main(["doctor", "-d", str(DATASET_ID), "-w", weights, "-c", "unknown"])
+    assert "vf_pretrained.pth can be read" in capsys.readouterr().out
+
+
+def test_cached_weights_work_without_a_network(pushed, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    main(["info", f"hf://{NAME}"])
+    online = capsys.readouterr().out
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens here
+    main(["info", f"hf://{NAME}"])
+    assert capsys.readouterr().out == online
+
+
+def test_safetensors_are_read_like_artifacts_and_converted(pushed, file, tmp_path, capsys):
+    downloaded = tmp_path / "model.safetensors"
+    downloaded.write_bytes(pushed.repositories[NAME].files[downloaded.name])
+    main(["info", str(downloaded)])
+    assert f"plan -d ID --like {downloaded}" in capsys.readouterr().out
+    main(["convert", str(downloaded), "-o", str(tmp_path / "converted.pth")])
+    assert_equal_artifacts(file, tmp_path / "converted.pth")
+
+
+def test_the_commands_use_hf_endpoint(pushed, tmp_path):
+    """The variable by which mirrors and private Hubs are set; huggingface_hub reads it when it is imported."""
+    cache = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": pushed.url}
+    command = [sys.executable, "-m", "nnunetv2_vf", "pull", NAME, "-o", str(tmp_path / "pulled")]
+    done = subprocess.run(command, env={**os.environ, **cache}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pulled" / "vf_pretrained.pth").is_file()
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+def test_a_damaged_download_is_refused_and_fetched_again(pushed, file, tmp_path):
+    repository = pushed.repositories[NAME]
+    repository.wrong_content = True
+    command = ["pull", NAME, "-o", str(tmp_path / "pulled")]
+    assert "damaged: its SHA-256" in error_of(command)
+    assert not (tmp_path / "pulled").exists()
+    repository.wrong_content = False
+    main(command)
+    assert_equal_artifacts(file, tmp_path / "pulled" / file.name)
+
+
+def test_a_broken_transfer_can_be_repeated(pushed, file, tmp_path):
+    for picture in file.parent.glob("*.png"):
+        del pushed.repositories[NAME].files[picture.name]
+    pushed.repositories[NAME].breaks = 6  # huggingface_hub tries five times more
+    command = ["pull", NAME, "-o", str(tmp_path / "pulled")]
+    assert "broke off" in error_of(command)
+    assert not (tmp_path / "pulled").exists()
+    main(command)
+    assert_equal_artifacts(file, tmp_path / "pulled" / file.name)
+
+
+def test_without_a_network_the_error_is_one_line(hub, tmp_path):
+    hub.shutdown()
+    hub.server_close()
+    message = error_of(["pull", NAME, "-o", str(tmp_path / "pulled")])
+    assert "cannot be reached" in message
+    assert not (tmp_path / "pulled").exists()
+
+
+def test_private_gated_and_unknown_repositories_are_told_apart(pushed, file, tmp_path, monkeypatch):
+    repository = pushed.repositories[NAME]
+    pull = ["pull", NAME, "-o", str(tmp_path / "pulled")]
+    assert "has no branch, tag or commit 'v9'" in error_of(["pull", f"{NAME}@v9", "-o", str(tmp_path)])
+    repository.gated = True
+    assert "is gated" in error_of(pull)
+    repository.gated, repository.private = False, True
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    assert "or it is private: log in" in error_of(pull)
+    assert "log in" in error_of(["push", str(file), NAME])
+    monkeypatch.setenv("HF_TOKEN", pushed.TOKEN)
+    main(pull)
+
+
+def test_a_new_repository_can_be_private(hub, file):
+    main(["push", str(file), NAME, "--private"])
+    assert hub.repositories[NAME].private
+
+
+def test_a_repository_of_another_kind_is_explained(hub, tmp_path):
+    from local_hub import Repository
+
+    hub.repositories[NAME] = Repository(files={"checkpoint_final.pth": b"", "README.md": b""})
+    assert "has no model.safetensors" in error_of(["pull", NAME, "-o", str(tmp_path / "pulled")])
+
+
+def test_weights_that_name_unknown_code_are_refused(pushed, file, tmp_path):
+    from nnunetv2_vf.transfer.safetensors_files import write_safetensors
+
+    artifact = read_artifact(file)
+    artifact["vf"]["architecture"]["network_class_name"] = "os.system"
+    write_safetensors(tmp_path / "model.safetensors", artifact)
+    pushed.repositories[NAME].files["model.safetensors"] = (tmp_path / "model.safetensors").read_bytes()
+    assert "os.system" in error_of(["pull", NAME, "-o", str(tmp_path / "pulled")])
+
+
+def test_push_needs_a_complete_model_card(hub, file):
+    card = file.with_name(CARD_NAME)
+    card.write_text(card.read_text() + f"- Author and contact: {TO_BE_FILLED_IN}\n")
+    assert "is not complete" in error_of(["push", str(file), NAME])
+    card.unlink()
+    assert "MODEL_CARD.md" in error_of(["push", str(file), NAME])
+    assert not hub.repositories
+
+
+@pytest.mark.parametrize("name", ["lung-ct", "a/b/c", "user/name@", "https://huggingface.co/a/b"])
+def test_illegal_names_are_refused(name, tmp_path):
+    assert "legal: USER/NAME" in error_of(["pull", name, "-o", str(tmp_path)])
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ", b"garbage" * 9])
+def test_damaged_safetensors_are_refused(content, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    assert str(file) in error_of(["plan", "-d", "7", "--like", str(file)])
+
+
+def test_training_from_files_that_nnunet_does_not_read_is_explained(copied_dataset, monkeypatch):
+    from nnunetv2_vf.errors import UserError
+    from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights
+
+    for weights, solution in (("hf://a/b", "nnUNetv2_vf pull a/b"), ("model.safetensors", "nnUNetv2_vf convert")):
+        with pytest.raises(UserError, match=solution):
+            PretrainedWeights.from_command_line(["nnUNetv2_train", "-pretrained_weights", weights], None)
