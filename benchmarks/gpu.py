@@ -175,11 +175,11 @@ def training_steps(peers: Path | None) -> list[Measurement]:
         "eager": (),
         "compiled": compiled,
         "compiled, contiguous": (*compiled, *contiguous),
+        "compiled, torch's PReLU": (*compiled, "--prelu", "torch"),
+        "compiled, torch's PReLU, contiguous": (*compiled, *contiguous, "--prelu", "torch"),
         "compiled, PReLU by where": (*compiled, "--prelu", "where"),
-        "compiled, PReLU per channel": (*compiled, "--prelu", "per_channel"),
-        "compiled, PReLU per channel, contiguous": (*compiled, *contiguous, "--prelu", "per_channel"),
-        "compiled, PReLU per channel, cuDNN's benchmark": (*compiled, "--prelu", "per_channel", "--cudnn-benchmark"),
-        "compiled block by block, PReLU per channel": ("--compile", "blocks", "--prelu", "per_channel"),
+        "compiled, cuDNN's benchmark": (*compiled, "--cudnn-benchmark"),
+        "compiled block by block": ("--compile", "blocks"),
         "eager, contiguous": contiguous,
     }
     steps = [step(f"PCT-Net, {name}", "pct_net", *options) for name, options in ours.items()]

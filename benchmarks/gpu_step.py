@@ -1,7 +1,7 @@
 """Time, memory and start of the training step of one network on a GPU, in a process of its own.
 
     python benchmarks/gpu_step.py misfm|pct_net|fmunet --output FILE [--peers FOLDER] [--compile off|network|blocks]
-        [--layout channels_last|contiguous] [--prelu torch|where|per_channel] [--cudnn-benchmark] [--device cuda|cpu]
+        [--layout channels_last|contiguous] [--prelu ours|torch|where] [--cudnn-benchmark] [--device cuda|cpu]
 
 A step is the forward pass, cross-entropy, the backward pass and Adam, as in the table that ``gpu.py`` makes of the
 results. ``misfm`` is MIS-FM's PCT-Net as released, in single precision with TF32 convolutions; ours run in bf16, with
@@ -29,6 +29,7 @@ from common import make_parser, wait_for_device, write_result
 from network_speed import CLASSES, FEATURES, NETWORKS, Contender, OurContender, load_misfm
 from torch import Tensor, nn
 
+from nnunetv2_vf import pct_net
 from nnunetv2_vf.five_level_network import MODES, Decoder, Encoder
 
 WARM_UP = 3  # steps, the first of which compiles
@@ -38,18 +39,10 @@ class WherePReLU(nn.PReLU):
     """PReLU as an ordinary choice between two values."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.where(x > 0, x, self.weight * x)
+        return torch.where(x > 0, x, (self.weight * x).to(x.dtype))
 
 
-class PerChannelPReLU(nn.PReLU):
-    """PReLU whose slope is repeated for each channel: its gradient is first summed like the gradients of a norm."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        slope = self.weight.expand(x.shape[1]).reshape(1, -1, 1, 1, 1)
-        return torch.where(x > 0, x, slope * x)
-
-
-PRELUS = {"torch": nn.PReLU, "where": WherePReLU, "per_channel": PerChannelPReLU}
+PRELUS = {"ours": pct_net.PReLU, "torch": nn.PReLU, "where": WherePReLU}
 
 
 def main() -> None:
@@ -58,7 +51,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--compile", default="off", choices=("off", "network", "blocks"))
     parser.add_argument("--layout", default="channels_last", choices=("channels_last", "contiguous"))
-    parser.add_argument("--prelu", default="torch", choices=[*PRELUS])
+    parser.add_argument("--prelu", default="ours", choices=[*PRELUS])
     parser.add_argument("--cudnn-benchmark", action="store_true", help="as nnU-Net trains")
     parser.add_argument("--size", type=int, nargs=3, default=(64, 128, 128), metavar=("D", "H", "W"))
     parser.add_argument("--batch", type=int, default=2)

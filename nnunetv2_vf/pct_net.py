@@ -138,6 +138,21 @@ class PCTNet(FiveLevelNetwork):
         super().__init__(input_channels, triples, encoder, decoder, activation_checkpointing, channels_last)
 
 
+class PReLU(nn.PReLU):
+    """torch's PReLU with one slope, given to the compiler as a slope for each channel.
+
+    The gradient of the slope is then summed over the axes over which the gradients of the norm before it are summed, so
+    the compiler reads the feature map once for both. The sums over all axes at once took 10 of 58 ms of a compiled
+    training step (one H100, torch 2.11, batch 2 of 64x128x128, bf16, channels-last).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():  # torch's own operator keeps less in memory
+            return super().forward(x)
+        slope = self.weight.expand(x.shape[1]).reshape(1, -1, 1, 1, 1)
+        return torch.where(x > 0, x, (slope * x).to(x.dtype))
+
+
 class PCTBlock(nn.Module):
     """Parallel convolution and transformer: the sum of both branches for the same input, (B, C, D, H, W)."""
 
@@ -196,7 +211,7 @@ class Up(nn.Module):
         super().__init__()
         self.up = nn.Sequential(
             norm(in_features),
-            nn.PReLU(),
+            PReLU(),
             nn.ConvTranspose3d(in_features, skip_features, kernel_size=stride, stride=stride),
         )
         self.conv = norm_act_conv(2 * skip_features, skip_features, kernel, norm)
@@ -207,7 +222,7 @@ class Up(nn.Module):
 
 def norm_act_conv(in_features: int, out_features: int, kernel: Triple, norm: _Norm) -> nn.Sequential:
     """Return norm, PReLU and convolution, in the paper's order."""
-    return nn.Sequential(norm(in_features), nn.PReLU(), nn.Conv3d(in_features, out_features, kernel, padding="same"))
+    return nn.Sequential(norm(in_features), PReLU(), nn.Conv3d(in_features, out_features, kernel, padding="same"))
 
 
 def conv_block(features: int, kernel: Triple, dropout: float, norm: _Norm) -> nn.Sequential:

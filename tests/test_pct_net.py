@@ -6,7 +6,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
 from nnunetv2_vf.five_level_network import MODES
-from nnunetv2_vf.pct_net import PCTNet
+from nnunetv2_vf.pct_net import PCTNet, PReLU
 
 FEATURES = (4, 8, 8, 16, 32)
 
@@ -42,6 +42,34 @@ def test_a_plan_can_name_the_norm():
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm3d | nn.InstanceNorm3d)]
     assert norms
     assert all(isinstance(norm, nn.InstanceNorm3d) for norm in norms)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_prelu_has_the_values_and_gradients_of_torch(compiled):
+    """In double precision; also at 0, where the slope of the gradient is a convention."""
+    torch.manual_seed(0)
+    ours, published = PReLU().double(), nn.PReLU().double()
+    ours.load_state_dict(published.state_dict())
+    if compiled:
+        ours.compile(fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
+    x[0, 0, 0] = 0
+    results = []
+    for prelu in (ours, published):
+        inputs = x.clone().requires_grad_()
+        output = prelu(inputs)
+        output.square().mean().backward()
+        results.append([output, inputs.grad, prelu.weight.grad])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_prelu_keeps_the_precision_of_its_input(compiled):
+    prelu = PReLU()
+    if compiled:
+        prelu.compile(fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert prelu(torch.randn(1, 2, 3, 3, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 @torch.no_grad()
