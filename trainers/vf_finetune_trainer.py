@@ -23,6 +23,7 @@ from nnunetv2_vf.training.finetune_schedule import (
     parameter_groups,
     reinitialized_parameters,
 )
+from nnunetv2_vf.training.loggers import require_logger_packages
 from nnunetv2_vf.training.optimizer import clip_gradients, make_optimizer
 from nnunetv2_vf.training.preflight import check_fold, preprocessed_cases, require_gpu
 from nnunetv2_vf.training.random_state import get_random_state, seeded_initialization
@@ -64,6 +65,7 @@ class VFFinetuneTrainer(ResumableTrainer):
         plans_manager = PlansManager(plans)
         network = require_configuration(plans_manager, configuration).network_arch_class_name
         self.settings = FinetuneSettings.resolve(plans, os.environ, FINETUNE_RECIPES.get(network))
+        require_logger_packages(self.settings.loggers)
         check_fold(plans_manager, preprocessed_cases(plans_manager, configuration), fold)
         target = TargetPlans(plans_manager, configuration, dataset_json)
         require_trainable(target)

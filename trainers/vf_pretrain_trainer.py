@@ -30,6 +30,7 @@ from nnunetv2_vf.pretext.report import count_confusion, pretext_warning, report_
 from nnunetv2_vf.pretext.task import PretextBatch, PretextLoss, make_batch, output_names, split_output
 from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.training.checkpoints import FINAL, require_same_plans
+from nnunetv2_vf.training.loggers import require_logger_packages
 from nnunetv2_vf.training.monitoring import DataWaitTimer, EpochMeter
 from nnunetv2_vf.training.non_finite_steps import NotFiniteError, StepMonitor
 from nnunetv2_vf.training.optimizer import make_optimizer
@@ -74,6 +75,7 @@ class VFPretrainTrainer(ResumableTrainer):
     ):
         require_gpu(device)
         settings = VFSettings.resolve(plans, os.environ)
+        require_logger_packages(settings.loggers)
         warnings = check_pretraining(plans, configuration, fold, settings)
         self.settings = settings
         self.precision = Precision.choose(settings.precision, device)
@@ -357,6 +359,7 @@ class VFPretrainTrainer(ResumableTrainer):
         if self.ranks.rank == 0 and Path(filename).stem in ("checkpoint_best", "checkpoint_final"):
             with self.tolerate_write_failure(folder / "preview.png"):
                 self._draw_preview(folder / "preview.png")
+                self.log_picture(folder / "preview.png")
             if not self.disable_checkpointing:
                 is_essential = Path(filename).name == FINAL  # the result of the whole training
                 with self.tolerate_write_failure(folder / artifact.ARTIFACT_NAME, is_essential):
@@ -413,6 +416,7 @@ class VFPretrainTrainer(ResumableTrainer):
             report = write_report(confusion, sums, samples, self.settings.as_dict(), Path(self.output_folder))
             lines = "\n".join(f"  {name}: {value:.4f}" for name, value in report_lines(report).items())
             self.print_to_log_file(f"Pretext report, fixed validation samples:\n{lines}")
+            self.log_picture(Path(self.output_folder) / "pretext_report.png")
             for name, value in report["dice_per_class"].items():
                 self.logger.log_summary(f"final_val/{name}_dice", value)
             for name, value in report["restored_share"].items():

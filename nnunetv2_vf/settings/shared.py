@@ -54,6 +54,12 @@ class TrainingSettings:
         high=1e6,
         can_change=True,
     )
+    loggers: str = setting(
+        "none",
+        "loggers beside nnU-Net's own; they need nnunetv2-vf[tensorboard] or nnunetv2-vf[mlflow]",
+        choices=("none", "tensorboard", "mlflow", "tensorboard+mlflow"),
+        can_change=True,
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -9,6 +9,7 @@ Start reading in :mod:`.resumable_trainer`, the base class of both trainers::
       signals            handles SIGTERM, SIGUSR1 and Ctrl-C: notes which one came
       ranks              the processes of a distributed training
       progress_plot      draws progress.png
+      loggers            passes the logged values on to TensorBoard and MLflow
 
     optimizer            makes the optimiser that the settings name
     preflight            checks everything that a training needs before it writes its first file

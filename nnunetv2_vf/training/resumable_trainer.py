@@ -24,6 +24,7 @@ from nnunetv2_vf.durable_files import write_durably
 from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.training.checkpoints import FINAL, LATEST, PREVIOUS, STATE, newest_undamaged, read_checkpoint
 from nnunetv2_vf.training.distributed_trainer import DistributedTrainer
+from nnunetv2_vf.training.loggers import ExtraLogger, Run, make_loggers
 from nnunetv2_vf.training.progress_plot import PlotLogger
 from nnunetv2_vf.training.random_state import get_random_state, seed_process, set_random_state
 from nnunetv2_vf.training.signals import EXIT_CTRL_C, EXIT_RESUBMIT, StopSignals
@@ -58,6 +59,9 @@ class ResumableTrainer(DistributedTrainer):
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.logger.local_logger = PlotLogger()
+        if self.ranks.rank == 0:
+            run = Run(Path(self.output_folder), self.settings.as_dict())
+            self.logger.loggers += make_loggers(self.settings.loggers, run, self.print_to_log_file)
         self.stop_signals = StopSignals()
         self.epoch_losses: list[float | Tensor] = []
         self._is_resumed = False
@@ -113,8 +117,15 @@ class ResumableTrainer(DistributedTrainer):
 
     def on_train_end(self) -> None:
         super().on_train_end()
+        self.log_picture(Path(self.output_folder) / "progress.png")
         if self.ranks.rank == 0:
             (Path(self.output_folder) / PREVIOUS).unlink(missing_ok=True)  # nnU-Net deletes the latest one
+
+    def log_picture(self, file: Path) -> None:
+        """Pass a picture on to the loggers that take pictures; nnU-Net's own take numbers only."""
+        for logger in self.logger.loggers:
+            if isinstance(logger, ExtraLogger) and file.is_file():
+                logger.log_picture(file, self.current_epoch)
 
     # ------------------------------------------------------------------ saving and stopping between steps
 
