@@ -24,7 +24,12 @@ _HUB_FILES = "or hf://USER/NAME"  # wherever a command reads weights
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments and run one subcommand."""
-    args = make_parser().parse_args(arguments)
+    parser = make_parser()
+    if "_ARGCOMPLETE" in os.environ:  # set by the shell: it asks how a command line can go on
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    args = parser.parse_args(arguments)
     with one_line_errors():
         args.run(args)
 

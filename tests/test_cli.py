@@ -13,12 +13,28 @@ from nnunetv2_vf.cli import main
 from nnunetv2_vf.nnunet_commands import trainer_path
 
 DOCS = Path(__file__).parents[1] / "docs"
-SUBCOMMANDS = ("env", "import", "plan", "preview", "convert", "adapt", "info", "doctor", "demo")
+SUBCOMMANDS = ("env", "import", "plan", "preview", "convert", "adapt", "push", "pull", "info", "doctor", "demo")
 
 
 def printed(capsys, *arguments: str) -> str:
     main(arguments)
     return capsys.readouterr().out.strip()
+
+
+# ---------------------------------------------------------------- completion
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("nnUNetv2_vf pre", {"preprocess", "preview"}), ("nnUNetv2_vf plan --network ", {"PCTNet", "FMUNet"})],
+)
+def test_the_shell_completes_commands_and_choices(tmp_path, line, expected):
+    variables = {
+        **{"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"},
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "completions"),
+    }
+    subprocess.run([sys.executable, "-m", "nnunetv2_vf"], env={**os.environ, **variables}, check=True)
+    assert {word.strip() for word in (tmp_path / "completions").read_text().split("\n")} == expected
 
 
 # ---------------------------------------------------------------- env

@@ -24,10 +24,12 @@
 ##SBATCH --account=... --partition=...
 
 # Activate your environment here: source /path/to/.venv/bin/activate, module load ..., or conda activate ...
+# Or use the container: container=(apptainer exec --nv /path/to/nnunetv2-vf.sif)
+container=()
 
 # nnU-Net's folders must be on a file system that all machines share.
 : "${nnUNet_raw:?}" "${nnUNet_preprocessed:?}" "${nnUNet_results:?}"
-variables=$(nnUNetv2_vf env) || exit 1
+variables=$("${container[@]}" nnUNetv2_vf env) || exit 1
 eval "$variables"
 
 # Data workers of each rank. A machine has 8 ranks, one for each GPU.
@@ -49,7 +51,7 @@ requeue() {
 trap requeue USR1
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-64}" torchrun \
+srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-64}" "${container[@]}" torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node 8 --max-restarts 10 \
     --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d \
     --rdzv-endpoint "$first:$((20000 + SLURM_JOB_ID % 10000))" \
