@@ -50,7 +50,7 @@ def examine(
     dataset: str | None = None,
     plans_name: str = "nnUNetPlans",
     configuration_name: str = "3d_fullres",
-    weights: str | None = None,
+    weights: str | Path | None = None,
 ) -> Iterator[Finding]:
     """Check the installation and, if they are given, a dataset's plans and weights for them.
 
@@ -182,7 +182,7 @@ def _check_dataset(target: TargetPlans) -> Iterator[Finding]:
         yield Finding(NOTE, left_out)
 
 
-def _check_weights(weights: str, target: TargetPlans | None) -> Iterator[Finding]:
+def _check_weights(weights: str | Path, target: TargetPlans | None) -> Iterator[Finding]:
     file = local_file(weights)
     pretrained = read_pretrained(file)
     yield Finding(OK, f"{file} can be read")

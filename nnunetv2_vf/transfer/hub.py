@@ -52,13 +52,13 @@ class HubName:
         return self.repository if self.revision is None else f"{self.repository}@{self.revision}"
 
 
-def local_file(file: str) -> Path:
+def local_file(file: str | Path) -> Path:
     """Return the path of a file of weights; a file on the Hub, ``hf://USER/NAME``, is fetched into the cache first.
 
     Raises:
         UserError: as :func:`pull`.
     """
-    return _fetch(HubName.parse(file)) if file.startswith(_SCHEME) else Path(file)
+    return _fetch(HubName.parse(str(file))) if str(file).startswith(_SCHEME) else Path(file)
 
 
 def _fetch(name: HubName) -> Path:
