@@ -211,8 +211,11 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_result(file: Path, content: Any) -> None:
+    """Write a JSON file, completely or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.replace(file)
 
 
 def report(args: argparse.Namespace, name: str, about: str, rows: Sequence[Mapping[str, Any]], **raw: Any) -> None:

@@ -3,11 +3,11 @@
     python benchmarks/gpu_step.py misfm|pct_net|fmunet --output FILE [--peers FOLDER] [--compile off|network|blocks]
         [--layout channels_last|contiguous] [--prelu ours|torch|where] [--cudnn-benchmark] [--device cuda|cpu]
 
-A step is the forward pass, cross-entropy, the backward pass and Adam, as in the table that ``gpu.py`` makes of the
-results. ``misfm`` is MIS-FM's PCT-Net as released, in single precision with TF32 convolutions; ours run in bf16, with
-the fused optimiser, gradient clipping and check for non-finite gradients of VFPretrainTrainer. "ready" is the time from
-building the network to the end of its first step, which compiles. "kernels" and "moved" are counted by the compiler:
-the kernels that it has written, and the GB that they read and write in a step.
+A step is the forward pass, cross-entropy, the backward pass and Adam. ``misfm`` is MIS-FM's PCT-Net as released, in
+single precision with TF32 convolutions; ours run in bf16, with the fused optimiser, gradient clipping and check for
+non-finite gradients of VFPretrainTrainer. "ready" is the time from building the network to the end of its first step,
+which compiles. If the whole network is compiled, the compiler counts: the kernels that it has written, the GB that the
+step reads and writes (convolutions included), and the places at which it had to leave the graph.
 
 ``--compile blocks`` compiles the blocks of the network one by one. ``--prelu`` writes the activation of PCT-Net in
 another way with the same values and gradients, which the compiler turns into other kernels.
@@ -28,6 +28,7 @@ import torch.nn.functional as F  # noqa: N812
 from common import make_parser, wait_for_device, write_result
 from network_speed import CLASSES, FEATURES, NETWORKS, Contender, OurContender, load_misfm
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from nnunetv2_vf import pct_net
 from nnunetv2_vf.five_level_network import MODES, Decoder, Encoder
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("network", choices=("misfm", *NETWORKS))
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--compile", default="off", choices=("off", "network", "blocks"))
-    parser.add_argument("--layout", default="channels_last", choices=("channels_last", "contiguous"))
+    parser.add_argument("--layout", choices=("channels_last", "contiguous"), help="default: that of the network")
     parser.add_argument("--prelu", default="ours", choices=[*PRELUS])
     parser.add_argument("--cudnn-benchmark", action="store_true", help="as nnU-Net trains")
     parser.add_argument("--size", type=int, nargs=3, default=(64, 128, 128), metavar=("D", "H", "W"))
@@ -83,12 +84,16 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
                 torch.cuda.reset_peak_memory_stats()
     milliseconds = [round(1e3 * value, 2) for value in seconds[WARM_UP:]]
     peak = round(torch.cuda.max_memory_allocated() / 2**30, 2) if args.device == "cuda" else None
+    counted = {
+        "kernels": compiler_metrics.generated_kernel_count,
+        "moved_gb": round(compiler_metrics.num_bytes_accessed / 2**30, 2),
+        "graph_breaks": sum(counters["graph_break"].values()),
+    }
     return {
         "step_ms": round(statistics.median(milliseconds), 1),
         "peak_gb": peak,
         "ready_s": round(ready, 1),
-        "kernels": compiler_metrics.generated_kernel_count,
-        "moved_gb": round(compiler_metrics.num_bytes_accessed / 2**30, 2),
+        **(counted if args.compile == "network" else dict.fromkeys(counted)),
         "steps_ms": milliseconds,
     }
 
@@ -98,8 +103,8 @@ def make_contender(args: argparse.Namespace) -> Contender:
         peers = SimpleNamespace(peers=args.peers, network="pct_net", size=args.size)
         contender = Contender(load_misfm(peers), args.device)
     else:
-        channels_last = args.layout == "channels_last"
-        network = NETWORKS[args.network](1, FEATURES[args.network], MODES[0], CLASSES, channels_last=channels_last)
+        layout = {} if args.layout is None else {"channels_last": args.layout == "channels_last"}
+        network = NETWORKS[args.network](1, FEATURES[args.network], MODES[0], CLASSES, **layout)
         replace_prelus(network, PRELUS[args.prelu])
         if args.compile == "network":
             network.compile()

@@ -1,7 +1,7 @@
 """Plans that ``nnUNetv2_vf plan`` makes for different datasets, and the memory of a training step with each.
 
-    python benchmarks/network_plans.py PCT-Net|FMUNet|U-Net [--targets 3 8 24] [--device cpu|cuda] [--largest-step 3]
-        [--compile]
+    python benchmarks/network_plans.py PCT-Net|FMUNet|U-Net [--fingerprints isotropic ...] [--targets 3 8 24]
+        [--device cpu|cuda] [--largest-step 3] [--compile]
 
 Plans made-up fingerprints with the network for several values of ``-gpu_memory_target``. Where the plan's estimate is
 at most ``--largest-step`` GB, builds its network as nnU-Net does and takes training steps with nnU-Net's loss on random
@@ -45,6 +45,7 @@ STEPS = 3
 def main() -> None:
     parser = make_parser(__doc__, device=True, output=True)
     parser.add_argument("network", choices=("PCT-Net", "FMUNet", "U-Net"))
+    parser.add_argument("--fingerprints", nargs="+", choices=FINGERPRINTS, default=[*FINGERPRINTS])
     parser.add_argument("--targets", type=float, nargs="+", default=[3, 8, 24], help="values of -gpu_memory_target, GB")
     parser.add_argument("--largest-step", type=float, default=3, metavar="GB", help="take steps up to this estimate")
     parser.add_argument("--compile", action="store_true", help="with torch.compile, as nnU-Net does on CUDA")
@@ -52,9 +53,9 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     with one_line_errors(), tempfile.TemporaryDirectory() as folder:
         workspace = Workspace(Path(folder), processes=1)
-        for name in FINGERPRINTS:
+        for name in args.fingerprints:
             write_fingerprint(workspace, name)
-        for name, target in itertools.product(FINGERPRINTS, args.targets):
+        for name, target in itertools.product(args.fingerprints, args.targets):
             plan, seconds = make_plan(workspace, args.network, name, target)
             rows.append(make_row(name, target, plan, seconds, args))
             network = args.network.replace("-", "")
@@ -134,6 +135,7 @@ def training_steps(plan: dict, estimate: float, device: str, compiled: bool, run
     ).to(device)
     torch.backends.cudnn.benchmark = True  # as nnU-Net
     if compiled:
+        torch.compiler.reset()  # else torch would compile the second plan for patches of any size
         network = torch.compile(network)
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
     scaler = torch.amp.GradScaler("cuda") if device == "cuda" else None

@@ -44,14 +44,14 @@ def test_a_plan_can_name_the_norm():
     assert all(isinstance(norm, nn.InstanceNorm3d) for norm in norms)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_prelu_has_the_values_and_gradients_of_torch(compiled):
     """In double precision; also at 0, where the slope of the gradient is a convention."""
     torch.manual_seed(0)
     ours, published = PReLU().double(), nn.PReLU().double()
     ours.load_state_dict(published.state_dict())
     if compiled:
-        ours.compile(fullgraph=True, backend="aot_eager")
+        ours.compile(fullgraph=True, backend=compiled)
     x = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
     x[0, 0, 0] = 0
     results = []

@@ -133,7 +133,7 @@ def _download(name: HubName) -> Path:
     if not (snapshot / WEIGHTS).is_file():
         raise UserError(
             f"{name} has no {WEIGHTS}, so it was not made by nnUNetv2_vf push; a checkpoint of nnssl or MIS-FM can be "
-            f"converted: hf download {name.repository} FILE; nnUNetv2_vf convert FILE -o {ARTIFACT_NAME}"
+            f"converted: hf download {name.repository} FILE --local-dir .; nnUNetv2_vf convert FILE -o {ARTIFACT_NAME}"
         )
     return snapshot
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import runpy
 import sys
 
 import pytest
-from gpu import Measurement, Results, measurements, run, run_schedule
+from gpu import Measurement, Results, add_missing_commands, digest_of_code, measurements, run, run_schedule
 from gpu_step import PRELUS, replace_prelus
 from torch import nn
 
@@ -97,13 +98,51 @@ def test_a_process_that_fails_leaves_the_end_of_its_output(code, limit_s, status
     assert "why" in outcome["output"]
 
 
-def test_every_scheduled_command_has_a_script_and_a_unique_name():
-    """Formatting also shows that no argument has other braces than those of the result."""
-    planned = measurements(argparse.Namespace(peers=None))
+@pytest.fixture
+def planned(tmp_path):
+    (tmp_path / "MIS-FM").mkdir()
+    return measurements(argparse.Namespace(peers=tmp_path))
+
+
+def test_every_scheduled_command_is_accepted_by_its_script(planned, monkeypatch, capsys):
+    """Each script parses its arguments; ``--help`` then ends it."""
     assert len({measurement.name for measurement in planned}) == len(planned)
     for measurement in planned:
-        assert measurement.usual_s < measurement.limit_s < 9 * 60
-        assert [argument.format(result="file") for argument in measurement.command]
+        assert measurement.usual_s < measurement.limit_s <= 9 * 60
+        _, script, *arguments = measurement.command
+        if script == "-m":  # pytest
+            continue
+        monkeypatch.setattr("sys.argv", [script, *(word.format(result="file") for word in arguments), "--help"])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(script, run_name="__main__")
+        assert ended.value.code == 0, measurement.name
+    capsys.readouterr()
+
+
+def test_the_first_nine_minutes_measure_pct_net_beside_misfm(planned, results):
+    machine = FakeMachine()
+    run_on(machine, planned, results, minutes=9)
+    assert machine.started[:3] == [
+        "step: MIS-FM's PCT-Net",
+        "step: PCT-Net, eager",
+        "step: PCT-Net, compiled",
+    ]
+    assert 8 * 60 < machine.now <= 9 * 60
+
+
+def test_a_killed_measurement_leaves_the_earlier_results_readable(results, tmp_path):
+    run_on(FakeMachine(), schedule(a=1), results, minutes=1)
+    assert Results(tmp_path, "Some GPU, torch 2").is_done("a")
+    assert results.content["measurements"]["a"]["code"] == digest_of_code()
+
+
+def test_commands_that_are_not_installed_are_made(tmp_path, monkeypatch):
+    """Then they work wherever the packages are on PYTHONPATH."""
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    add_missing_commands(tmp_path)
+    assert "nnunetv2_vf.cli" in (tmp_path / "nnUNetv2_vf").read_text()
+    assert "run_training_entry" in (tmp_path / "nnUNetv2_train").read_text()
 
 
 def test_prelus_keep_their_slopes():
