@@ -491,18 +491,21 @@ def _add_push(commands: _Commands) -> None:
         _run_push,
         "upload pretrained weights and their model card to the Hugging Face Hub",
         "Upload pretrained weights to the Hugging Face Hub: as safetensors, with their metadata, MODEL_CARD.md and the "
-        "pictures beside them. The repository is created if it does not exist. Log in first: hf auth login. Needs: "
+        "pictures beside them. preview.png and pretext_report.png show slices of the images: --no-pictures leaves them "
+        "out. The repository is created if it does not exist. Log in first: hf auth login. Needs: "
         "pip install 'nnunetv2-vf[hub]'.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="vf_pretrained.pth, with MODEL_CARD.md beside it")
     parser.add_argument("name", metavar="USER/NAME[@BRANCH]", help="repository on the Hub")
-    parser.add_argument("--private", action="store_true", help="if the repository is new, only you can see it")
+    parser.add_argument("--private", action="store_true", help="only you may see the repository")
+    parser.add_argument("--no-pictures", action="store_true", help="leave out the pictures, which show parts of images")
 
 
 def _run_push(args: argparse.Namespace) -> None:
     from nnunetv2_vf.transfer.hub_push import push
 
-    print(f"uploaded: {push(args.file, args.name, args.private)}\nNext: nnUNetv2_vf pull {args.name} -o FOLDER")
+    address = push(args.file, args.name, args.private, not args.no_pictures)
+    print(f"uploaded: {address}\nNext: nnUNetv2_vf pull {args.name} -o FOLDER")
 
 
 # ---------------------------------------------------------------- pull

@@ -22,9 +22,10 @@ class Repository:
     private: bool = False
     gated: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
+    branches: set[str] = field(default_factory=lambda: {"main"})  # all show the same files
     commit: str = "0" * 40
     wrong_content: bool = False  # the server sends other bytes than it has announced
-    breaks: int = 0  # so many transfers of large files break off half way
+    breaks: int = 0  # so many transfers of safetensors break off half way
 
 
 class LocalHub(ThreadingHTTPServer):
@@ -53,6 +54,17 @@ def local_hub() -> Iterator[LocalHub]:
         hub.server_close()
 
 
+def describe_files(repository: Repository) -> list[dict]:
+    """Return what the Hub lists of a repository's files."""
+    entries = []
+    for file, content in repository.files.items():
+        entry: dict = {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        if file.endswith(LARGE):
+            entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+        entries.append(entry)
+    return entries
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: LocalHub
     protocol_version = "HTTP/1.1"
@@ -73,7 +85,16 @@ class _Handler(BaseHTTPRequestHandler):
             private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
             self.server.repositories.setdefault(name, Repository(private=private))
             self._answer({"url": f"{self.server.url}/{name}", "name": name})
-        elif match := re.fullmatch(r"/api/models/(.+)/preupload/main", path):
+        elif match := re.fullmatch(r"/api/models/(.+)/branch/(.+)", path):
+            self.server.repositories[match[1]].branches.add(match[2])
+            self._answer({})
+        elif match := re.fullmatch(r"/api/models/(.+)/paths-info/.+", path):
+            repository = self.server.repositories[match[1]]
+            self._answer([entry for entry in describe_files(repository) if entry["path"] in body.decode()])
+        elif match := re.fullmatch(r"/api/models/(.+)/preupload/(.+)", path):
+            if match[2] not in self.server.repositories[match[1]].branches:
+                self._refuse(404, "RevisionNotFound", f"Invalid rev id: {match[2]}")
+                return
             files = [file["path"] for file in json.loads(body)["files"]]
             modes = [
                 {"path": file, "uploadMode": "lfs" if file.endswith(LARGE) else "regular", "shouldIgnore": False}
@@ -84,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
             objects = json.loads(body)["objects"]
             upload = {"objects": [self._upload_action(each) for each in objects], "transfer": "basic"}
             self._answer(upload, "application/vnd.git-lfs+json")
-        elif match := re.fullmatch(r"/api/models/(.+)/commit/main", path):
+        elif match := re.fullmatch(r"/api/models/(.+)/commit/.+", path):
             self._commit(match[1], body)
         else:
             self._refuse(404, "", path)
@@ -123,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repository.gated:
             self._refuse(403, "GatedRepo", "Access to this repository is restricted")
             return None
-        if revision not in ("main", repository.commit):
+        if revision not in {*repository.branches, repository.commit}:
             self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
             return None
         return repository
@@ -140,6 +161,8 @@ class _Handler(BaseHTTPRequestHandler):
                 repository.files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 repository.files[value["path"]] = self.server.uploads[value["oid"]]
+            elif line["key"] == "deletedFile":
+                repository.files.pop(value["path"], None)
         repository.commit = hashlib.sha1(body).hexdigest()
         url = f"{self.server.url}/{name}/commit/{repository.commit}"
         self._answer({"success": True, "commitOid": repository.commit, "commitUrl": url, "pullRequestUrl": None})
@@ -152,13 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": file} for file in repository.files]
             self._answer({"id": name, "sha": repository.commit, "private": repository.private, "siblings": siblings})
             return
-        entries = []
-        for file, content in repository.files.items():
-            entry = {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-            if file.endswith(LARGE):
-                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-            entries.append(entry)
-        self._answer(entries)
+        self._answer(describe_files(repository))
 
     def _send_file(self, name: str, revision: str, file: str) -> None:
         repository = self._find(name, revision)
@@ -181,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if is_large and repository.breaks:
+        if file.endswith(".safetensors") and repository.breaks:
             repository.breaks -= 1
             self.wfile.write(content[start : len(content) // 2])
             self.close_connection = True

@@ -359,7 +359,6 @@ class VFPretrainTrainer(ResumableTrainer):
         if self.ranks.rank == 0 and Path(filename).stem in ("checkpoint_best", "checkpoint_final"):
             with self.tolerate_write_failure(folder / "preview.png"):
                 self._draw_preview(folder / "preview.png")
-                self.log_picture(folder / "preview.png")
             if not self.disable_checkpointing:
                 is_essential = Path(filename).name == FINAL  # the result of the whole training
                 with self.tolerate_write_failure(folder / artifact.ARTIFACT_NAME, is_essential):

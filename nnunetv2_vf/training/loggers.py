@@ -6,6 +6,7 @@ first value, so commands that only read a training leave no trace.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -19,6 +20,11 @@ from typing import Any, ClassVar
 from nnunetv2_vf.errors import UserError
 
 _ILLEGAL_IN_NAMES = re.compile(r"[^\w. :/-]", re.ASCII)  # of MLflow's metrics
+_MLFLOW_VARIABLES = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; other ranks wait for rank 0
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+}
 _RUN_FILE = "mlflow_run.txt"  # in the output folder: the run that a continued training goes on with
 
 
@@ -29,10 +35,12 @@ class Run:
     Attributes:
         folder: output folder of the training: DATASET/TRAINER__PLANS__CONFIGURATION/fold_X in nnUNet_results.
         settings: recorded once, as text.
+        is_continued: False for a new training, which gets a new run.
     """
 
     folder: Path
     settings: Mapping[str, Any]
+    is_continued: bool = False
 
     @property
     def results(self) -> Path:
@@ -50,7 +58,8 @@ class Run:
 class ExtraLogger(ABC):
     """A logger with the methods that ``MetaLogger`` calls.
 
-    If it fails, for example because a server does not answer, it warns once and the training continues without it.
+    If it fails, for example because a server does not answer, it warns, leaves out the rest of the epoch, and tries
+    again in the next one. The training continues.
 
     Args:
         report: prints a line to the log of the training.
@@ -61,7 +70,8 @@ class ExtraLogger(ABC):
     def __init__(self, run: Run, report: Callable[[str], None]):
         self.run = run
         self._report = report
-        self._is_started = self._has_failed = False
+        self._is_started = False
+        self._failed_step: int | None = None
 
     def update_config(self, config: Mapping[str, Any]) -> None:  # noqa: B027  nothing to do, but nnU-Net calls it
         """Ignore nnU-Net's plans: they are in the folder of the training. Our settings are recorded at the start."""
@@ -72,15 +82,21 @@ class ExtraLogger(ABC):
             self._attempt(step, lambda: self.write_number(key, float(value), step))
 
     def log_summary(self, key: str, value: Any) -> None:
-        """Log a number of the whole training."""
-        self._attempt(None, lambda: self.write_number(key, float(value), 0))
+        """Log a number of the whole training; NaN is left out."""
+        if math.isfinite(value):
+            self._attempt(None, lambda: self.write_number(key, float(value), 0))
 
     def log_picture(self, file: Path, step: int) -> None:
         """Log a PNG file."""
         self._attempt(step, lambda: self.write_picture(file, step))
 
+    def log_end(self) -> None:
+        """Note that the training has ended."""
+        if self._is_started:
+            self._attempt(None, self.write_end)
+
     def _attempt(self, step: int | None, write: Callable[[], None]) -> None:
-        if self._has_failed:
+        if self._failed_step is not None and self._failed_step == step:
             return
         try:
             if not self._is_started:
@@ -88,8 +104,8 @@ class ExtraLogger(ABC):
                 self._is_started = True
             write()
         except Exception as error:  # servers and disks fail in many ways; no training of weeks ends for that
-            self._has_failed = True
-            self._report(f"WARNING: {self.package} failed ({error}); the training continues without it")
+            self._report(f"WARNING: {self.package} failed ({error}); the training continues, the next epoch is tried")
+            self._failed_step = step
 
     @abstractmethod
     def start(self, step: int | None) -> None:
@@ -100,6 +116,9 @@ class ExtraLogger(ABC):
 
     @abstractmethod
     def write_picture(self, file: Path, step: int) -> None: ...
+
+    def write_end(self) -> None:  # noqa: B027  not every logger has an end
+        """Mark the run as finished."""
 
 
 class TensorBoardLogger(ExtraLogger):
@@ -129,29 +148,50 @@ class TensorBoardLogger(ExtraLogger):
 class MlflowLogger(ExtraLogger):
     """Writes to the server that ``MLFLOW_TRACKING_URI`` names; by default into ``mlflow.db`` in nnUNet_results.
 
-    The experiment is the dataset. A continued training goes on with its run.
+    The experiment is the dataset. A continued training goes on with its run. Unless MLflow's variables say otherwise,
+    its usage reports are off, and a server that does not answer holds up a training for seconds only.
     """
 
     package = "mlflow"
 
     def start(self, step: int | None) -> None:
+        for name, value in _MLFLOW_VARIABLES.items():
+            os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
         server = os.environ.get("MLFLOW_TRACKING_URI")
         self._client = MlflowClient(server or f"sqlite:///{self.run.results / 'mlflow.db'}")
         record = self.run.folder / _RUN_FILE
-        if step != 0 and record.is_file():  # a training that starts with epoch 0 is a new one
+        if (self.run.is_continued or step is None) and record.is_file():  # None: --val logs no epochs
             self._run_id = record.read_text().strip()
-            return
-        pictures = None if server else (self.run.results / "mlflow_artifacts" / self.run.dataset).as_uri()
-        experiment = self._client.get_experiment_by_name(self.run.dataset)
-        experiment_id = (
-            experiment.experiment_id if experiment else self._client.create_experiment(self.run.dataset, pictures)
-        )
-        self._run_id = self._client.create_run(experiment_id, run_name=self.run.name).info.run_id
+            if self._is_known(self._run_id):  # by this server; the training may have begun with another
+                return
+        run = self._client.create_run(self._find_experiment(bool(server)), run_name=self.run.name)
+        self._run_id = run.info.run_id
         record.write_text(f"{self._run_id}\n")
         for name, value in self.run.settings.items():
             self._client.log_param(self._run_id, name, value)
+
+    def _find_experiment(self, has_server: bool) -> str:
+        """Return the experiment of the dataset; make it if there is none."""
+        from mlflow.exceptions import MlflowException
+
+        name = self.run.dataset
+        pictures = None if has_server else (self.run.results / "mlflow_artifacts" / name).resolve().as_uri()
+        if self._client.get_experiment_by_name(name) is None:
+            # another fold may make it first
+            with contextlib.suppress(MlflowException):
+                return str(self._client.create_experiment(name, pictures))
+        return str(self._client.get_experiment_by_name(name).experiment_id)
+
+    def _is_known(self, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.get_run(run_id)
+        except MlflowException:
+            return False
+        return True
 
     def write_number(self, key: str, value: float, step: int) -> None:
         self._client.log_metric(self._run_id, _ILLEGAL_IN_NAMES.sub("_", key), value, step=step)
@@ -159,7 +199,11 @@ class MlflowLogger(ExtraLogger):
     def write_picture(self, file: Path, step: int) -> None:
         self._client.log_artifact(self._run_id, str(file))
 
+    def write_end(self) -> None:
+        self._client.set_terminated(self._run_id)
 
+
+_PACKAGES = {"tensorboard": ("tensorboard",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
 LOGGERS: Mapping[str, type[ExtraLogger]] = {"tensorboard": TensorBoardLogger, "mlflow": MlflowLogger}
 
 
@@ -170,8 +214,9 @@ def require_logger_packages(names: str) -> None:
         names: the setting ``loggers``.
     """
     for name in names.split("+"):
-        if name in LOGGERS and importlib.util.find_spec(LOGGERS[name].package) is None:
-            raise UserError(f"loggers = {names} needs {name}; install it: pip install 'nnunetv2-vf[{name}]'")
+        for package in _PACKAGES.get(name, ()):
+            if importlib.util.find_spec(package) is None:
+                raise UserError(f"loggers = {names} needs {package}; install it: pip install 'nnunetv2-vf[{name}]'")
 
 
 def make_loggers(names: str, run: Run, report: Callable[[str], None]) -> list[ExtraLogger]:

@@ -60,7 +60,7 @@ class ResumableTrainer(DistributedTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.logger.local_logger = PlotLogger()
         if self.ranks.rank == 0:
-            run = Run(Path(self.output_folder), self.settings.as_dict())
+            run = Run(Path(self.output_folder), self.settings.as_dict(), self.continue_training)
             self.logger.loggers += make_loggers(self.settings.loggers, run, self.print_to_log_file)
         self.stop_signals = StopSignals()
         self.epoch_losses: list[float | Tensor] = []
@@ -117,7 +117,11 @@ class ResumableTrainer(DistributedTrainer):
 
     def on_train_end(self) -> None:
         super().on_train_end()
-        self.log_picture(Path(self.output_folder) / "progress.png")
+        for name in ("preview.png", "progress.png"):
+            self.log_picture(Path(self.output_folder) / name)
+        for logger in self.logger.loggers:
+            if isinstance(logger, ExtraLogger):
+                logger.log_end()
         if self.ranks.rank == 0:
             (Path(self.output_folder) / PREVIOUS).unlink(missing_ok=True)  # nnU-Net deletes the latest one
 

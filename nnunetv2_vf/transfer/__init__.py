@@ -9,10 +9,7 @@ Files of weights::
     nnssl_plan           the entry "nnssl_adaptation_plan", for nnU-Net's nnssl commands
     safe_loading         reads files without running code that they may hold
     safetensors_files    reads and writes artifacts as safetensors
-    shared_tensors       tells that two names stand for the same tensor
-    hub, hub_push        weights from and to the Hugging Face Hub
-    safetensors_files    reads and writes artifacts as safetensors
-    shared_tensors       tells that two names stand for the same tensor
+    shared_tensors       tensors that have several names
     hub, hub_push        weights from and to the Hugging Face Hub
     architectures        accepts only known networks and layers from files; builds networks
     info, model_card     describe a file in the terminal, and as a page to share

@@ -21,7 +21,7 @@ from nnunetv2_vf.durable_files import write_durably
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.transfer.architectures import canonical_architecture, require_known_architecture
 from nnunetv2_vf.transfer.metadata import describe_nnunet_checkpoint, is_nnunet_checkpoint
-from nnunetv2_vf.transfer.nnssl_plan import NNSSL_PLAN_KEY, make_nnssl_plan
+from nnunetv2_vf.transfer.nnssl_plan import NNSSL_PLAN_KEY, architecture_of_nnssl_plan, make_nnssl_plan
 from nnunetv2_vf.transfer.safe_loading import load_safely, malformed_file_errors
 from nnunetv2_vf.transfer.shared_tensors import storage_key
 
@@ -84,6 +84,23 @@ def read_artifact(path: Path) -> dict[str, Any]:
     missing = {"network_weights", "vf"} - artifact.keys()
     if missing:
         raise UserError(f"{path} is no {ARTIFACT_NAME}: it lacks {' and '.join(sorted(missing))}")
+    return artifact
+
+
+def read_checked_artifact(path: Path) -> dict[str, Any]:
+    """Read an artifact that others may have made, and check everything in it that nnU-Net would build or open.
+
+    Raises:
+        UserError: as :func:`read_artifact`; or an entry is missing or wrong, or names an unknown network or layer.
+    """
+    artifact = read_artifact(path)
+    with malformed_file_errors(path):
+        metadata = artifact["vf"]
+        require_known_architecture(metadata["architecture"], path)
+        if not isinstance(metadata.get("plans", {}), dict):  # nnU-Net would open a path
+            raise TypeError("plans that are no dict")
+        if NNSSL_PLAN_KEY in artifact:
+            require_known_architecture(architecture_of_nnssl_plan(artifact[NNSSL_PLAN_KEY]), path)
     return artifact
 
 

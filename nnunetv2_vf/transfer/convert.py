@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.transfer.architectures import network_name, require_known_architecture
-from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, require_writable, write_artifact
+from nnunetv2_vf.transfer.architectures import network_name
+from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, read_checked_artifact, require_writable, write_artifact
 from nnunetv2_vf.transfer.convert_misfm import convert_state_dict
 from nnunetv2_vf.transfer.convert_nnssl import convert_nnssl_checkpoint, is_nnssl_checkpoint
 from nnunetv2_vf.transfer.metadata import package_versions
@@ -42,7 +42,9 @@ def convert_file(checkpoint_file: Path, output: Path, mode: int | None = None) -
     if isinstance(checkpoint.get("model_state_dict"), dict):
         return _convert_misfm(checkpoint_file, checkpoint, output, mode)
     if "vf" in checkpoint and checkpoint_file.suffix == SAFETENSORS_ENDING:
-        return _convert_safetensors(checkpoint_file, checkpoint, output)
+        if mode is not None:
+            raise UserError(f"--mode {mode}, but {checkpoint_file} is no checkpoint of MIS-FM; leave --mode out")
+        return _convert_safetensors(checkpoint_file, read_checked_artifact(checkpoint_file), output)
     if "vf" in checkpoint:
         raise UserError(f"{checkpoint_file} is a {ARTIFACT_NAME} already; it needs no conversion")
     raise UserError(
@@ -52,9 +54,8 @@ def convert_file(checkpoint_file: Path, output: Path, mode: int | None = None) -
 
 
 def _convert_safetensors(file: Path, artifact: Mapping[str, Any], output: Path) -> str:
-    metadata = artifact["vf"]
     with malformed_file_errors(file):
-        require_known_architecture(metadata["architecture"], file)
+        metadata = artifact["vf"]
         write_artifact(output, artifact["network_weights"], metadata, artifact.get(NNSSL_PLAN_KEY))
         network = network_name(metadata["architecture"])
         return f"{network}, {metadata['num_input_channels']} input channels, {metadata['num_classes']} classes"

@@ -16,17 +16,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from nnunetv2_vf import __version__
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.transfer.architectures import require_known_architecture
-from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, read_artifact, write_artifact
+from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, read_checked_artifact, write_artifact
 from nnunetv2_vf.transfer.model_card import CARD_NAME
 from nnunetv2_vf.transfer.nnssl_plan import NNSSL_PLAN_KEY
+from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 
-WEIGHTS, METADATA, PAGE, PICTURES = "model.safetensors", "vf.json", "README.md", "*.png"
+WEIGHTS, METADATA, PAGE = "model.safetensors", "vf.json", "README.md"
+PICTURES = ("preview.png", "progress.png", "pretext_report.png")
 _SCHEME = "hf://"
 _NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n+", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,16 @@ def local_file(file: str | Path) -> Path:
 
 
 def _fetch(name: HubName) -> Path:
-    """Return the artifact of a repository, made once for each of its commits in the cache of huggingface_hub."""
+    """Return the artifact of a repository from the cache. It is made from the downloaded files once for each commit."""
     require_hub_packages()
     from huggingface_hub import cached_assets_path
 
-    snapshot = _download(name)
-    folder = cached_assets_path("nnunetv2_vf", name.repository, snapshot.name)
-    if not (folder / ARTIFACT_NAME).is_file():
-        _write_pulled_artifact(snapshot, name, folder)
+    snapshot = _download(name, [WEIGHTS])
+    with hub_errors(name):
+        folder = cached_assets_path("nnunetv2_vf", name.repository, snapshot.name)
+        with FileLock(folder / ".lock"):  # folds that start at the same time
+            if not (folder / ARTIFACT_NAME).is_file():
+                _write_checked_artifact(snapshot, name, folder)
     return folder / ARTIFACT_NAME
 
 
@@ -81,55 +87,50 @@ def pull(text: str, folder: Path) -> list[Path]:
 
     Args:
         text: ``USER/NAME[@REVISION]``.
-        folder: created if it does not exist. Files of the same names are replaced.
+        folder: created if it does not exist.
 
     Returns:
-        the files written.
+        the files written, the weights first.
 
     Raises:
-        UserError: the Hub or the repository cannot be reached, or the files are damaged, unsafe or of another kind.
+        UserError: the Hub or the repository cannot be reached, the files are damaged, unsafe or of another kind, or the
+            folder has such files already.
     """
     name = HubName.parse(text)
     require_hub_packages()
-    from huggingface_hub import ModelCard
+    present = [each for each in (ARTIFACT_NAME, CARD_NAME) if (folder / each).exists()]
+    if present:
+        raise UserError(f"{folder} has a {present[0]} already; name another folder: -o FOLDER")
+    snapshot = _download(name, [WEIGHTS, METADATA, PAGE, *PICTURES])
+    with hub_errors(name):
+        folder.mkdir(parents=True, exist_ok=True)
+        written = [_write_checked_artifact(snapshot, name, folder)]
+        if (snapshot / PAGE).is_file():
+            card = (snapshot / PAGE).read_text(encoding="utf-8", errors="replace")
+            written.append(folder / CARD_NAME)
+            written[-1].write_text(_FRONT_MATTER.sub("", card), encoding="utf-8")
+        pictures = [snapshot / picture for picture in PICTURES if (snapshot / picture).is_file()]
+        return [*written, *(Path(shutil.copyfile(picture, folder / picture.name)) for picture in pictures)]
 
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; name a folder: -o FOLDER")
-    snapshot = _download(name)
-    written = [_write_pulled_artifact(snapshot, name, folder)]
-    if (snapshot / PAGE).is_file():
-        card = ModelCard((snapshot / PAGE).read_text(encoding="utf-8"), ignore_metadata_errors=True)
-        written.append(folder / CARD_NAME)
-        written[-1].write_text(card.text.lstrip(), encoding="utf-8")
-    return [*written, *(Path(shutil.copyfile(file, folder / file.name)) for file in sorted(snapshot.glob(PICTURES)))]
 
-
-def _write_pulled_artifact(snapshot: Path, name: HubName, folder: Path) -> Path:
+def _write_checked_artifact(snapshot: Path, name: HubName, folder: Path) -> Path:
     """Check the downloaded weights and write them as an artifact."""
     weights = snapshot / WEIGHTS
     _require_checksum(weights, name)
-    artifact = read_artifact(weights)
-    require_known_architecture(artifact["vf"]["architecture"], weights)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_artifact(folder / ARTIFACT_NAME, artifact["network_weights"], artifact["vf"], artifact.get(NNSSL_PLAN_KEY))
+    artifact = read_checked_artifact(weights)
+    with malformed_file_errors(weights):
+        tensors, plan = artifact["network_weights"], artifact.get(NNSSL_PLAN_KEY)
+        write_artifact(folder / ARTIFACT_NAME, tensors, artifact["vf"], plan)
     return folder / ARTIFACT_NAME
 
 
-def _download(name: HubName) -> Path:
+def _download(name: HubName, files: list[str]) -> Path:
     """Return the folder with a repository's files in the cache; its name is the commit."""
     from huggingface_hub import snapshot_download
 
+    library = {"library_name": "nnunetv2_vf", "library_version": __version__}
     with hub_errors(name):
-        patterns = [WEIGHTS, METADATA, PAGE, PICTURES]
-        snapshot = Path(
-            snapshot_download(
-                name.repository,
-                revision=name.revision,
-                allow_patterns=patterns,
-                library_name="nnunetv2_vf",
-                library_version=__version__,
-            )
-        )
+        snapshot = Path(snapshot_download(name.repository, revision=name.revision, allow_patterns=files, **library))
     if not (snapshot / WEIGHTS).is_file():
         raise UserError(
             f"{name} has no {WEIGHTS}, so it was not made by nnUNetv2_vf push; a checkpoint of nnssl or MIS-FM can be "
@@ -139,21 +140,30 @@ def _download(name: HubName) -> Path:
 
 
 def _require_checksum(file: Path, name: HubName) -> None:
-    """Remove the file and raise UserError if it is not what the Hub announced.
-
-    In the cache a file is a link to its content, which is named by the SHA-256 that the Hub announced.
-    """
-    announced = file.resolve()
-    if not _SHA256.fullmatch(announced.name):  # no links on this file system, or not stored as a large file
-        return
-    actual = _sha256(announced)
-    if actual != announced.name:
-        announced.unlink()
-        file.unlink()
+    """Remove the file and raise UserError if it is not what the Hub announced."""
+    content = file.resolve()
+    announced, actual = _announced_sha256(content, file.parent.name, name), _sha256(content)
+    if actual != announced:
+        content.unlink()
+        file.unlink(missing_ok=True)
         raise UserError(
-            f"{WEIGHTS} of {name} is damaged: its SHA-256 is {actual[:12]}..., the Hub announced "
-            f"{announced.name[:12]}...; it was removed from the cache: run the same command again"
+            f"{WEIGHTS} of {name} is damaged: its SHA-256 is {actual[:12]}..., the Hub announced {announced[:12]}...; "
+            "it was removed from the cache: run the same command again"
         )
+
+
+def _announced_sha256(content: Path, commit: str, name: HubName) -> str:
+    """Return the SHA-256 of the weights by which the Hub stores them.
+
+    In the cache a file is a link to its content, whose name is this SHA-256; where there are no links, ask the Hub.
+    """
+    if _SHA256.fullmatch(content.name):
+        return content.name
+    from huggingface_hub import HfApi
+
+    with hub_errors(name):
+        (info,) = HfApi().get_paths_info(name.repository, [WEIGHTS], revision=commit)
+    return str(info.lfs.sha256)
 
 
 def _sha256(file: Path) -> str:
@@ -177,28 +187,33 @@ def require_hub_packages() -> None:
 
 @contextmanager
 def hub_errors(name: HubName) -> Iterator[None]:
-    """Turn errors of the Hub and of the network into one line."""
+    """Turn errors of the Hub, of the network and of the disk into one line."""
     from huggingface_hub import constants, errors
 
-    login = "log in (hf auth login, or set HF_TOKEN)"
+    hub, login = constants.ENDPOINT, "log in (hf auth login, or set HF_TOKEN)"
     try:
         yield
+    except UserError:
+        raise
     except errors.HFValidationError as error:
         raise UserError(f"{name} is no legal name on the Hub: {error}") from error
     except errors.GatedRepoError as error:
-        raise UserError(
-            f"{name} is gated: ask for access on {constants.ENDPOINT}/{name.repository}, {login}"
-        ) from error
+        raise UserError(f"{name} is gated: ask for access on {hub}/{name.repository}, {login}") from error
     except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"{constants.ENDPOINT} shows no {name}: it does not exist, or it is private: {login}"
-        ) from error
+        raise UserError(f"{hub} has no {name}, or it is private: {login}") from error
     except errors.RevisionNotFoundError as error:
         raise UserError(f"{name.repository} has no branch, tag or commit {name.revision!r}") from error
     except errors.HfHubHTTPError as error:
-        raise UserError(f"{constants.ENDPOINT} refused the transfer of {name}; {login}: {error}") from error
+        hint = f"; {login}" if error.response.status_code in (401, 403) else "; try again later"
+        raise UserError(f"{hub} refused the transfer of {name}: {error}{hint}") from error
     except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(f"the cache does not hold {name}, and HF_HUB_OFFLINE is set; unset it") from error
         raise UserError(
-            f"{name} could not be transferred, because {constants.ENDPOINT} cannot be reached or the transfer broke "
-            f"off ({error.__cause__ or error}); run the same command again"
+            f"{name} could not be transferred, because {hub} cannot be reached or the transfer broke off "
+            f"({error.__cause__ or error}); run the same command again"
         ) from error
+    except OSError as error:  # a full disk, a folder without rights
+        raise UserError(f"{name} was not transferred completely: {error}") from error
+    except (RuntimeError, ValueError) as error:  # of the transfer service Xet, and of the Hub's check of README.md
+        raise UserError(f"the transfer of {name} failed: {error}") from error

@@ -11,53 +11,66 @@ from typing import Any
 
 from nnunetv2_vf import __version__
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.transfer.architectures import network_name, require_known_architecture
-from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, read_artifact
+from nnunetv2_vf.transfer.architectures import network_name
+from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, read_checked_artifact
 from nnunetv2_vf.transfer.hub import METADATA, PAGE, PICTURES, WEIGHTS, HubName, hub_errors, require_hub_packages
-from nnunetv2_vf.transfer.metadata import describe_pretext
 from nnunetv2_vf.transfer.model_card import CARD_NAME, TO_BE_FILLED_IN
+from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 from nnunetv2_vf.transfer.safetensors_files import write_safetensors
 
-_LICENCE = re.compile(r"Licence of the weights: *(.+)")
-_PULL_COMMAND = re.compile(r"nnUNetv2_vf pull \S+")
+_LICENCE = re.compile(r"Licence of the weights: *(.*)")
+_PULL_PLACEHOLDER = "nnUNetv2_vf pull USER/NAME"  # in the model card
+# The identifiers of the Hub for the licences that weights usually have; it takes others as "other".
+_LICENCES = (
+    *("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"),
+    *("cc-by-nc-nd-4.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "openrail"),
+)
 
 
-def push(file: Path, text: str, private: bool) -> str:
+def push(file: Path, text: str, private: bool, pictures: bool = True) -> str:
     """Upload an artifact, its model card and the pictures beside it.
 
     Args:
         file: an artifact, with a completed ``MODEL_CARD.md`` beside it.
         text: ``USER/NAME[@BRANCH]``; the repository is created if it does not exist.
-        private: visibility of a new repository.
+        private: the repository must not be public.
+        pictures: False leaves them out; they show slices of images.
 
     Returns:
         the address of the uploaded commit.
 
     Raises:
-        UserError: the file is no artifact, the model card is missing or incomplete, or the Hub refuses the upload.
+        UserError: the file is no artifact, the model card is missing or incomplete, the repository is public although
+            it should be private, or the Hub refuses the upload.
     """
     name = HubName.parse(text)
     require_hub_packages()
     from huggingface_hub import HfApi
 
-    artifact = read_artifact(file)
-    metadata = artifact["vf"]
-    require_known_architecture(metadata["architecture"], file)
+    artifact = read_checked_artifact(file)
     card = _read_completed_card(file.with_name(CARD_NAME))
     with tempfile.TemporaryDirectory() as temporary, hub_errors(name):
         folder = Path(temporary)
-        write_safetensors(folder / WEIGHTS, artifact)
-        (folder / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
-        (folder / PAGE).write_text(_make_page(card, metadata, name), encoding="utf-8")
-        for picture in sorted(file.parent.glob(PICTURES)):
-            shutil.copyfile(picture, folder / picture.name)
+        with malformed_file_errors(file):
+            write_safetensors(folder / WEIGHTS, artifact)
+            (folder / METADATA).write_text(json.dumps(artifact["vf"], indent=2) + "\n", encoding="utf-8")
+            (folder / PAGE).write_text(_make_page(card, artifact["vf"], name), encoding="utf-8")
+        for picture in PICTURES if pictures else ():
+            if file.with_name(picture).is_file():
+                shutil.copyfile(file.with_name(picture), folder / picture)
+        print(f"uploading to {name}: {', '.join(sorted(each.name for each in folder.iterdir()))}")
         api = HfApi(library_name="nnunetv2_vf", library_version=__version__)
         api.create_repo(name.repository, private=private or None, exist_ok=True)
+        if private and not api.repo_info(name.repository).private:
+            raise UserError(f"{name.repository} exists and is public; choose another name, or leave --private out")
+        if name.revision is not None:
+            api.create_branch(name.repository, branch=name.revision, exist_ok=True)
         commit = api.upload_folder(
             repo_id=name.repository,
             folder_path=folder,
             revision=name.revision,
-            commit_message=f"Upload {network_name(metadata['architecture'])} with nnunetv2-vf {__version__}",
+            commit_message=f"Upload {network_name(artifact['vf']['architecture'])} with nnunetv2-vf {__version__}",
+            delete_patterns=[*PICTURES],  # of an earlier upload
         )
     return str(commit.commit_url)
 
@@ -65,7 +78,10 @@ def push(file: Path, text: str, private: bool) -> str:
 def _read_completed_card(file: Path) -> str:
     if not file.is_file():
         raise UserError(f"no file {file}; pretraining writes it beside {ARTIFACT_NAME}; for other weights write it")
-    card = file.read_text(encoding="utf-8")
+    card = file.read_text(encoding="utf-8", errors="replace")
+    licence = _LICENCE.search(card)
+    if licence is None or not licence[1].strip():
+        raise UserError(f"{file} names no licence; add a line: Licence of the weights: cc-by-4.0")
     for line in card.splitlines():
         if TO_BE_FILLED_IN in line:
             raise UserError(f"{file} is not complete: {line.strip('- ')!r}; fill it in and run the same command again")
@@ -77,24 +93,27 @@ def _make_page(card: str, metadata: dict[str, Any], name: HubName) -> str:
     from huggingface_hub import ModelCardData
 
     licence = _LICENCE.search(card)
+    pretext_tags = {"fusion": ["volume-fusion"], "masked": ["masked-image-modeling"]}
+    pretext = metadata["settings"].get("pretext", "fusion").split("+") if "settings" in metadata else []
     data = ModelCardData(
         **_describe_licence(licence[1].strip() if licence else ""),
         library_name="nnunetv2-vf",
         pipeline_tag="image-segmentation",
         tags=[
-            *("nnunet", "medical-imaging", "3d-segmentation", "self-supervised-learning"),
-            *({"volume-fusion"} if "Volume Fusion" in describe_pretext(metadata) else {"masked-image-modeling"}),
-            *(channel.lower() for channel in metadata.get("channel_names", {}).values()),
+            *("nnunet", "medical-imaging", "3d-segmentation"),
+            *(["self-supervised-learning"] if pretext else []),
+            *(tag for part in pretext for tag in pretext_tags[part]),
+            *(str(channel).lower() for channel in (metadata.get("channel_names") or {}).values()),
         ],
         metrics=["dice"] if metadata.get("pretext_dice_per_class") else None,
     )
-    page = _PULL_COMMAND.sub(f"nnUNetv2_vf pull {name.repository}", card)
+    page = card.replace(_PULL_PLACEHOLDER, f"nnUNetv2_vf pull {name.repository}")
     return f"---\n{data.to_yaml()}\n---\n\n{page}"
 
 
 def _describe_licence(licence: str) -> dict[str, Any]:
-    """Return the Hub's entries for a licence: its identifiers are words such as apache-2.0 and cc-by-4.0."""
+    """Return the Hub's entries for a licence."""
     identifier = licence.rstrip(".").lower().replace(" ", "-")
-    if re.fullmatch(r"(apache|mit|cc|bsd|gpl|lgpl|agpl|mpl)[\w.-]*", identifier):
+    if identifier in _LICENCES:
         return {"license": identifier}
     return {"license": "other", "license_name": licence}

@@ -63,3 +63,13 @@ def make_nnssl_plan(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
         "keys_to_in_proj": list(getattr(network, "keys_to_in_proj", ())),
         "key_to_lpe": None,
     }
+
+
+def architecture_of_nnssl_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the network that a plan names, in the form of an entry ``architecture``."""
+    network = plan["architecture_plans"]
+    return {
+        "network_class_name": network["arch_class_name"],
+        "arch_kwargs": network["arch_kwargs"],
+        "_kw_requires_import": network["arch_kwargs_requiring_import"],
+    }

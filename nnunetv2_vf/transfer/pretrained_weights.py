@@ -75,7 +75,7 @@ class PretrainedWeights:
 
 def _require_pth(file: Path) -> None:
     """Raise UserError for weights that our commands read but nnU-Net does not."""
-    if file.parts[0] == "hf:":
+    if file.parts[:1] == ("hf:",):
         name = "/".join(file.parts[1:])
         raise UserError(f"nnU-Net reads no weights from the Hub; download them: nnUNetv2_vf pull {name} -o FOLDER")
     if file.suffix == SAFETENSORS_ENDING:

@@ -47,5 +47,5 @@ def read_safetensors(path: Path) -> dict[str, Any]:
         entries = {key: json.loads(value) for key, value in header.items() if key != _FORMAT}
         weights |= {name: weights[first] for name, first in entries.pop(_SAME_TENSORS).items()}
         return {**entries, _WEIGHTS: weights}
-    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
+    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged or is no file of safetensors ({type(error).__name__})") from error

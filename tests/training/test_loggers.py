@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,14 +68,17 @@ def test_an_interrupted_training_is_one_run_with_every_epoch_once(both, tmp_path
         values = [value[int(number) - 1] if number else value for value in logged[key]]
         assert [event.step for event in events.Scalars(name)] == [0, 1], name
         assert [event.value for event in events.Scalars(name)] == pytest.approx(values), name
-        history = {metric.step: metric.value for metric in client.get_metric_history(runs[0].info.run_id, name)}
-        assert [history[0], history[1]] == pytest.approx(values), name
+        history = sorted(client.get_metric_history(runs[0].info.run_id, name), key=lambda metric: metric.step)
+        by_epoch = {metric.step: metric.value for metric in history}
+        assert [*by_epoch.values()] == pytest.approx(values), name
+        assert len(history) == 2 or name == "lrs", "nnU-Net logs the rate again when it continues within an epoch"
     assert {"preview", "progress", "pretext_report"} <= set(events.Tags()["images"])
     artifacts = {file.path for file in client.list_artifacts(runs[0].info.run_id)}
     assert artifacts == {"preview.png", "progress.png", "pretext_report.png"}
     assert runs[0].data.params["iterations_per_epoch"] == "2"
     assert runs[0].info.run_name == "VFPretrainTrainer__nnUNetPlans__3d_fullres fold_0"
     assert any(name.startswith("final_val/") for name in runs[0].data.metrics)
+    assert runs[0].info.status == "FINISHED"
 
 
 def test_a_new_training_in_the_same_folder_is_a_new_run(both, tmp_path):
@@ -96,9 +102,64 @@ def test_a_server_that_does_not_answer_ends_no_training(tmp_path, monkeypatch):
     lines: list[str] = []
     (logger,) = make_loggers("mlflow", Run(tmp_path / "results" / DATASET / "trainer" / "fold_0", {}), lines.append)
     for step in range(3):
-        logger.log("train_losses", 0.5, step)
-    (line,) = lines
-    assert line.startswith("WARNING: mlflow failed")
+        for name in ("lrs", "train_losses"):
+            logger.log(name, 0.5, step)
+    assert len(lines) == 3, "one warning in each epoch, then the rest of the epoch is left out"
+    assert lines[0].startswith("WARNING: mlflow failed")
+
+
+def test_logging_goes_on_when_the_server_is_back(tmp_path, monkeypatch):
+    results = tmp_path / "results"
+    fold = results / DATASET / "trainer" / "fold_0"
+    fold.mkdir(parents=True)
+    lines: list[str] = []
+    (logger,) = make_loggers("mlflow", Run(fold, {}), lines.append)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    logger.log("train_losses", 0.5, 0)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    logger.log("train_losses", 0.4, 1)
+    client, runs = read_mlflow(results)
+    assert [metric.step for metric in client.get_metric_history(runs[0].info.run_id, "train_losses")] == [1]
+
+
+def test_folds_that_start_together_share_an_experiment(tmp_path, monkeypatch):
+    """Another fold makes the experiment between the question whether it exists and its creation."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folds = [tmp_path / "results" / DATASET / "trainer" / f"fold_{fold}" for fold in range(2)]
+    lines: list[str] = []
+    first, second = (make_loggers("mlflow", Run(fold, {}), lines.append)[0] for fold in folds)
+    for fold in folds:
+        fold.mkdir(parents=True)
+    from mlflow import MlflowClient
+
+    ask = MlflowClient.get_experiment_by_name
+
+    def ask_then_be_overtaken(client, name):
+        experiment = ask(client, name)
+        monkeypatch.setattr(MlflowClient, "get_experiment_by_name", ask)
+        first.log("train_losses", 0.5, 0)
+        return experiment
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", ask_then_be_overtaken)
+    second.log("train_losses", 0.5, 0)
+    assert not lines
+    assert len(read_mlflow(tmp_path / "results")[1]) == 2
+
+
+def test_mlflow_reports_no_usage(tmp_path):
+    """MLflow reports its usage unless it is told not to, or runs in a test or in CI."""
+    code = f"""
+from pathlib import Path
+from nnunetv2_vf.training.loggers import Run, make_loggers
+make_loggers("mlflow", Run(Path({str(tmp_path / "results" / DATASET / "trainer")!r}), {{}}), print)[0].start(0)
+from mlflow.environment_variables import MLFLOW_DISABLE_TELEMETRY
+print("switched off:", MLFLOW_DISABLE_TELEMETRY.get())
+"""
+    (tmp_path / "results" / DATASET / "trainer").mkdir(parents=True)
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "DO_NOT"))}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+    assert "switched off: True" in done.stdout, done.stderr
 
 
 def test_a_missing_package_is_named_before_anything_is_written(both, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -11,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DATASET_ID
-from local_hub import LocalHub, local_hub
+from local_hub import LocalHub, Repository, local_hub
 
 from nnunetv2_vf.cli import main
 from nnunetv2_vf.transfer.artifact import read_artifact
 from nnunetv2_vf.transfer.model_card import CARD_NAME, TO_BE_FILLED_IN
 from nnunetv2_vf.transfer.nnssl_plan import NNSSL_PLAN_KEY
+from nnunetv2_vf.transfer.safetensors_files import write_safetensors
 
 NAME = "someone/lung-ct"
 
@@ -116,9 +118,10 @@ def test_a_name_on_the_hub_works_wherever_weights_are_named(
     assert "-pretrained_weights" in planned
     assert "vf_pretrained.pth" in planned
     main(["adapt", weights, "-d", str(DATASET_ID), "-o", str(tmp_path / "adapted.pth")])
-    with pytest.raises(SystemExit):  # of other findings: the folders of this test
-        main(["doctor", "-d", str(DATASET_ID), "-w", weights, "-c", "unknown"])
-    assert "vf_pretrained.pth can be read" in capsys.readouterr().out
+    capsys.readouterr()
+    with contextlib.suppress(SystemExit):  # nothing is preprocessed for these plans
+        main(["doctor", "-d", str(DATASET_ID), "-p", "Like", "-w", weights])
+    assert "vf_pretrained.pth fits" in capsys.readouterr().out
 
 
 def test_cached_weights_work_without_a_network(pushed, monkeypatch, capsys):
@@ -157,15 +160,13 @@ def test_a_damaged_download_is_refused_and_fetched_again(pushed, file, tmp_path)
     repository.wrong_content = True
     command = ["pull", NAME, "-o", str(tmp_path / "pulled")]
     assert "damaged: its SHA-256" in error_of(command)
-    assert not (tmp_path / "pulled").exists()
+    assert not list((tmp_path / "pulled").glob("*"))
     repository.wrong_content = False
     main(command)
     assert_equal_artifacts(file, tmp_path / "pulled" / file.name)
 
 
 def test_a_broken_transfer_can_be_repeated(pushed, file, tmp_path):
-    for picture in file.parent.glob("*.png"):
-        del pushed.repositories[NAME].files[picture.name]
     pushed.repositories[NAME].breaks = 6  # huggingface_hub tries five times more
     command = ["pull", NAME, "-o", str(tmp_path / "pulled")]
     assert "broke off" in error_of(command)
@@ -196,26 +197,103 @@ def test_private_gated_and_unknown_repositories_are_told_apart(pushed, file, tmp
     main(pull)
 
 
-def test_a_new_repository_can_be_private(hub, file):
+def test_a_private_upload_never_goes_to_a_public_repository(hub, file):
     main(["push", str(file), NAME, "--private"])
     assert hub.repositories[NAME].private
+    hub.repositories["a/public"] = Repository()
+    assert "exists and is public" in error_of(["push", str(file), "a/public", "--private"])
+    assert not hub.repositories["a/public"].files
+
+
+def test_only_the_pictures_of_the_training_are_uploaded(hub, file):
+    file.with_name("patient.png").touch()
+    main(["push", str(file), NAME])
+    uploaded = {name for name in hub.repositories[NAME].files if name.endswith(".png")}
+    assert "preview.png" in uploaded
+    assert uploaded <= {"preview.png", "progress.png", "pretext_report.png"}
+    main(["push", str(file), NAME, "--no-pictures"])
+    assert not {name for name in hub.repositories[NAME].files if name.endswith(".png")}
+
+
+def test_a_branch_is_made(hub, file, tmp_path):
+    main(["push", str(file), f"{NAME}@v2"])
+    main(["pull", f"{NAME}@v2", "-o", str(tmp_path / "pulled")])
+    assert hub.repositories[NAME].branches == {"main", "v2"}
+
+
+@pytest.mark.parametrize(
+    ("licence", "entries"),
+    [("CC BY 4.0", "license: cc-by-4.0\n"), ("MIT License", "license: other\nlicense_name: MIT License\n")],
+)
+def test_licences_that_the_hub_does_not_know_are_called_other(hub, file, licence, entries):
+    card = file.with_name(CARD_NAME)
+    card.write_text(card.read_text().replace("Licence of the weights: CC BY 4.0", f"Licence of the weights: {licence}"))
+    main(["push", str(file), NAME])
+    assert entries in hub.repositories[NAME].files["README.md"].decode()
 
 
 def test_a_repository_of_another_kind_is_explained(hub, tmp_path):
-    from local_hub import Repository
-
     hub.repositories[NAME] = Repository(files={"checkpoint_final.pth": b"", "README.md": b""})
     assert "has no model.safetensors" in error_of(["pull", NAME, "-o", str(tmp_path / "pulled")])
 
 
-def test_weights_that_name_unknown_code_are_refused(pushed, file, tmp_path):
-    from nnunetv2_vf.transfer.safetensors_files import write_safetensors
-
-    artifact = read_artifact(file)
+def name_unknown_network(artifact) -> None:
     artifact["vf"]["architecture"]["network_class_name"] = "os.system"
+
+
+def name_unknown_network_in_nnssl_plan(artifact) -> None:
+    artifact[NNSSL_PLAN_KEY]["architecture_plans"]["arch_class_name"] = "os.system"
+
+
+def name_plans_by_a_path(artifact) -> None:
+    artifact["vf"]["plans"] = "/etc/passwd"
+
+
+def leave_out_the_network(artifact) -> None:
+    del artifact["vf"]["architecture"]
+
+
+def nest_deeply(artifact) -> None:
+    artifact["vf"] = []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (name_unknown_network, "os.system"),
+        (name_unknown_network_in_nnssl_plan, "os.system"),
+        (name_plans_by_a_path, "missing or wrong entries"),
+        (leave_out_the_network, "missing or wrong entries"),
+        (nest_deeply, "missing or wrong entries"),
+    ],
+)
+def test_hostile_and_wrong_weights_are_refused_and_nothing_is_written(pushed, file, tmp_path, change, message):
+    artifact = read_artifact(file)
+    change(artifact)
     write_safetensors(tmp_path / "model.safetensors", artifact)
     pushed.repositories[NAME].files["model.safetensors"] = (tmp_path / "model.safetensors").read_bytes()
-    assert "os.system" in error_of(["pull", NAME, "-o", str(tmp_path / "pulled")])
+    assert message in error_of(["pull", NAME, "-o", str(tmp_path / "pulled")])
+    assert not list((tmp_path / "pulled").glob("*"))
+    assert message in error_of(["convert", str(tmp_path / "model.safetensors"), "-o", str(tmp_path / "out.pth")])
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_files_that_are_there_are_not_replaced(pushed, tmp_path):
+    (tmp_path / "vf_pretrained.pth").touch()
+    assert "has a vf_pretrained.pth already" in error_of(["pull", NAME, "-o", str(tmp_path)])
+
+
+def test_without_links_in_the_cache_the_hub_is_asked_for_the_checksum(pushed, file, tmp_path, monkeypatch):
+    from huggingface_hub import file_download
+
+    main(["push", str(file), NAME, "--no-pictures"])  # those of this test are equal files, which need links
+    monkeypatch.setattr(file_download, "are_symlinks_supported", lambda cache_dir=None: False)
+    pushed.repositories[NAME].wrong_content = True
+    command = ["pull", NAME, "-o", str(tmp_path / "pulled")]
+    assert "damaged: its SHA-256" in error_of(command)
+    pushed.repositories[NAME].wrong_content = False
+    main(command)
+    assert_equal_artifacts(file, tmp_path / "pulled" / file.name)
 
 
 def test_push_needs_a_complete_model_card(hub, file):
@@ -243,6 +321,7 @@ def test_training_from_files_that_nnunet_does_not_read_is_explained(copied_datas
     from nnunetv2_vf.errors import UserError
     from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights
 
-    for weights, solution in (("hf://a/b", "nnUNetv2_vf pull a/b"), ("model.safetensors", "nnUNetv2_vf convert")):
+    solutions = {"hf://a/b": "nnUNetv2_vf pull a/b", "model.safetensors": "nnUNetv2_vf convert", "": "it is a folder"}
+    for weights, solution in solutions.items():
         with pytest.raises(UserError, match=solution):
             PretrainedWeights.from_command_line(["nnUNetv2_train", "-pretrained_weights", weights], None)
