@@ -270,7 +270,7 @@ def _add_plan(commands: _Commands) -> None:
         "plan",
         _run_plan,
         "run nnU-Net's experiment planning with PCT-Net, FMUNet or the network of pretrained weights",
-        "Run nnU-Net's experiment planning; nnUNetv2_extract_fingerprint must have run before. The 3D configurations "
+        "Run nnU-Net's experiment planning. A dataset without a fingerprint first gets one. The 3D configurations "
         "get PCT-Net, FMUNet or, with --like, the network of pretrained weights, which then fit without adaptation. "
         "Patch and batch size follow from the dataset and the GPU memory. Writes the plans where nnU-Net keeps them "
         "and prints the next commands. The resolution mode of PCT-Net and FMUNet follows from the ratio of slice "
@@ -321,10 +321,13 @@ def _add_plan(commands: _Commands) -> None:
 
 
 def _run_plan(args: argparse.Namespace) -> None:
+    from nnunetv2.configuration import default_num_processes
+
     from nnunetv2_vf.planners.five_level_planner import plan_network
     from nnunetv2_vf.planners.fmunet_planner import FMUNetPlanner
     from nnunetv2_vf.planners.like_planner import plan_like
     from nnunetv2_vf.planners.pct_net_planner import PCTNetPlanner
+    from nnunetv2_vf.preparation.fingerprint import make_missing_fingerprint
     from nnunetv2_vf.transfer.hub import local_file
 
     options = {
@@ -338,11 +341,16 @@ def _run_plan(args: argparse.Namespace) -> None:
             raise UserError(
                 "--network and --like exclude each other: --like takes the network of the file; leave one out"
             )
-        reports = plan_like(args.d, local_file(args.like), args.spacing, args.normalization, **options)
+        like = local_file(args.like)
+        for dataset in args.d:
+            make_missing_fingerprint(dataset, default_num_processes)
+        reports = plan_like(args.d, like, args.spacing, args.normalization, **options)
     else:
         for option in ("spacing", "normalization"):
             if getattr(args, option) == "pretrained":
                 raise UserError(f"--{option} pretrained needs --like FILE, the pretrained weights")
+        for dataset in args.d:
+            make_missing_fingerprint(dataset, default_num_processes)
         planners = {"PCTNet": PCTNetPlanner, "FMUNet": FMUNetPlanner}
         reports = plan_network(args.d, planners[args.network or "PCTNet"], **options)
     for report in reports:

@@ -24,7 +24,7 @@
 ##SBATCH --account=... --partition=...
 
 # Activate your environment here: source /path/to/.venv/bin/activate, module load ..., or conda activate ...
-# Or use the container: container=(apptainer exec --nv /path/to/nnunetv2-vf.sif)
+# Or use the container: container=(apptainer exec --nv --bind /path/to/shared /path/to/nnunetv2-vf.sif)
 container=()
 
 # nnU-Net's folders must be on a file system that all machines share.

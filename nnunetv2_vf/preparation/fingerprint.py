@@ -87,6 +87,20 @@ class Results:
                 file.unlink()
 
 
+def make_missing_fingerprint(dataset: str, processes: int) -> None:
+    """Write the fingerprint of a dataset that has none yet.
+
+    Raises:
+        UserError: as :func:`extract_fingerprint`.
+    """
+    require_variables(nnUNet_raw, nnUNet_preprocessed)
+    name = dataset_name(dataset)
+    exists = (Path(nnUNet_raw) / name / "dataset.json").is_file()
+    if exists and not (Path(nnUNet_preprocessed) / name / FINGERPRINT).is_file():
+        print(f"{name} has no fingerprint yet; now it is made, as by nnUNetv2_vf fingerprint -d {dataset}")
+        extract_fingerprint(dataset, None, 0, processes, 1, 0, clean=False)
+
+
 def extract_fingerprint(
     dataset: str, sample: int | None, seed: int, processes: int, num_parts: int, part_id: int, clean: bool
 ) -> None:

@@ -5,13 +5,16 @@ import json
 
 import numpy as np
 import pytest
+from conftest import DATASET_ID
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.cli import main
+from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.five_level_network import MODES, total_stride
-from nnunetv2_vf.planners.five_level_planner import resolution_mode
+from nnunetv2_vf.planners.five_level_planner import plan_network, resolution_mode
 from nnunetv2_vf.planners.memory_fitting import candidate_patches
+from nnunetv2_vf.planners.pct_net_planner import PCTNetPlanner
 from nnunetv2_vf.planners.step_memory import GIB, measure_architecture
 
 CASES = {  # spacing in mm, median shape in voxels, cases, resolution mode
@@ -143,10 +146,20 @@ def test_plans_with_which_a_network_was_trained_are_not_replaced_by_those_of_ano
     main(["plan", "-d", "42", "-overwrite_plans_name", "PCTNetPlans2"])
 
 
-def test_a_missing_fingerprint_names_the_command_that_makes_it(empty_dataset):
+def test_a_missing_fingerprint_is_made(copied_dataset, monkeypatch):
+    monkeypatch.delenv("nnUNet_n_proc_DA")  # a value for training
+    fingerprint = copied_dataset / "dataset_fingerprint.json"
+    before = json.loads(fingerprint.read_text())
+    fingerprint.unlink()
+    main(["plan", "-d", str(DATASET_ID), "-overwrite_plans_name", "New"])
+    assert json.loads(fingerprint.read_text()) == before
+    assert (copied_dataset / "New.json").is_file()
+
+
+def test_planning_by_python_names_the_command_that_makes_a_fingerprint(empty_dataset):
     empty_dataset((1.0, 1.0, 1.0), (40, 60, 60), fingerprint=False)
-    with pytest.raises(SystemExit, match="nnUNetv2_extract_fingerprint -d 42"):
-        main(["plan", "-d", "42"])
+    with pytest.raises(UserError, match="nnUNetv2_extract_fingerprint -d 42"):
+        list(plan_network(["42"], PCTNetPlanner))
 
 
 def test_missing_plans_name_the_command_that_makes_them(empty_dataset):
