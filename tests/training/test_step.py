@@ -151,10 +151,20 @@ def synchronizing_is_an_error() -> Iterator[None]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("plans", ["nnUNetPlans", "PCTNetPlans", "FMUNetPlans"])
-def test_the_steps_of_the_trainer_never_wait_for_the_gpu(two_epochs, pct_plans, fmunet_plans, monkeypatch, plans):
-    """This covers fusion, network, deep supervision, nnU-Net's loss, optimiser and confusion matrix."""
+@pytest.mark.parametrize(
+    ("plans", "pretext"),
+    [
+        *((plans, "fusion") for plans in ("nnUNetPlans", "PCTNetPlans", "FMUNetPlans")),
+        *(("nnUNetPlans", pretext) for pretext in ("masked", "fusion+masked")),
+    ],
+)
+def test_the_steps_of_the_trainer_never_wait_for_the_gpu(
+    two_epochs, pct_plans, fmunet_plans, monkeypatch, plans, pretext
+):
+    """This covers pretext, network, deep supervision, losses, optimiser and scores."""
     monkeypatch.setenv("nnUNet_compile", "f")
+    monkeypatch.setenv("nnUNet_vf_pretext", pretext)
+    monkeypatch.setenv("nnUNet_vf_mask_side", "4")
     trainer = get_trainer_from_args(str(DATASET_ID), "3d_fullres", 0, "VFPretrainTrainer", plans)
     trainer.on_train_start()
     trainer.on_train_epoch_start()
