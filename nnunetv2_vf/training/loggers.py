@@ -6,7 +6,6 @@ first value, so commands that only read a training leave no trace.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import math
 import os
@@ -178,11 +177,15 @@ class MlflowLogger(ExtraLogger):
 
         name = self.run.dataset
         pictures = None if has_server else (self.run.results / "mlflow_artifacts" / name).resolve().as_uri()
-        if self._client.get_experiment_by_name(name) is None:
-            # another fold may make it first
-            with contextlib.suppress(MlflowException):
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
                 return str(self._client.create_experiment(name, pictures))
-        return str(self._client.get_experiment_by_name(name).experiment_id)
+            except MlflowException:
+                experiment = self._client.get_experiment_by_name(name)  # another fold has just made it
+                if experiment is None:
+                    raise
+        return str(experiment.experiment_id)
 
     def _is_known(self, run_id: str) -> bool:
         from mlflow.exceptions import MlflowException

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -128,9 +129,15 @@ def _download(name: HubName, files: list[str]) -> Path:
     """Return the folder with a repository's files in the cache; its name is the commit."""
     from huggingface_hub import snapshot_download
 
-    library = {"library_name": "nnunetv2_vf", "library_version": __version__}
     with hub_errors(name):
-        snapshot = Path(snapshot_download(name.repository, revision=name.revision, allow_patterns=files, **library))
+        folder = snapshot_download(
+            name.repository,
+            revision=name.revision,
+            allow_patterns=files,
+            library_name="nnunetv2_vf",
+            library_version=__version__,
+        )
+    snapshot = Path(str(folder))
     if not (snapshot / WEIGHTS).is_file():
         raise UserError(
             f"{name} has no {WEIGHTS}, so it was not made by nnUNetv2_vf push; a checkpoint of nnssl or MIS-FM can be "
@@ -163,7 +170,12 @@ def _announced_sha256(content: Path, commit: str, name: HubName) -> str:
 
     with hub_errors(name):
         (info,) = HfApi().get_paths_info(name.repository, [WEIGHTS], revision=commit)
-    return str(info.lfs.sha256)
+    large_file: Any = getattr(info, "lfs", None)
+    if large_file is None:
+        raise UserError(
+            f"the Hub names no SHA-256 for {WEIGHTS} of {name}; push it again: nnUNetv2_vf push FILE {name}"
+        )
+    return str(large_file.sha256)
 
 
 def _sha256(file: Path) -> str:
