@@ -6,6 +6,7 @@ Our own commands read and preprocess its cases, because their processes start fa
 
 from __future__ import annotations
 
+import base64
 import json
 import multiprocessing.forkserver
 import os
@@ -36,6 +37,9 @@ THREE_EPOCHS = {
 }
 
 DRAW = Figure.savefig
+PIXEL = base64.b64decode(  # a PNG
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"
+)
 
 os.environ.update(nnUNet_def_n_proc="1", nnUNet_n_proc_DA="1")  # nnU-Net reads these when it is imported
 torch.set_num_threads(1)  # the networks are tiny
@@ -43,13 +47,13 @@ torch.set_num_threads(1)  # the networks are tiny
 
 @pytest.fixture(scope="session", autouse=True)
 def empty_pictures() -> Iterator[None]:
-    """Write empty picture files: drawing takes more than half of the time of a training of two epochs."""
+    """Write pictures of one pixel: drawing takes more than half of the time of a training of two epochs."""
 
-    def write_empty(figure: Figure, file, **options) -> None:
-        Path(file).touch()
+    def write_pixel(figure: Figure, file, **options) -> None:
+        Path(file).write_bytes(PIXEL)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", write_empty)
+        patch.setattr(Figure, "savefig", write_pixel)
         yield
 
 

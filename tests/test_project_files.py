@@ -26,6 +26,7 @@ def install(folder: Path, **variables: str) -> Path:
     return environment
 
 
+@pytest.mark.slow
 def test_the_containers_install_the_commands_and_the_trainers(tmp_path):
     environment = install(tmp_path, PIP_NO_DEPS="1")
     assert (environment / "bin" / "nnUNetv2_vf").is_file()

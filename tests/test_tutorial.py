@@ -17,7 +17,7 @@ def test_the_notebook_runs_and_predicts(tmp_path):
     commands = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     variables = {**os.environ, "PATH": commands, "TMPDIR": str(tmp_path), "IPYTHONDIR": str(tmp_path / "ipython")}
     command = [sys.executable, "-m", "IPython", "--colors=NoColor", str(NOTEBOOK)]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    done = subprocess.run(command, env=variables, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "labels found: [0" in done.stdout, done.stdout + done.stderr
     (work,) = tmp_path.glob("vf_tutorial_*")

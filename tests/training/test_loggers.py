@@ -49,7 +49,6 @@ def read_mlflow(results: Path):
     return client, client.search_runs([client.get_experiment_by_name(DATASET).experiment_id])
 
 
-@pytest.mark.pictures
 def test_an_interrupted_training_is_one_run_with_every_epoch_once(both, tmp_path):
     trainer = make_trainer()
     run_before_step(trainer, 5, sender_of(signal.SIGTERM))  # in the second epoch
@@ -81,13 +80,18 @@ def test_an_interrupted_training_is_one_run_with_every_epoch_once(both, tmp_path
     assert runs[0].info.status == "FINISHED"
 
 
-def test_a_new_training_in_the_same_folder_is_a_new_run(both, tmp_path):
-    for _ in range(2):
-        make_trainer("VFFinetuneTrainer").run_training()
+def test_a_new_training_in_the_same_folder_is_a_new_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    fold = tmp_path / "results" / DATASET / "trainer" / "fold_0"
+    fold.mkdir(parents=True)
+    for value in (0.5, 0.4):
+        for logger in make_loggers("tensorboard+mlflow", Run(fold, {}), pytest.fail):
+            for step in range(2):
+                logger.log("train_losses", value, step)
     _, runs = read_mlflow(tmp_path / "results")
     assert len(runs) == 2
-    folder = fold_folder(tmp_path / "results").parents[1] / "VFFinetuneTrainer__nnUNetPlans__3d_fullres" / "fold_0"
-    assert [event.step for event in read_tensorboard(folder).Scalars("train_losses")] == [0, 1]
+    events = read_tensorboard(fold).Scalars("train_losses")
+    assert [(event.step, event.value) for event in events] == [(0, pytest.approx(0.4)), (1, pytest.approx(0.4))]
 
 
 def test_without_the_setting_nothing_is_written(two_epochs, tmp_path):
@@ -147,6 +151,7 @@ def test_folds_that_start_together_share_an_experiment(tmp_path, monkeypatch):
     assert len(read_mlflow(tmp_path / "results")[1]) == 2
 
 
+@pytest.mark.slow
 def test_mlflow_reports_no_usage(tmp_path):
     """MLflow reports its usage unless it is told not to, or runs in a test or in CI."""
     code = f"""
@@ -158,7 +163,7 @@ print("switched off:", MLFLOW_DISABLE_TELEMETRY.get())
 """
     (tmp_path / "results" / DATASET / "trainer").mkdir(parents=True)
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "DO_NOT"))}
-    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, encoding="utf-8")
     assert "switched off: True" in done.stdout, done.stderr
 
 

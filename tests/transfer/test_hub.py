@@ -147,7 +147,7 @@ def test_the_commands_use_hf_endpoint(pushed, tmp_path):
     """The variable by which mirrors and private Hubs are set; huggingface_hub reads it when it is imported."""
     cache = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": pushed.url}
     command = [sys.executable, "-m", "nnunetv2_vf", "pull", NAME, "-o", str(tmp_path / "pulled")]
-    done = subprocess.run(command, env={**os.environ, **cache}, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, **cache}, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "pulled" / "vf_pretrained.pth").is_file()
 
