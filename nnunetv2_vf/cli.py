@@ -336,21 +336,17 @@ def _run_plan(args: argparse.Namespace) -> None:
         "target_spacing": args.overwrite_target_spacing,
         "plans_name": args.overwrite_plans_name,
     }
-    if args.like is not None:
-        if args.network is not None:
-            raise UserError(
-                "--network and --like exclude each other: --like takes the network of the file; leave one out"
-            )
-        like = local_file(args.like)
-        for dataset in args.d:
-            make_missing_fingerprint(dataset, default_num_processes)
+    if args.like is not None and args.network is not None:
+        raise UserError("--network and --like exclude each other: --like takes the network of the file; leave one out")
+    for option in ("spacing", "normalization"):
+        if args.like is None and getattr(args, option) == "pretrained":
+            raise UserError(f"--{option} pretrained needs --like FILE, the pretrained weights")
+    like = None if args.like is None else local_file(args.like)
+    for dataset in args.d:
+        make_missing_fingerprint(dataset, default_num_processes)
+    if like is not None:
         reports = plan_like(args.d, like, args.spacing, args.normalization, **options)
     else:
-        for option in ("spacing", "normalization"):
-            if getattr(args, option) == "pretrained":
-                raise UserError(f"--{option} pretrained needs --like FILE, the pretrained weights")
-        for dataset in args.d:
-            make_missing_fingerprint(dataset, default_num_processes)
         planners = {"PCTNet": PCTNetPlanner, "FMUNet": FMUNetPlanner}
         reports = plan_network(args.d, planners[args.network or "PCTNet"], **options)
     for report in reports:

@@ -1,4 +1,4 @@
-"""TensorBoard and MLflow beside nnU-Net's own loggers; both work without a network.
+"""TensorBoard and MLflow beside nnU-Net's own loggers; both can write to local files.
 
 nnU-Net's ``MetaLogger`` passes every value on to a list of loggers; those here are added to it. They start with the
 first value, so commands that only read a training leave no trace.
