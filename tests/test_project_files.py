@@ -68,3 +68,11 @@ def test_workflows_use_targets_of_the_makefile(workflow):
         command = step.get("run", "")
         if command.startswith("make "):
             assert all(re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE) for target in command.split()[1:])
+
+
+@pytest.mark.parametrize("workflow", ["ci.yml", "release.yml"])
+def test_workflows_name_actions_by_commit(workflow):
+    """Whoever owns an action can move its tags."""
+    actions = re.findall(r"uses: (.+)", (WORKFLOWS / workflow).read_text())
+    assert actions
+    assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", action) for action in actions)

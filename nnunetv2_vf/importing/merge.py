@@ -117,10 +117,10 @@ def _next_steps(folder: Path, cases: Sequence[str]) -> list[str]:
         left_out = str(error)
     lines += [f"  {left_out}"] if left_out else []
     dataset_id = int(folder.name.removeprefix("Dataset")[:3])
+    again = f"nnUNetv2_extract_fingerprint -d {dataset_id}{clean}; " if clean else ""
     lines += [
         f"next: nnUNetv2_plan_and_preprocess -d {dataset_id} -c 3d_fullres{clean}",
-        f"  or, for PCT-Net: nnUNetv2_extract_fingerprint -d {dataset_id}{clean}; nnUNetv2_vf plan -d {dataset_id} "
-        "(for FMUNet: --network FMUNet)",
+        f"  or, for PCT-Net: {again}nnUNetv2_vf plan -d {dataset_id} (for FMUNet: --network FMUNet)",
     ]
     if clean:
         lines.append(f"  or, to keep the plans: nnUNetv2_vf preprocess -d {dataset_id} -plans_name PLANS -c 3d_fullres")

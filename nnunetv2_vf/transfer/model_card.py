@@ -113,10 +113,7 @@ def _scores(metadata: Mapping[str, Any]) -> str:
 
 def _commands(metadata: Mapping[str, Any]) -> str:
     if can_be_planned(metadata["architecture"]):
-        return (
-            "nnUNetv2_extract_fingerprint -d ID\n"
-            f"nnUNetv2_vf plan -d ID --like {ARTIFACT_NAME}      # prints the next commands"
-        )
+        return f"nnUNetv2_vf plan -d ID --like {ARTIFACT_NAME}      # prints the next commands"
     command = finetune_command("ID", metadata["configuration"], 0, "PLANS", ARTIFACT_NAME)
     name = metadata["architecture"]["network_class_name"]
     return f"# plan --like and adapt refuse this network: use PLANS with {name}\n{command}"

@@ -61,7 +61,6 @@ def test_one_artifact_serves_two_targets_whose_models_are_exported(tmp_path):
     finetuning = {f"nnUNet_vf_finetune_{name}": value for name, value in SCHEDULE.items()}
     like = ("-p", "VFPlans", "-tr", "VFFinetuneTrainer")
     for target, weights in ((8, artifact), (9, adapted)):
-        workspace.run("nnUNetv2_extract_fingerprint", "-d", target, "-np", 1)
         workspace.run("nnUNetv2_vf", "plan", "-d", target, "--like", artifact, "--normalization", "pretrained")
         workspace.run("nnUNetv2_preprocess", "-d", target, "-plans_name", "VFPlans", "-c", "3d_fullres", "-np", 1)
         if weights == adapted:
@@ -196,7 +195,6 @@ def test_pct_net_predicts_real_ct_at_three_resolutions(tmp_path, real_data):
         sitk.WriteImage(sitk.Cast(image > -500, sitk.sitkUInt8), dataset / "labelsTr" / f"{name}.nii.gz")  # HU
     description = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "body": 1}, "file_ending": ".nii.gz"}
     (dataset / "dataset.json").write_text(json.dumps({**description, "numTraining": len(volumes)}))
-    workspace.run("nnUNetv2_extract_fingerprint", "-d", 9, "-np", 1)
     schedule = {"num_epochs": 3, "iterations_per_epoch": 20, "val_iterations_per_epoch": 1}
     variables = {f"nnUNet_vf_finetune_{name}": value for name, value in schedule.items()}
 
