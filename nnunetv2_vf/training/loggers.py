@@ -152,6 +152,7 @@ class MlflowLogger(ExtraLogger):
     """
 
     package = "mlflow"
+    _run_id: str | None = None
 
     def start(self, step: int | None) -> None:
         for name, value in _MLFLOW_VARIABLES.items():
@@ -160,16 +161,30 @@ class MlflowLogger(ExtraLogger):
 
         server = os.environ.get("MLFLOW_TRACKING_URI")
         self._client = MlflowClient(server or f"sqlite:///{self.run.results / 'mlflow.db'}")
-        record = self.run.folder / _RUN_FILE
-        if (self.run.is_continued or step is None) and record.is_file():  # None: --val logs no epochs
-            self._run_id = record.read_text().strip()
-            if self._is_known(self._run_id):  # by this server; the training may have begun with another
+        if self._run_id is None:  # else a server has failed below, after the run was created
+            self._run_id = self._read_known_run(step)
+            if self._run_id is not None:
                 return
-        run = self._client.create_run(self._find_experiment(bool(server)), run_name=self.run.name)
-        self._run_id = run.info.run_id
-        record.write_text(f"{self._run_id}\n")
+            run = self._client.create_run(self._find_experiment(bool(server)), run_name=self.run.name)
+            self._run_id = run.info.run_id
+            (self.run.folder / _RUN_FILE).write_text(f"{self._run_id}\n")
         for name, value in self.run.settings.items():
             self._client.log_param(self._run_id, name, value)
+
+    def _read_known_run(self, step: int | None) -> str | None:
+        """Return the run of the training that continues, unless it began with another server."""
+        from mlflow.exceptions import MlflowException
+
+        record = self.run.folder / _RUN_FILE
+        is_continued = self.run.is_continued or step is None  # None: --val logs no epochs
+        if not is_continued or not record.is_file():
+            return None
+        run_id = record.read_text().strip()
+        try:
+            self._client.get_run(run_id)
+        except MlflowException:
+            return None
+        return run_id
 
     def _find_experiment(self, has_server: bool) -> str:
         """Return the experiment of the dataset; make it if there is none."""
@@ -186,15 +201,6 @@ class MlflowLogger(ExtraLogger):
                 if experiment is None:
                     raise
         return str(experiment.experiment_id)
-
-    def _is_known(self, run_id: str) -> bool:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self._client.get_run(run_id)
-        except MlflowException:
-            return False
-        return True
 
     def write_number(self, key: str, value: float, step: int) -> None:
         self._client.log_metric(self._run_id, _ILLEGAL_IN_NAMES.sub("_", key), value, step=step)

@@ -127,6 +127,28 @@ def test_logging_goes_on_when_the_server_is_back(tmp_path, monkeypatch):
     assert [metric.step for metric in client.get_metric_history(runs[0].info.run_id, "train_losses")] == [1]
 
 
+def test_a_server_that_fails_after_it_has_made_the_run_gets_no_second_run(tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    fold = tmp_path / "results" / DATASET / "trainer" / "fold_0"
+    fold.mkdir(parents=True)
+    lines: list[str] = []
+    (logger,) = make_loggers("mlflow", Run(fold, {"seed": 3}), lines.append)
+
+    def fail(*_: object) -> None:
+        raise ConnectionError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_param", fail)
+        logger.log("train_losses", 0.5, 0)
+    logger.log("train_losses", 0.4, 1)
+    _, (run,) = read_mlflow(tmp_path / "results")
+    assert run.data.params == {"seed": "3"}
+    assert run.data.metrics == {"train_losses": 0.4}
+    assert len(lines) == 1
+
+
 def test_folds_that_start_together_share_an_experiment(tmp_path, monkeypatch):
     """Another fold makes the experiment between the question whether it exists and its creation."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
