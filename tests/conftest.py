@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.figure import Figure
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 
 from nnunetv2_vf.demo.phantoms import write_dataset
 from nnunetv2_vf.nnunet_commands import trainer_path
@@ -62,6 +63,20 @@ def drawn_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """Draw in tests that are marked with ``pictures``."""
     if request.node.get_closest_marker("pictures"):
         monkeypatch.setattr(Figure, "savefig", DRAW)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_intensities() -> Iterator[None]:
+    """Make fingerprints from 100,000 intensities. nnU-Net's 100 million take half a minute and 400 MB."""
+    make = DatasetFingerprintExtractor.__init__
+
+    def make_with_few_intensities(extractor: DatasetFingerprintExtractor, *args, **kwargs) -> None:
+        make(extractor, *args, **kwargs)
+        extractor.num_foreground_voxels_for_intensitystats = 1e5
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DatasetFingerprintExtractor, "__init__", make_with_few_intensities)
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -411,8 +411,9 @@ def test_a_training_killed_before_its_first_checkpoint_restarts_from_the_pretrai
     assert_same_training(result(uninterrupted), result(killed))
 
 
-def train(**kwargs) -> None:
-    run_training(str(DATASET_ID), "3d_fullres", 0, "VFFinetuneTrainer", device=CPU, **kwargs)
+def train(continue_training: bool = False) -> None:
+    """Train without the validation at the end, which starts processes."""
+    make_trainer("VFFinetuneTrainer", continue_training=continue_training).run_training()
 
 
 def test_continuing_with_another_schedule_is_refused(schedule_of, tmp_path, monkeypatch):
@@ -421,7 +422,8 @@ def test_continuing_with_another_schedule_is_refused(schedule_of, tmp_path, monk
     monkeypatch.setenv("nnUNet_vf_finetune_schedule", "full")
     with pytest.raises(SystemExit, match=r"schedule = 'full' \(recorded: 'sawtooth'\).* --c"):
         train(continue_training=True)
-    train(only_run_validation=True)  # with the settings of the checkpoint
+    # with the settings of the checkpoint:
+    run_training(str(DATASET_ID), "3d_fullres", 0, "VFFinetuneTrainer", only_run_validation=True, device=CPU)
 
 
 def test_continuing_with_other_plans_is_refused(schedule_of, copied_dataset):

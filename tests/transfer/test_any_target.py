@@ -85,7 +85,7 @@ def write(array: np.ndarray, spacing, path: Path) -> None:
     sitk.WriteImage(image, path)
 
 
-ALWAYS_RUN = (0, 3, 5, 6)  # these have each number of channels, spacing and size twice
+ALWAYS_RUN = (1, 6)  # these have each number of channels, spacing and size once
 
 
 @pytest.mark.parametrize(
