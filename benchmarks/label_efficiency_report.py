@@ -38,6 +38,7 @@ COLORS = {
     "scratch": "tab:gray",
     "encoder": "tab:orange",
     "full": "tab:blue",
+    "fusion": "tab:blue",
     "masked": "tab:green",
     "fusion_masked": "tab:purple",
 }
@@ -158,9 +159,15 @@ def curves_table(curves: pd.DataFrame, arms: Sequence[str]) -> list[Row]:
             if len(rows):
                 ends = [smooth(of_seed).iloc[-1] for _, of_seed in rows.groupby("seed")]
                 start = {"plans": plans, "labels": str(labels), "arm": arm, "seeds": str(len(ends))}
-                dice = {"pseudo Dice": mean_and_deviation(ends), "of each seed": join(ends, ".3f")}
-                table.append(start | dice | _speed_columns(group, arm))
+                early = {f"after {iteration}": _mean_dice(rows, iteration) for iteration in EARLY_ITERATIONS}
+                end = {"pseudo Dice": mean_and_deviation(ends), "of each seed": join(ends, ".3f")}
+                table.append(start | early | end | _speed_columns(group, arm))
     return table
+
+
+def _mean_dice(curves: pd.DataFrame, iteration: int) -> str:
+    rows = select(curves, iteration=iteration)
+    return f"{rows['dice'].mean():.2f}" if len(rows) else "-"
 
 
 def _speed_columns(curves: pd.DataFrame, arm: str) -> Row:
@@ -272,7 +279,7 @@ def write_report(folder: Path, name: str, config: Mapping[str, Any]) -> None:
         images = IMAGES if folder.resolve() == RESULTS / name else folder
         draw(scores, curves, arms, images / f"few_labels_{name}.png")
     if len(curves):
-        tables["Ends of the curves, validation cases"] = curves_table(curves, arms)
+        tables["Curves, validation cases"] = curves_table(curves, arms)
     if len(variants):
         tables["Variants, validation cases"] = variants_table(variants)
     if len(variant_curves):
