@@ -187,7 +187,8 @@ class LikePlanner(TopologyPlanner):
 
     def save_plans(self, plans: dict[str, Any]) -> None:
         options = {"spacing": self.spacing, "normalization": self.normalization}
-        plans[_RECORD] = {"file": self.file.name, "dataset": self.pretrained.get("dataset"), **options}
+        origin = {"file": self.file.name, "hub": self.pretrained.get("hub"), "dataset": self.pretrained.get("dataset")}
+        plans[_RECORD] = {**origin, **options}
         super().save_plans(plans)
 
 

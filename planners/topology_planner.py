@@ -199,12 +199,16 @@ def describe_plans(plans: Mapping[str, Any], plans_name: str, remark: str, comma
     return "\n".join(lines)
 
 
+def _format_memory(gigabytes: float) -> str:
+    return f"about {gigabytes:g} GB" if gigabytes else "less than 0.1 GB"
+
+
 def _describe_configurations(plans: Mapping[str, Any]) -> dict[str, str]:
     """Return one line on patch, spacing, batch and memory for each 3D configuration of a :class:`TopologyPlanner`."""
     return {
         name: f"patch {' x '.join(map(str, plan['patch_size']))} voxels of "
         f"{format_spacing(plan['spacing'])}, batch {plan['batch_size']}, "
-        f"about {plan['estimated_training_memory_gb']:g} GB in training on a GPU"
+        f"{_format_memory(plan['estimated_training_memory_gb'])} in training on a GPU"
         for name, plan in plans["configurations"].items()
         if "estimated_training_memory_gb" in plan
     }

@@ -128,8 +128,9 @@ class VFFinetuneTrainer(ResumableTrainer):
         lines = ["Pretrained weights: none, this training started from scratch"]
         if self.pretrained_record is not None:
             dataset = self.pretrained_record["dataset"] or "an unknown dataset"
+            hub = self.pretrained_record.get("hub")  # checkpoints of earlier versions have no such entry
             lines = [
-                f"Pretrained weights: {self.pretrained_record['file']}, trained on {dataset}",
+                f"Pretrained weights: {hub or self.pretrained_record['file']}, trained on {dataset}",
                 *self.pretrained_record["compared"],
             ]
         self.print_to_log_file("\n  ".join(lines) + "\n", add_timestamp=False)

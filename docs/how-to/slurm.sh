@@ -2,13 +2,19 @@
 # Pretrain on 4 machines with 8 GPUs each, for as long as it takes.
 #
 # Shortly before its time limit the job saves, puts itself back into the queue, and later continues at the same step.
-# Before you start: import, plan and preprocess the dataset, and check it with nnUNetv2_vf doctor -d 100.
+# Before you start: import, plan and preprocess the dataset, and check it: nnUNetv2_vf doctor -d 100 -p PCTNetPlans
+# Adapt: dataset and plans (last command), the numbers of machines, GPUs (3 places) and CPUs, the environment.
+# It has been tested with SLURM's commands replaced by small scripts and ranks on CPUs, not on a cluster with GPUs.
 #
-#   start:        sbatch slurm.sh
-#   stop:         scancel JOB
-#   one machine:  set --nodes=1, leave the rest as it is
+#   start:          sbatch slurm.sh
+#   one machine:    set --nodes=1, leave the rest as it is
+#   stop:           scancel JOB
 #
-# If your cluster does not allow requeueing, queue several jobs at once:
+# After scancel the ranks have SLURM's KillWait to save, usually 30 seconds. If that is too short, the training later
+# continues from its last checkpoint, which is at most 30 minutes old.
+#
+# If your cluster does not allow requeueing, queue several jobs at once; once the training is finished, the next job only
+# repeats its report:
 #   sbatch --dependency=afterany:JOB slurm.sh
 #SBATCH --job-name=vf-pretraining
 #SBATCH --nodes=4

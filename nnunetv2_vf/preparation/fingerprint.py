@@ -97,8 +97,9 @@ def make_missing_fingerprint(dataset: str, processes: int) -> None:
     name = dataset_name(dataset)
     exists = (Path(nnUNet_raw) / name / "dataset.json").is_file()
     if exists and not (Path(nnUNet_preprocessed) / name / FINGERPRINT).is_file():
-        print(f"{name} has no fingerprint yet; now it is made, as by nnUNetv2_vf fingerprint -d {dataset}")
-        extract_fingerprint(dataset, None, 0, processes, 1, 0, clean=False)
+        print(f"{name} has no fingerprint yet; making it")
+        with contextlib.redirect_stdout(io.StringIO()):  # which names other next commands than planning does
+            extract_fingerprint(dataset, None, 0, processes, 1, 0, clean=False)
 
 
 def extract_fingerprint(

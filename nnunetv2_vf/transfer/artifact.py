@@ -82,6 +82,11 @@ def read_artifact(path: Path) -> dict[str, Any]:
     """
     artifact = load_safely(path)
     missing = {"network_weights", "vf"} - artifact.keys()
+    if is_nnunet_checkpoint(artifact):
+        raise UserError(
+            f"{path} is a checkpoint of nnU-Net, no {ARTIFACT_NAME}; a trained model is shared with "
+            "nnUNetv2_export_model_to_zip"
+        )
     if missing:
         raise UserError(f"{path} is no {ARTIFACT_NAME}: it lacks {' and '.join(sorted(missing))}")
     return artifact

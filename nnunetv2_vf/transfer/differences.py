@@ -53,13 +53,25 @@ def describe_differences(metadata: Mapping[str, Any], target: TargetPlans) -> li
     """
     lines = [str(difference) for difference in find_differences(metadata, target)]
     if not lines:
-        lines = [f"{', '.join(_recorded_aspects(metadata))}: as in pretraining"]
+        similar_spacing = _note_similar_spacing(metadata, target)
+        equal = [aspect for aspect in _recorded_aspects(metadata) if aspect != "spacing" or not similar_spacing]
+        lines = [f"{', '.join(equal)}: as in pretraining", *similar_spacing]
     share = metadata.get("adapted", {}).get("transferred_share", 1)
     if share < 1:
         lines.append(
             f"{share:.1%} of the weights (without heads) come from pretraining; adapt left the others at random"
         )
     return lines
+
+
+def _note_similar_spacing(metadata: Mapping[str, Any], target: TargetPlans) -> list[str]:
+    """Return a line if the spacings differ, but not more than the crops of pretraining did."""
+    if not metadata.get("spacing"):
+        return []
+    pretrained, current = format_spacing(metadata["spacing"]), format_spacing(target.configuration.spacing)
+    if pretrained == current:
+        return []
+    return [f"spacing: {pretrained} in pretraining, {current} here: pretraining varied the scale as much as this"]
 
 
 def _recorded_aspects(metadata: Mapping[str, Any]) -> list[str]:

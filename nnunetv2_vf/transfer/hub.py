@@ -63,7 +63,12 @@ def local_file(file: str | Path) -> Path:
     Raises:
         UserError: as :func:`pull`.
     """
-    return _fetch(HubName.parse(str(file))) if str(file).startswith(_SCHEME) else Path(file)
+    text, path = str(file), Path(file)
+    if text.startswith(_SCHEME):
+        return _fetch(HubName.parse(text))
+    if not path.exists() and not path.suffix and _NAME.fullmatch(text):
+        raise UserError(f"no file {text}; weights on the Hugging Face Hub are named {_SCHEME}{text}")
+    return path
 
 
 def _fetch(name: HubName) -> Path:
@@ -121,15 +126,17 @@ def _write_checked_artifact(snapshot: Path, name: HubName, folder: Path) -> Path
     artifact = read_checked_artifact(weights)
     with malformed_file_errors(weights):
         tensors, plan = artifact["network_weights"], artifact.get(NNSSL_PLAN_KEY)
-        write_artifact(folder / ARTIFACT_NAME, tensors, artifact["vf"], plan)
+        origin = {"hub": f"{name.repository}@{snapshot.name}"}
+        write_artifact(folder / ARTIFACT_NAME, tensors, {**artifact["vf"], **origin}, plan)
     return folder / ARTIFACT_NAME
 
 
 def _download(name: HubName, files: list[str]) -> Path:
     """Return the folder with a repository's files in the cache; its name is the commit."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     with hub_errors(name):
+        is_reachable = constants.HF_HUB_OFFLINE or _is_reachable(name)
         folder = snapshot_download(
             name.repository,
             revision=name.revision,
@@ -138,12 +145,28 @@ def _download(name: HubName, files: list[str]) -> Path:
             library_version=__version__,
         )
     snapshot = Path(str(folder))
+    if not is_reachable:
+        print(f"{constants.ENDPOINT} cannot be reached; commit {snapshot.name[:7]} of {name} from the cache is used")
     if not (snapshot / WEIGHTS).is_file():
         raise UserError(
-            f"{name} has no {WEIGHTS}, so it was not made by nnUNetv2_vf push; a checkpoint of nnssl or MIS-FM can be "
-            f"converted: hf download {name.repository} FILE --local-dir .; nnUNetv2_vf convert FILE -o {ARTIFACT_NAME}"
+            f"{name} has no {WEIGHTS}: its upload broke off, or nnUNetv2_vf push did not make it; a checkpoint of "
+            f"nnssl or MIS-FM can be converted: hf download {name.repository} FILE --local-dir .; nnUNetv2_vf convert "
+            f"FILE -o {ARTIFACT_NAME}"
         )
     return snapshot
+
+
+def _is_reachable(name: HubName) -> bool:
+    """True if the Hub shows the repository; False if there is no connection, so that only the cache is left."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        HfApi().repo_info(name.repository, revision=name.revision)
+    except errors.HfHubHTTPError:  # an answer
+        raise
+    except (errors.HTTPError, ConnectionError):
+        return False
+    return True
 
 
 def _require_checksum(file: Path, name: HubName) -> None:
@@ -200,7 +223,7 @@ def require_hub_packages() -> None:
 @contextmanager
 def hub_errors(name: HubName) -> Iterator[None]:
     """Turn errors of the Hub, of the network and of the disk into one line."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants, errors, get_token
 
     hub, login = constants.ENDPOINT, "log in (hf auth login, or set HF_TOKEN)"
     try:
@@ -212,20 +235,33 @@ def hub_errors(name: HubName) -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise UserError(f"{name} is gated: ask for access on {hub}/{name.repository}, {login}") from error
     except errors.RepositoryNotFoundError as error:
-        raise UserError(f"{hub} has no {name}, or it is private: {login}") from error
+        hint = "your token may not see it" if get_token() else login
+        raise UserError(f"{hub} has no {name}: check the spelling; or it is private, then {hint}") from error
     except errors.RevisionNotFoundError as error:
         raise UserError(f"{name.repository} has no branch, tag or commit {name.revision!r}") from error
     except errors.HfHubHTTPError as error:
-        hint = f"; {login}" if error.response.status_code in (401, 403) else "; try again later"
+        _raise_for_missing_xet(error, hub)
+        if error.response.status_code == 401:
+            raise UserError(f"{hub} does not know who you are: {login}") from error
+        hint = f"; {login}" if error.response.status_code == 403 else "; try again later"
         raise UserError(f"{hub} refused the transfer of {name}: {error}{hint}") from error
     except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
+        _raise_for_missing_xet(error, hub)
         if constants.HF_HUB_OFFLINE:
             raise UserError(f"the cache does not hold {name}, and HF_HUB_OFFLINE is set; unset it") from error
         raise UserError(
             f"{name} could not be transferred, because {hub} cannot be reached or the transfer broke off "
-            f"({error.__cause__ or error}); run the same command again"
+            f"({error.__cause__ or error}); check the network and HF_ENDPOINT, then run the same command again"
         ) from error
     except OSError as error:  # a full disk, a folder without rights
         raise UserError(f"{name} was not transferred completely: {error}") from error
     except (RuntimeError, ValueError) as error:  # of the transfer service Xet, and of the Hub's check of README.md
+        _raise_for_missing_xet(error, hub)
         raise UserError(f"the transfer of {name} failed: {error}") from error
+
+
+def _raise_for_missing_xet(error: Exception, hub: str) -> None:
+    """Raise UserError if a Hub of one's own lacks the transfer service Xet, which huggingface_hub uses by default."""
+    if "xet-write-token" in str(error) or "xet-read-token" in str(error):
+        hint = "switch it off: export HF_HUB_DISABLE_XET=1"
+        raise UserError(f"{hub} does not offer the transfer service Xet; {hint}") from error

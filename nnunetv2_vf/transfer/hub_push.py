@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.transfer.architectures import network_name
 from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, read_checked_artifact
 from nnunetv2_vf.transfer.hub import METADATA, PAGE, PICTURES, WEIGHTS, HubName, hub_errors, require_hub_packages
-from nnunetv2_vf.transfer.model_card import CARD_NAME, TO_BE_FILLED_IN
+from nnunetv2_vf.transfer.model_card import AUTHORS_ENTRIES, CARD_NAME, LICENCE, TO_BE_FILLED_IN
 from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 from nnunetv2_vf.transfer.safetensors_files import write_safetensors
 
-_LICENCE = re.compile(r"Licence of the weights: *(.*)")
 _PULL_PLACEHOLDER = "nnUNetv2_vf pull USER/NAME"  # in the model card
+_PICTURE = re.compile(r"!\[.*?\]\((.*?)\)\n?")  # a line of the model card
 # The identifiers of the Hub for the licences that weights usually have; it takes others as "other".
 _LICENCES = (
     *("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"),
@@ -44,6 +45,8 @@ def push(file: Path, text: str, private: bool, pictures: bool = True) -> str:
             it should be private, or the Hub refuses the upload.
     """
     name = HubName.parse(text)
+    if str(file).startswith("hf:"):
+        raise UserError(f"push takes a file; download it first: nnUNetv2_vf pull {'/'.join(file.parts[1:])} -o FOLDER")
     require_hub_packages()
     from huggingface_hub import HfApi
 
@@ -54,15 +57,15 @@ def push(file: Path, text: str, private: bool, pictures: bool = True) -> str:
         with malformed_file_errors(file):
             write_safetensors(folder / WEIGHTS, artifact)
             (folder / METADATA).write_text(json.dumps(artifact["vf"], indent=2) + "\n", encoding="utf-8")
-            (folder / PAGE).write_text(_make_page(card, artifact["vf"], name), encoding="utf-8")
-        for picture in PICTURES if pictures else ():
-            if file.with_name(picture).is_file():
-                shutil.copyfile(file.with_name(picture), folder / picture)
-        print(f"uploading to {name}: {', '.join(sorted(each.name for each in folder.iterdir()))}")
+            shown = [each for each in PICTURES if pictures and file.with_name(each).is_file()]
+            (folder / PAGE).write_text(_make_page(card, artifact["vf"], name, shown), encoding="utf-8")
+        for picture in shown:
+            shutil.copyfile(file.with_name(picture), folder / picture)
         api = HfApi(library_name="nnunetv2_vf", library_version=__version__)
         api.create_repo(name.repository, private=private or None, exist_ok=True)
         if private and not api.repo_info(name.repository).private:
             raise UserError(f"{name.repository} exists and is public; choose another name, or leave --private out")
+        print(f"uploading to {name}: {', '.join(sorted(each.name for each in folder.iterdir()))}")
         if name.revision is not None:
             api.create_branch(name.repository, branch=name.revision, exist_ok=True)
         commit = api.upload_folder(
@@ -77,26 +80,34 @@ def push(file: Path, text: str, private: bool, pictures: bool = True) -> str:
 
 def _read_completed_card(file: Path) -> str:
     if not file.is_file():
-        raise UserError(f"no file {file}; pretraining writes it beside {ARTIFACT_NAME}; for other weights write it")
+        lines = "; ".join(f"'{entry}: ...'" for entry in AUTHORS_ENTRIES)
+        raise UserError(f"no file {file}; pretraining writes it beside {ARTIFACT_NAME}; or write it, with {lines}")
     card = file.read_text(encoding="utf-8", errors="replace")
-    licence = _LICENCE.search(card)
-    if licence is None or not licence[1].strip():
-        raise UserError(f"{file} names no licence; add a line: Licence of the weights: cc-by-4.0")
-    for line in card.splitlines():
-        if TO_BE_FILLED_IN in line:
-            raise UserError(f"{file} is not complete: {line.strip('- ')!r}; fill it in and run the same command again")
+    answers = {entry: _entry(card, entry) for entry in AUTHORS_ENTRIES}
+    missing = [entry for entry, answer in answers.items() if not answer or TO_BE_FILLED_IN in answer]
+    if missing:
+        raise UserError(f"{file} is not complete; fill in, then run the same command again: {'; '.join(missing)}")
     return card
 
 
-def _make_page(card: str, metadata: dict[str, Any], name: HubName) -> str:
-    """Return the model card with the entries by which the Hub finds and describes it (YAML front matter)."""
+def _entry(card: str, name: str) -> str:
+    """Return what the author of a model card has written after the name of an entry; empty if nothing."""
+    match = re.search(rf"^\W*{re.escape(name)}:(.*)$", card, re.MULTILINE)
+    return match[1].strip() if match else ""
+
+
+def _make_page(card: str, metadata: dict[str, Any], name: HubName, pictures: Sequence[str]) -> str:
+    """Return the model card with the entries by which the Hub finds and describes it (YAML front matter).
+
+    Args:
+        pictures: the files that are uploaded; the page shows no others.
+    """
     from huggingface_hub import ModelCardData
 
-    licence = _LICENCE.search(card)
     pretext_tags = {"fusion": ["volume-fusion"], "masked": ["masked-image-modeling"]}
     pretext = metadata["settings"].get("pretext", "fusion").split("+") if "settings" in metadata else []
     data = ModelCardData(
-        **_describe_licence(licence[1].strip() if licence else ""),
+        **_describe_licence(_entry(card, LICENCE)),
         library_name="nnunetv2-vf",
         pipeline_tag="image-segmentation",
         tags=[
@@ -105,9 +116,11 @@ def _make_page(card: str, metadata: dict[str, Any], name: HubName) -> str:
             *(tag for part in pretext for tag in pretext_tags[part]),
             *(str(channel).lower() for channel in (metadata.get("channel_names") or {}).values()),
         ],
+        base_model=metadata.get("hub", "").partition("@")[0] or None,  # weights that were pulled
         metrics=["dice"] if metadata.get("pretext_dice_per_class") else None,
     )
     page = card.replace(_PULL_PLACEHOLDER, f"nnUNetv2_vf pull {name.repository}")
+    page = _PICTURE.sub(lambda link: link[0] if link[1] in pictures else "", page)
     return f"---\n{data.to_yaml()}\n---\n\n{page}"
 
 

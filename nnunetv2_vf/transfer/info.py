@@ -60,6 +60,8 @@ def _describe_artifact(path: Path, content: Mapping[str, Any]) -> list[str]:
         training = f"converted from {origin['project']}, {origin['file']}"
     elif "trainer" in metadata:
         training = f"trained with {metadata['trainer']}"
+    if "hub" in metadata:
+        training += f", from {metadata['hub']} on the Hugging Face Hub"
     if adapted:
         training += f", adapted to other plans ({adapted['transferred_share']:.1%} of the weights kept)"
     versions = ", ".join(f"{name} {version}" for name, version in metadata.get("versions", {}).items())
@@ -103,14 +105,15 @@ def _describe_nnunet_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> li
     if finetuning:
         trainer = f"{finetuning['trainer']}, under the name {trainer}"
     lines = [
-        f"{path}: checkpoint of nnU-Net's training with {trainer}, after {checkpoint['current_epoch']} epochs",
+        f"{path}: checkpoint of nnU-Net's training with {trainer}, epochs: {checkpoint['current_epoch']}",
         _describe_network(metadata, checkpoint["network_weights"]),
         *_describe_data(metadata),
         f"labels: {', '.join(checkpoint['init_args']['dataset_json']['labels'])}",
     ]
     if finetuning and finetuning["pretrained"]:
         pretrained = finetuning["pretrained"]
-        lines.append(f"pretrained: {pretrained['file']}, on {pretrained['dataset'] or 'an unknown dataset'}")
+        origin = pretrained.get("hub") or pretrained["file"]
+        lines.append(f"pretrained: {origin}, on {pretrained['dataset'] or 'an unknown dataset'}")
     if metadata["trainer"] == "VFPretrainTrainer":
         lines.append(f"use: {ARTIFACT_NAME} beside it; this file is for nnUNetv2_train --c")
     elif can_be_planned(metadata["architecture"]):

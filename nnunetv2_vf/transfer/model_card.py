@@ -13,6 +13,8 @@ from nnunetv2_vf.transfer.suggested_commands import finetune_command
 
 CARD_NAME = "MODEL_CARD.md"
 TO_BE_FILLED_IN = "TO BE FILLED IN"  # by the author, in the last section
+LICENCE = "Licence of the weights"
+AUTHORS_ENTRIES = (LICENCE, "Origin of the images, and their terms of use", "Author and contact")
 _AUTHORS_SECTION = "## Licence and data"
 
 
@@ -38,13 +40,14 @@ def _make_card(metadata: Mapping[str, Any]) -> str:
     network = network_name(metadata["architecture"])
     settings = metadata["settings"]
     settings_rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    return f"""# {ARTIFACT_NAME}: {network} pretrained with {describe_pretext(metadata)} on {metadata["dataset"]}
+    authors_entries = "\n".join(f"- {entry}: {TO_BE_FILLED_IN}" for entry in AUTHORS_ENTRIES)
+    return f"""# {network} pretrained with {describe_pretext(metadata)} on {metadata["dataset"]}
 
 Self-supervised weights of encoder and decoder for 3D segmentation with nnU-Net v2, trained without labels.
 
 | | |
 |---|---|
-| network | {network}, {metadata["num_input_channels"]} input channels |
+| network | {network} |
 | images | {metadata["num_cases"]} cases of {metadata["dataset"]}, fold {metadata["fold"]} |
 | channels | {", ".join(metadata["channel_names"].values())} |
 | preprocessing | nnU-Net's, {metadata["configuration"]} of {metadata["plans"]["plans_name"]} |
@@ -86,9 +89,7 @@ nnUNetv2_vf pull USER/NAME -o .     # if these weights are on the Hugging Face H
 
 {_AUTHORS_SECTION}
 
-- Licence of the weights: {TO_BE_FILLED_IN}
-- Origin of the images, and their terms of use: {TO_BE_FILLED_IN}
-- Author and contact: {TO_BE_FILLED_IN}
+{authors_entries}
 """
 
 

@@ -58,6 +58,7 @@ class PretrainedWeights:
             differences = describe_differences(metadata, target)
         record = {
             "file": file.name,  # without its folder, since checkpoints are shared with others
+            "hub": metadata.get("hub"),
             "dataset": metadata.get("dataset"),
             "num_cases": metadata.get("num_cases"),
             "adapted": metadata.get("adapted"),

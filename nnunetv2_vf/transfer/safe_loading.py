@@ -35,8 +35,9 @@ def load_safely(path: Path) -> dict[str, Any]:
         UserError: the file does not exist, is damaged, can only be loaded by running code, or holds no dict.
     """
     if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"no file {path}: it {problem}; {_HINT}")
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name a file in it, such as {path / 'vf_pretrained.pth'}")
+        raise UserError(f"no file {path}; {_HINT}")
     if path.suffix == SAFETENSORS_ENDING:
         return read_safetensors(path)
     try:
@@ -49,10 +50,7 @@ def load_safely(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # damaged files raise errors of many kinds
         unsafe = _unsafe_globals(path)
-        if unsafe:
-            reason = f"loading it would run {', '.join(unsafe)}"
-        else:
-            reason = f"it is damaged or is no file of PyTorch ({type(error).__name__})"
+        reason = f"loading it would run {', '.join(unsafe)}" if unsafe else "it is damaged or is no file of PyTorch"
         raise UserError(f"{path} cannot be loaded safely: {reason}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of weights")

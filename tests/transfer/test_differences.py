@@ -84,6 +84,14 @@ def test_only_recorded_aspects_are_called_equal(metadata, target):
     assert describe_differences(metadata, target) == ["normalisation, spacing: as in pretraining"]
 
 
+def test_a_spacing_within_the_crop_scales_is_named_but_is_no_difference(metadata, target):
+    metadata["spacing"] = [1.2 * mm for mm in metadata["spacing"]]
+    assert not aspects(metadata, target)
+    equal, spacing = describe_differences(metadata, target)
+    assert equal == "channels, normalisation, axis order: as in pretraining"
+    assert spacing.startswith("spacing: 12.7 x 11.9 x 12.7 mm in pretraining, 10.6 x 9.92 x 10.6 mm here")
+
+
 def test_layers_are_compared_even_if_the_preprocessing_is_not_recorded(metadata, target):
     del metadata["normalization_schemes"]
     change_architecture(metadata, norm_op="torch.nn.modules.batchnorm.BatchNorm3d")

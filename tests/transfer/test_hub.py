@@ -16,7 +16,7 @@ from local_hub import LocalHub, Repository, local_hub
 
 from nnunetv2_vf.cli import main
 from nnunetv2_vf.transfer.artifact import read_artifact
-from nnunetv2_vf.transfer.model_card import CARD_NAME, TO_BE_FILLED_IN
+from nnunetv2_vf.transfer.model_card import AUTHORS_ENTRIES, CARD_NAME, TO_BE_FILLED_IN
 from nnunetv2_vf.transfer.nnssl_plan import NNSSL_PLAN_KEY
 from nnunetv2_vf.transfer.safetensors_files import write_safetensors
 
@@ -45,7 +45,8 @@ def file(artifacts, tmp_path) -> Path:
     """A copy of the U-Net's artifact, with pictures and a completed model card beside it."""
     folder = tmp_path / "trained"
     folder.mkdir()
-    for each in (artifacts["U-Net"], *artifacts["U-Net"].parent.glob("*.png")):
+    trained = artifacts["U-Net"].parent
+    for each in (artifacts["U-Net"], trained / "checkpoint_final.pth", *trained.glob("*.png")):
         shutil.copyfile(each, folder / each.name)
     card = artifacts["U-Net"].with_name(CARD_NAME).read_text()
     (folder / CARD_NAME).write_text(card.replace(TO_BE_FILLED_IN, "CC BY 4.0"))
@@ -60,7 +61,7 @@ def pushed(hub: LocalHub, file: Path) -> LocalHub:
 
 def assert_equal_artifacts(file: Path, other: Path) -> None:
     one, two = read_artifact(file), read_artifact(other)
-    assert one["vf"] == two["vf"]
+    assert one["vf"] == {name: value for name, value in two["vf"].items() if name != "hub"}
     assert one[NNSSL_PLAN_KEY] == two[NNSSL_PLAN_KEY]
     assert one["network_weights"].keys() == two["network_weights"].keys()
     for name, tensor in one["network_weights"].items():
@@ -83,6 +84,8 @@ def test_pulled_weights_equal_pushed_ones(pushed, file, tmp_path, capsys):
     capsys.readouterr()
     main(["pull", NAME, "-o", str(tmp_path / "pulled")])
     assert_equal_artifacts(file, tmp_path / "pulled" / file.name)
+    commit = pushed.repositories[NAME].commit
+    assert read_artifact(tmp_path / "pulled" / file.name)["vf"]["hub"] == f"{NAME}@{commit}"
     pictures = {each.name for each in file.parent.glob("*.png")}
     assert {each.name for each in (tmp_path / "pulled").iterdir()} == {file.name, CARD_NAME, *pictures}
     assert f"plan -d ID --like {tmp_path / 'pulled' / file.name}" in capsys.readouterr().out
@@ -131,7 +134,10 @@ def test_cached_weights_work_without_a_network(pushed, monkeypatch, capsys):
     online = capsys.readouterr().out
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens here
     main(["info", f"hf://{NAME}"])
-    assert capsys.readouterr().out == online
+    notice, offline = capsys.readouterr().out.split("\n", 1)
+    assert offline == online
+    commit = pushed.repositories[NAME].commit[:7]
+    assert notice == f"http://127.0.0.1:9 cannot be reached; commit {commit} of {NAME} from the cache is used"
 
 
 def test_safetensors_are_read_like_artifacts_and_converted(pushed, file, tmp_path, capsys):
@@ -191,7 +197,7 @@ def test_private_gated_and_unknown_repositories_are_told_apart(pushed, file, tmp
     assert "is gated" in error_of(pull)
     repository.gated, repository.private = False, True
     monkeypatch.setenv("HF_TOKEN", "hf_other")
-    assert "or it is private: log in" in error_of(pull)
+    assert "check the spelling; or it is private, then your token may not see it" in error_of(pull)
     assert "log in" in error_of(["push", str(file), NAME])
     monkeypatch.setenv("HF_TOKEN", pushed.TOKEN)
     main(pull)
@@ -213,6 +219,20 @@ def test_only_the_pictures_of_the_training_are_uploaded(hub, file):
     assert uploaded <= {"preview.png", "progress.png", "pretext_report.png"}
     main(["push", str(file), NAME, "--no-pictures"])
     assert not {name for name in hub.repositories[NAME].files if name.endswith(".png")}
+    assert "![" not in hub.repositories[NAME].files["README.md"].decode()
+
+
+def test_weights_that_were_pulled_name_their_origin_when_they_are_pushed_again(pushed, tmp_path):
+    main(["pull", NAME, "-o", str(tmp_path / "pulled")])
+    main(["push", str(tmp_path / "pulled" / "vf_pretrained.pth"), "someone-else/lung-ct"])
+    assert f"base_model: {NAME}\n" in pushed.repositories["someone-else/lung-ct"].files["README.md"].decode()
+
+
+def test_a_hub_without_the_transfer_service_xet_is_explained(hub, file, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    assert "export HF_HUB_DISABLE_XET=1" in error_of(["push", str(file), NAME])
 
 
 def test_a_branch_is_made(hub, file, tmp_path):
@@ -298,11 +318,25 @@ def test_without_links_in_the_cache_the_hub_is_asked_for_the_checksum(pushed, fi
 
 def test_push_needs_a_complete_model_card(hub, file):
     card = file.with_name(CARD_NAME)
-    card.write_text(card.read_text() + f"- Author and contact: {TO_BE_FILLED_IN}\n")
-    assert "is not complete" in error_of(["push", str(file), NAME])
+    complete = card.read_text()
+    card.write_text(complete.replace(f"{AUTHORS_ENTRIES[1]}: CC BY 4.0", f"{AUTHORS_ENTRIES[1]}:"))
+    assert f"run the same command again: {AUTHORS_ENTRIES[1]}" in error_of(["push", str(file), NAME])
+    card.write_text(complete.replace("CC BY 4.0", TO_BE_FILLED_IN))
+    assert "; ".join(AUTHORS_ENTRIES) in error_of(["push", str(file), NAME])
     card.unlink()
-    assert "MODEL_CARD.md" in error_of(["push", str(file), NAME])
+    assert "'Author and contact: ...'" in error_of(["push", str(file), NAME])
     assert not hub.repositories
+
+
+def test_push_takes_only_files_of_pretrained_weights(hub, file):
+    assert "nnUNetv2_vf pull a/b -o FOLDER" in error_of(["push", "hf://a/b", NAME])
+    assert f"name a file in it, such as {file}" in error_of(["push", str(file.parent), NAME])
+    assert "nnUNetv2_export_model_to_zip" in error_of(["push", str(file.with_name("checkpoint_final.pth")), NAME])
+    assert not hub.repositories
+
+
+def test_a_name_without_its_scheme_is_explained():
+    assert "are named hf://someone/lung-ct" in error_of(["info", NAME])
 
 
 @pytest.mark.parametrize("name", ["lung-ct", "a/b/c", "user/name@", "https://huggingface.co/a/b"])
@@ -321,7 +355,7 @@ def test_training_from_files_that_nnunet_does_not_read_is_explained(copied_datas
     from nnunetv2_vf.errors import UserError
     from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights
 
-    solutions = {"hf://a/b": "nnUNetv2_vf pull a/b", "model.safetensors": "nnUNetv2_vf convert", "": "it is a folder"}
+    solutions = {"hf://a/b": "nnUNetv2_vf pull a/b", "model.safetensors": "nnUNetv2_vf convert", "": "is a folder"}
     for weights, solution in solutions.items():
         with pytest.raises(UserError, match=solution):
             PretrainedWeights.from_command_line(["nnUNetv2_train", "-pretrained_weights", weights], None)

@@ -71,7 +71,7 @@ def test_a_checkpoint_of_nnunet_is_described(two_epochs, copied_dataset, tmp_pat
 
 def test_a_checkpoint_of_pretraining_is_described(artifacts, capsys):
     lines = describe(capsys, artifacts["U-Net"].with_name("checkpoint_final.pth"))
-    assert "VFPretrainTrainer, after 1 epochs" in lines[0]
+    assert "VFPretrainTrainer, epochs: 1" in lines[0]
     assert lines[-1] == "use: vf_pretrained.pth beside it; this file is for nnUNetv2_train --c"
 
 
