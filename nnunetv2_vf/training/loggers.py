@@ -152,7 +152,7 @@ class MlflowLogger(ExtraLogger):
     """
 
     package = "mlflow"
-    _run_id: str | None = None
+    _run_id = ""
 
     def start(self, step: int | None) -> None:
         for name, value in _MLFLOW_VARIABLES.items():
@@ -161,9 +161,9 @@ class MlflowLogger(ExtraLogger):
 
         server = os.environ.get("MLFLOW_TRACKING_URI")
         self._client = MlflowClient(server or f"sqlite:///{self.run.results / 'mlflow.db'}")
-        if self._run_id is None:  # else a server has failed below, after the run was created
+        if not self._run_id:  # else a server has failed below, after the run was created
             self._run_id = self._read_known_run(step)
-            if self._run_id is not None:
+            if self._run_id:
                 return
             run = self._client.create_run(self._find_experiment(bool(server)), run_name=self.run.name)
             self._run_id = run.info.run_id
@@ -171,19 +171,19 @@ class MlflowLogger(ExtraLogger):
         for name, value in self.run.settings.items():
             self._client.log_param(self._run_id, name, value)
 
-    def _read_known_run(self, step: int | None) -> str | None:
-        """Return the run of the training that continues, unless it began with another server."""
+    def _read_known_run(self, step: int | None) -> str:
+        """Return the run of the training that continues; empty if there is none, or another server has it."""
         from mlflow.exceptions import MlflowException
 
         record = self.run.folder / _RUN_FILE
         is_continued = self.run.is_continued or step is None  # None: --val logs no epochs
         if not is_continued or not record.is_file():
-            return None
+            return ""
         run_id = record.read_text().strip()
         try:
             self._client.get_run(run_id)
         except MlflowException:
-            return None
+            return ""
         return run_id
 
     def _find_experiment(self, has_server: bool) -> str:
