@@ -29,7 +29,7 @@ def set_patch(*patch):
 @pytest.mark.parametrize(
     ("network", "change", "message"),
     [
-        ("FMUNet", set_option("dropout_per_stages", [0] * 5), "'dropout_per_stages'; legal: features_per_stage, str"),
+        ("FMUNet", set_option("dropout_per_stages", [0] * 5), "'dropout_per_stages'.*; legal: features_per_stage, str"),
         ("FMUNet", set_option("features_per_stage", [8, 16]), r"features_per_stage = \[8, 16\]; legal: 5"),
         ("FMUNet", set_patch(40, 40, 36), r"FMUNet cannot take the patch_size \[40, 40, 36\] of 3d_fullres of FMU"),
         ("FMUNet", set_patch(16, 16, 16), "one voxel in the deepest level"),
