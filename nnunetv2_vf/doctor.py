@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import torch
+from nnunetv2.configuration import default_num_processes
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from packaging.requirements import Requirement
@@ -155,6 +156,12 @@ def _check_devices() -> Iterator[Finding]:
     else:
         cores = os.cpu_count()
         yield Finding(NOTE, f"torch {torch.__version__} finds no GPU; train on {cores} CPU cores: -device cpu")
+    if default_num_processes > (os.cpu_count() or 1):
+        yield Finding(
+            NOTE,
+            f"nnU-Net starts {default_num_processes} processes to preprocess and to validate, but there are "
+            f"{os.cpu_count()} CPU cores; start fewer: export nnUNet_def_n_proc={os.cpu_count()}",
+        )
 
 
 def _check_dataset(target: TargetPlans) -> Iterator[Finding]:

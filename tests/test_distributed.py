@@ -118,7 +118,7 @@ def test_a_terminated_launch_continues_from_its_checkpoint(batch_of_four, tmp_pa
     assert "SIGTERM: exit in epoch" in output, errors[-3000:]
     ended = torch.load(folder / "checkpoint_latest.pth", weights_only=False)
     assert ended["current_epoch"] >= 2
-    done = torchrun(2, *arguments, **{**settings, "nnUNet_vf_seed": 1})
+    done = torchrun(1, *arguments, **{**settings, "nnUNet_vf_seed": 1})
     assert done.returncode != 0
     assert "seed = 1 (recorded: 0)" in done.stderr, "it continues, and therefore refuses other settings"
 

@@ -52,6 +52,13 @@ def test_differences_to_pretraining_are_notes(healthy, artifacts, capsys):
     assert any(line.startswith("note channels: CT in pretraining, T1 here") for line in lines)
 
 
+def test_more_processes_than_cores_are_a_note(healthy, capsys, monkeypatch):
+    monkeypatch.setattr("nnunetv2_vf.doctor.default_num_processes", 8)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    _, lines = examined(capsys)
+    assert any(line.startswith("note nnU-Net starts 8 processes") and "nnUNet_def_n_proc=2" in line for line in lines)
+
+
 @pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"])
 def test_missing_variables_and_folders_are_failures(healthy, capsys, monkeypatch, variable):
     monkeypatch.setenv(variable, "/no/such/folder")

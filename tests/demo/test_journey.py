@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import SimpleITK as sitk  # noqa: N813
+from conftest import DATASET_ID, fold_folder
 
 from nnunetv2_vf.demo.phantoms import make_phantom, write_dataset, write_images
 from nnunetv2_vf.errors import UserError
@@ -21,24 +22,25 @@ DATASET = "Dataset008_Journey"
 SCHEDULE = {"num_epochs": 1, "iterations_per_epoch": 2, "val_iterations_per_epoch": 1}
 
 
-def test_pretrain_finetune_predict_with_stock_commands(tmp_path):
-    """On a labelled dataset with nnU-Net's default plans; the artifact is passed to -pretrained_weights unchanged."""
-    workspace = Workspace(tmp_path, processes=1)
-    write_dataset(workspace.raw / DATASET, range(5), spacing=12)
-    workspace.run("nnUNetv2_plan_and_preprocess", "-d", 8, "-c", "3d_fullres", "-np", 1, "-npfp", 1)
-    pretraining = {f"nnUNet_vf_{name}": value for name, value in SCHEDULE.items()}
-    workspace.run("nnUNetv2_train", 8, "3d_fullres", 0, "-tr", "VFPretrainTrainer", "-device", "cpu", **pretraining)
-    artifact = workspace.fold_folder(DATASET, "VFPretrainTrainer", 0) / "vf_pretrained.pth"
-    finetuning = {f"nnUNet_vf_finetune_{name}": value for name, value in SCHEDULE.items()}
-    workspace.run(
-        "nnUNetv2_train", 8, "3d_fullres", 0, "-tr", "VFFinetuneTrainer", "-device", "cpu",
-        "-pretrained_weights", artifact, **finetuning,
-    )  # fmt: skip
-    assert f"Loading pretrained weights from file  {artifact}" in workspace.log.read_text()
+def run_stock_command(command: str, *arguments: object) -> str:
+    """Run a command of nnU-Net on the dataset of the tests; return what it prints."""
+    path = Path(sys.executable).parent / command
+    done = subprocess.run([path, *map(str, arguments)], capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_pretrain_finetune_predict_with_stock_commands(two_epochs, tmp_path):
+    """The artifact is passed to -pretrained_weights unchanged."""
+    train = ("nnUNetv2_train", DATASET_ID, "3d_fullres", 0, "-device", "cpu", "-tr")
+    run_stock_command(*train, "VFPretrainTrainer")
+    artifact = fold_folder(tmp_path / "results") / "vf_pretrained.pth"
+    log = run_stock_command(*train, "VFFinetuneTrainer", "-pretrained_weights", artifact)
+    assert f"Loading pretrained weights from file  {artifact}" in log
     write_images(tmp_path / "in", [50], spacing=12)
-    workspace.run(
-        "nnUNetv2_predict", "-d", 8, "-c", "3d_fullres", "-tr", "VFFinetuneTrainer", "-f", 0, "-device", "cpu",
-        "-i", tmp_path / "in", "-o", tmp_path / "out", "-npp", 1, "-nps", 1, "--disable_tta",
+    run_stock_command(
+        "nnUNetv2_predict", "-d", DATASET_ID, "-c", "3d_fullres", "-tr", "VFFinetuneTrainer", "-f", 0,
+        "-device", "cpu", "-i", tmp_path / "in", "-o", tmp_path / "out", "-npp", 1, "-nps", 1, "--disable_tta",
     )  # fmt: skip
     segmentation = sitk.ReadImage(str(tmp_path / "out" / "torso_0050.nii.gz"))
     assert sitk.GetArrayFromImage(segmentation).shape == make_phantom(50, 12).image.shape
