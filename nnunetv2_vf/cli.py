@@ -258,7 +258,8 @@ def _add_fingerprint(commands: _Commands) -> None:
 def _run_fingerprint(args: argparse.Namespace) -> None:
     from nnunetv2_vf.preparation.fingerprint import extract_fingerprint
 
-    extract_fingerprint(args.d, args.sample, args.seed, _processes(args), args.num_parts, args.part_id, args.clean)
+    parts = (args.num_parts, args.part_id)
+    print(extract_fingerprint(args.d, args.sample, args.seed, _processes(args), *parts, args.clean))
 
 
 # ---------------------------------------------------------------- plan
@@ -327,7 +328,9 @@ def _run_plan(args: argparse.Namespace) -> None:
     from nnunetv2_vf.planners.fmunet_planner import FMUNetPlanner
     from nnunetv2_vf.planners.like_planner import plan_like
     from nnunetv2_vf.planners.pct_net_planner import PCTNetPlanner
+    from nnunetv2_vf.planners.topology_planner import check_options
     from nnunetv2_vf.preparation.fingerprint import make_missing_fingerprint
+    from nnunetv2_vf.transfer.artifact import read_with_architecture
     from nnunetv2_vf.transfer.hub import local_file
 
     options = {
@@ -341,7 +344,10 @@ def _run_plan(args: argparse.Namespace) -> None:
     for option in ("spacing", "normalization"):
         if args.like is None and getattr(args, option) == "pretrained":
             raise UserError(f"--{option} pretrained needs --like FILE, the pretrained weights")
+    check_options(args.gpu_memory_target, args.overwrite_target_spacing)
     like = None if args.like is None else local_file(args.like)
+    if like is not None:
+        read_with_architecture(like)  # raises before a fingerprint, which may take hours, is made
     for dataset in args.d:
         make_missing_fingerprint(dataset, default_num_processes)
     if like is not None:

@@ -151,6 +151,14 @@ def plan_datasets(
         UserError: before any file is written, if a dataset or its fingerprint is missing or an argument is not legal;
             or, without plans for this dataset, if its smallest patch does not fit into the memory.
     """
+    check_options(gpu_memory_target, target_spacing)
+    names = [_find_dataset_with_fingerprint(dataset) for dataset in datasets]
+    for name in names:
+        yield plan_experiment_dataset(name, planner, gpu_memory_target, preprocessor_name, target_spacing, plans_name)
+
+
+def check_options(gpu_memory_target: float | None, target_spacing: Sequence[float] | None) -> None:
+    """Raise UserError unless memory (GB) and spacing (mm) are legal and nnU-Net's variables allow planning."""
     require_variables(nnUNet_raw, nnUNet_preprocessed)
     if target_spacing is not None and not all(0 < mm < math.inf for mm in target_spacing):
         raise UserError(f"-overwrite_target_spacing {list(target_spacing)}; legal: three positive numbers, mm")
@@ -158,9 +166,6 @@ def plan_datasets(
         raise UserError(f"-gpu_memory_target {gpu_memory_target:g}; legal: a positive number of GB")
     if get_allowed_n_proc_DA() < 1:
         raise UserError("nnUNet_n_proc_DA=0 is for training; nnU-Net's planning divides by it: unset nnUNet_n_proc_DA")
-    names = [_find_dataset_with_fingerprint(dataset) for dataset in datasets]
-    for name in names:
-        yield plan_experiment_dataset(name, planner, gpu_memory_target, preprocessor_name, target_spacing, plans_name)
 
 
 def _find_dataset_with_fingerprint(dataset: str) -> str:

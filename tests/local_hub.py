@@ -38,6 +38,7 @@ class LocalHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, Repository] = {}
         self.uploads: dict[str, bytes] = {}
+        self.is_out_of_order = False
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -117,7 +118,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self._path()
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+)|/tree/([^/]+))?", path):
+        if self.server.is_out_of_order:
+            self._refuse(500, "", "Internal Server Error")
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+)|/tree/([^/]+))?", path):
             self._describe(match[1], match[2] or match[3] or "main", is_tree=bool(match[3]))
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._send_file(match[1], match[2], match[3])

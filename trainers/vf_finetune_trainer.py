@@ -13,7 +13,7 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_vf.errors import UserError, one_line_errors
+from nnunetv2_vf.errors import UserError, one_line_errors, printable
 from nnunetv2_vf.nnunet_folders import require_configuration, require_variables
 from nnunetv2_vf.settings import FINETUNE_RECIPES, FinetuneSettings
 from nnunetv2_vf.training.checkpoints import require_same_plans
@@ -130,7 +130,7 @@ class VFFinetuneTrainer(ResumableTrainer):
             dataset = self.pretrained_record["dataset"] or "an unknown dataset"
             hub = self.pretrained_record.get("hub")  # checkpoints of earlier versions have no such entry
             lines = [
-                f"Pretrained weights: {hub or self.pretrained_record['file']}, trained on {dataset}",
+                printable(f"Pretrained weights: {hub or self.pretrained_record['file']}, trained on {dataset}"),
                 *self.pretrained_record["compared"],
             ]
         self.print_to_log_file("\n  ".join(lines) + "\n", add_timestamp=False)

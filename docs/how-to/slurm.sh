@@ -3,7 +3,8 @@
 #
 # Shortly before its time limit the job saves, puts itself back into the queue, and later continues at the same step.
 # Before you start: import, plan and preprocess the dataset, and check it: nnUNetv2_vf doctor -d 100 -p PCTNetPlans
-# Adapt: dataset and plans (last command), the numbers of machines, GPUs (3 places) and CPUs, the environment.
+# Adapt: dataset and plans (last command), the environment, and the numbers of machines, CPUs and GPUs (--gpus-per-node
+# and --nproc-per-node; nnUNet_n_proc_DA times their number should be less than the number of CPUs).
 # It has been tested with SLURM's commands replaced by small scripts and ranks on CPUs, not on a cluster with GPUs.
 #
 #   start:          sbatch slurm.sh
@@ -13,8 +14,8 @@
 # After scancel the ranks have SLURM's KillWait to save, usually 30 seconds. If that is too short, the training later
 # continues from its last checkpoint, which is at most 30 minutes old.
 #
-# If your cluster does not allow requeueing, queue several jobs at once; once the training is finished, the next job only
-# repeats its report:
+# If your cluster does not allow requeueing, queue several jobs. Those that start after the end of the training only
+# repeat its report:
 #   sbatch --dependency=afterany:JOB slurm.sh
 #SBATCH --job-name=vf-pretraining
 #SBATCH --nodes=4

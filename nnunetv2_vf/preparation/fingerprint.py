@@ -97,14 +97,13 @@ def make_missing_fingerprint(dataset: str, processes: int) -> None:
     name = dataset_name(dataset)
     exists = (Path(nnUNet_raw) / name / "dataset.json").is_file()
     if exists and not (Path(nnUNet_preprocessed) / name / FINGERPRINT).is_file():
-        print(f"{name} has no fingerprint yet; making it")
-        with contextlib.redirect_stdout(io.StringIO()):  # which names other next commands than planning does
-            extract_fingerprint(dataset, None, 0, processes, 1, 0, clean=False)
+        print(f"{name} has no fingerprint yet; making it (on several machines: nnUNetv2_vf fingerprint)")
+        extract_fingerprint(dataset, None, 0, processes, 1, 0, clean=False)
 
 
 def extract_fingerprint(
     dataset: str, sample: int | None, seed: int, processes: int, num_parts: int, part_id: int, clean: bool
-) -> None:
+) -> str:
     """Write the fingerprint of a dataset, which planning needs. Continues where an earlier run has stopped.
 
     Args:
@@ -114,6 +113,9 @@ def extract_fingerprint(
         processes: number of processes, each of which holds one case in memory.
         num_parts, part_id: analyze only this part of the cases. The part that finishes last writes the fingerprint.
         clean: True makes a new fingerprint if there is one.
+
+    Returns:
+        what was done, and the next command.
 
     Raises:
         UserError: a value is not legal, the dataset does not exist, or cases cannot be read.
@@ -126,8 +128,7 @@ def extract_fingerprint(
     record = {} if sample is None else {_SAMPLE: {"cases": len(cases), "of": len(all_cases), "seed": seed}}
     file = Path(nnUNet_preprocessed) / name / FINGERPRINT
     if file.is_file() and not clean:
-        print(_describe_existing(file, len(cases), record))
-        return
+        return _describe_existing(file, len(cases), record)
     before = _version(file)
     task = _Task(_choose_reader(description, next(iter(cases.values()))), _intensities_per_case(name, len(cases)))
     with continuable_errors(file.parent):
@@ -148,12 +149,11 @@ def extract_fingerprint(
     if failures:
         raise UserError(f"{describe_failures(failures, len(cases))}; mend or remove them, then run the same command")
     if unfinished and not is_written:
-        print(
+        return (
             f"part {part_id} of {num_parts} is finished; {len(unfinished)} cases of other parts are not. The part that "
             "finishes last writes the fingerprint"
         )
-        return
-    print(f"{file}: {len(cases)} cases\nnext: nnUNetv2_plan_experiment -d {dataset}, or nnUNetv2_vf plan -d {dataset}")
+    return f"{file}: {len(cases)} cases\nnext: nnUNetv2_plan_experiment -d {dataset}, or nnUNetv2_vf plan -d {dataset}"
 
 
 def choose_cases(cases: Mapping[str, RawCase], sample: int | None, seed: int) -> dict[str, RawCase]:

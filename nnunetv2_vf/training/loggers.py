@@ -161,13 +161,13 @@ class MlflowLogger(ExtraLogger):
 
         server = os.environ.get("MLFLOW_TRACKING_URI")
         self._client = MlflowClient(server or f"sqlite:///{self.run.results / 'mlflow.db'}")
-        if not self._run_id:  # else a server has failed below, after the run was created
+        if not self._run_id:  # else server or disk have failed below, after the run was created
             self._run_id = self._read_known_run(step)
             if self._run_id:
                 return
             run = self._client.create_run(self._find_experiment(bool(server)), run_name=self.run.name)
             self._run_id = run.info.run_id
-            (self.run.folder / _RUN_FILE).write_text(f"{self._run_id}\n")
+        (self.run.folder / _RUN_FILE).write_text(f"{self._run_id}\n")
         for name, value in self.run.settings.items():
             self._client.log_param(self._run_id, name, value)
 
@@ -182,8 +182,10 @@ class MlflowLogger(ExtraLogger):
         run_id = record.read_text().strip()
         try:
             self._client.get_run(run_id)
-        except MlflowException:
-            return ""
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return ""
+            raise
         return run_id
 
     def _find_experiment(self, has_server: bool) -> str:

@@ -81,12 +81,12 @@ def read_artifact(path: Path) -> dict[str, Any]:
         UserError: the file cannot be loaded safely or is no artifact.
     """
     artifact = load_safely(path)
-    missing = {"network_weights", "vf"} - artifact.keys()
     if is_nnunet_checkpoint(artifact):
         raise UserError(
-            f"{path} is a checkpoint of nnU-Net, no {ARTIFACT_NAME}; a trained model is shared with "
-            "nnUNetv2_export_model_to_zip"
+            f"{path} is a checkpoint of nnU-Net; legal: {ARTIFACT_NAME}, which pretraining writes beside it; to "
+            "share a fine-tuned model: nnUNetv2_export_model_to_zip"
         )
+    missing = {"network_weights", "vf"} - artifact.keys()
     if missing:
         raise UserError(f"{path} is no {ARTIFACT_NAME}: it lacks {' and '.join(sorted(missing))}")
     return artifact

@@ -52,10 +52,11 @@ def describe_differences(metadata: Mapping[str, Any], target: TargetPlans) -> li
         metadata: the entry ``vf`` of an artifact.
     """
     lines = [str(difference) for difference in find_differences(metadata, target)]
+    similar_spacing = _note_similar_spacing(metadata, target)
     if not lines:
-        similar_spacing = _note_similar_spacing(metadata, target)
         equal = [aspect for aspect in _recorded_aspects(metadata) if aspect != "spacing" or not similar_spacing]
-        lines = [f"{', '.join(equal)}: as in pretraining", *similar_spacing]
+        lines = [f"{', '.join(equal)}: as in pretraining"]
+    lines += similar_spacing
     share = metadata.get("adapted", {}).get("transferred_share", 1)
     if share < 1:
         lines.append(
@@ -65,13 +66,15 @@ def describe_differences(metadata: Mapping[str, Any], target: TargetPlans) -> li
 
 
 def _note_similar_spacing(metadata: Mapping[str, Any], target: TargetPlans) -> list[str]:
-    """Return a line if the spacings differ, but not more than the crops of pretraining did."""
-    if not metadata.get("spacing"):
+    """Return a line if the spacings differ, but too little to be a :class:`Difference`."""
+    if not metadata.get("spacing") or _compare_spacing(metadata, target):
         return []
     pretrained, current = format_spacing(metadata["spacing"]), format_spacing(target.configuration.spacing)
     if pretrained == current:
         return []
-    return [f"spacing: {pretrained} in pretraining, {current} here: pretraining varied the scale as much as this"]
+    varied = "crop_scale" in metadata.get("settings", {})
+    reason = "pretraining varied the scale as much as this" if varied else "a small difference"
+    return [f"spacing: {pretrained} in pretraining, {current} here: {reason}"]
 
 
 def _recorded_aspects(metadata: Mapping[str, Any]) -> list[str]:

@@ -25,11 +25,14 @@ from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, read_checked_artifact, 
 from nnunetv2_vf.transfer.model_card import CARD_NAME
 from nnunetv2_vf.transfer.nnssl_plan import NNSSL_PLAN_KEY
 from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
+from nnunetv2_vf.transfer.safetensors_files import SAFETENSORS_ENDING
 
 WEIGHTS, METADATA, PAGE = "model.safetensors", "vf.json", "README.md"
 PICTURES = ("preview.png", "progress.png", "pretext_report.png")
 _SCHEME = "hf://"
+_ENDINGS = (".pth", ".pt", ".model", SAFETENSORS_ENDING)  # of files of weights
 _NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n+", re.DOTALL)
 
@@ -66,7 +69,7 @@ def local_file(file: str | Path) -> Path:
     text, path = str(file), Path(file)
     if text.startswith(_SCHEME):
         return _fetch(HubName.parse(text))
-    if not path.exists() and not path.suffix and _NAME.fullmatch(text):
+    if not path.exists() and path.suffix not in _ENDINGS and _NAME.fullmatch(text):
         raise UserError(f"no file {text}; weights on the Hugging Face Hub are named {_SCHEME}{text}")
     return path
 
@@ -136,7 +139,7 @@ def _download(name: HubName, files: list[str]) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     with hub_errors(name):
-        is_reachable = constants.HF_HUB_OFFLINE or _is_reachable(name)
+        is_current = constants.HF_HUB_OFFLINE or _COMMIT.fullmatch(name.revision or "") or _is_available(name)
         folder = snapshot_download(
             name.repository,
             revision=name.revision,
@@ -145,8 +148,8 @@ def _download(name: HubName, files: list[str]) -> Path:
             library_version=__version__,
         )
     snapshot = Path(str(folder))
-    if not is_reachable:
-        print(f"{constants.ENDPOINT} cannot be reached; commit {snapshot.name[:7]} of {name} from the cache is used")
+    if not is_current:
+        print(f"{constants.ENDPOINT} does not answer; commit {snapshot.name[:7]} of {name} from the cache is used")
     if not (snapshot / WEIGHTS).is_file():
         raise UserError(
             f"{name} has no {WEIGHTS}: its upload broke off, or nnUNetv2_vf push did not make it; a checkpoint of "
@@ -156,13 +159,13 @@ def _download(name: HubName, files: list[str]) -> Path:
     return snapshot
 
 
-def _is_reachable(name: HubName) -> bool:
-    """True if the Hub shows the repository; False if there is no connection, so that only the cache is left."""
+def _is_available(name: HubName) -> bool:
+    """True if the Hub shows the repository; False if only the cache is left, which huggingface_hub uses silently."""
     from huggingface_hub import HfApi, errors
 
     try:
         HfApi().repo_info(name.repository, revision=name.revision)
-    except errors.HfHubHTTPError:  # an answer
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise
     except (errors.HTTPError, ConnectionError):
         return False
@@ -235,8 +238,8 @@ def hub_errors(name: HubName) -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise UserError(f"{name} is gated: ask for access on {hub}/{name.repository}, {login}") from error
     except errors.RepositoryNotFoundError as error:
-        hint = "your token may not see it" if get_token() else login
-        raise UserError(f"{hub} has no {name}: check the spelling; or it is private, then {hint}") from error
+        hint = "use a token that can read it" if get_token() else login
+        raise UserError(f"{hub} has no {name}: check the spelling; if it is private, {hint}") from error
     except errors.RevisionNotFoundError as error:
         raise UserError(f"{name.repository} has no branch, tag or commit {name.revision!r}") from error
     except errors.HfHubHTTPError as error:

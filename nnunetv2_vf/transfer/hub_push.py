@@ -19,8 +19,7 @@ from nnunetv2_vf.transfer.model_card import AUTHORS_ENTRIES, CARD_NAME, LICENCE,
 from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 from nnunetv2_vf.transfer.safetensors_files import write_safetensors
 
-_PULL_PLACEHOLDER = "nnUNetv2_vf pull USER/NAME"  # in the model card
-_PICTURE = re.compile(r"!\[.*?\]\((.*?)\)\n?")  # a line of the model card
+_PULL = re.compile(r"nnUNetv2_vf pull \S+")  # in the model card, with a placeholder or its first repository
 # The identifiers of the Hub for the licences that weights usually have; it takes others as "other".
 _LICENCES = (
     *("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"),
@@ -86,14 +85,15 @@ def _read_completed_card(file: Path) -> str:
     answers = {entry: _entry(card, entry) for entry in AUTHORS_ENTRIES}
     missing = [entry for entry, answer in answers.items() if not answer or TO_BE_FILLED_IN in answer]
     if missing:
-        raise UserError(f"{file} is not complete; fill in, then run the same command again: {'; '.join(missing)}")
+        lines = "; ".join(f"'{entry}: ...'" for entry in missing)
+        raise UserError(f"{file} is not complete; write an answer into each of these lines, then run again: {lines}")
     return card
 
 
 def _entry(card: str, name: str) -> str:
     """Return what the author of a model card has written after the name of an entry; empty if nothing."""
-    match = re.search(rf"^\W*{re.escape(name)}:(.*)$", card, re.MULTILINE)
-    return match[1].strip() if match else ""
+    match = re.search(rf"^\W*{re.escape(name)}[*_]*:(.*)$", card, re.MULTILINE)
+    return match[1].strip(" \t*_") if match else ""
 
 
 def _make_page(card: str, metadata: dict[str, Any], name: HubName, pictures: Sequence[str]) -> str:
@@ -106,6 +106,7 @@ def _make_page(card: str, metadata: dict[str, Any], name: HubName, pictures: Seq
 
     pretext_tags = {"fusion": ["volume-fusion"], "masked": ["masked-image-modeling"]}
     pretext = metadata["settings"].get("pretext", "fusion").split("+") if "settings" in metadata else []
+    origin = metadata.get("hub", "").partition("@")[0]  # of weights that were pulled
     data = ModelCardData(
         **_describe_licence(_entry(card, LICENCE)),
         library_name="nnunetv2-vf",
@@ -116,11 +117,12 @@ def _make_page(card: str, metadata: dict[str, Any], name: HubName, pictures: Seq
             *(tag for part in pretext for tag in pretext_tags[part]),
             *(str(channel).lower() for channel in (metadata.get("channel_names") or {}).values()),
         ],
-        base_model=metadata.get("hub", "").partition("@")[0] or None,  # weights that were pulled
+        base_model=origin if origin not in ("", name.repository) else None,
         metrics=["dice"] if metadata.get("pretext_dice_per_class") else None,
     )
-    page = card.replace(_PULL_PLACEHOLDER, f"nnUNetv2_vf pull {name.repository}")
-    page = _PICTURE.sub(lambda link: link[0] if link[1] in pictures else "", page)
+    page = _PULL.sub(f"nnUNetv2_vf pull {name}", card)
+    for missing in set(PICTURES) - set(pictures):
+        page = re.sub(rf"!\[[^\]]*\]\({re.escape(missing)}\)\n?", "", page)
     return f"---\n{data.to_yaml()}\n---\n\n{page}"
 
 

@@ -36,7 +36,7 @@ def load_safely(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         if path.is_dir():
-            raise UserError(f"{path} is a folder; name a file in it, such as {path / 'vf_pretrained.pth'}")
+            raise UserError(f"{path} is a folder; name a file in it: {_name_weights_in(path)}")
         raise UserError(f"no file {path}; {_HINT}")
     if path.suffix == SAFETENSORS_ENDING:
         return read_safetensors(path)
@@ -55,6 +55,11 @@ def load_safely(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of weights")
     return content
+
+
+def _name_weights_in(folder: Path) -> str:
+    files = sorted(folder.glob("*.pth")) + sorted(folder.glob(f"*{SAFETENSORS_ENDING}"))
+    return ", ".join(str(file) for file in files[:3]) or "it holds no .pth and no .safetensors"
 
 
 def _unsafe_globals(path: Path) -> list[str]:

@@ -415,6 +415,20 @@ def test_curves_are_tabulated_without_scores_of_test_cases(tmp_path):
     }
 
 
+def test_the_early_columns_are_means_over_classes_and_seeds():
+    dice = {(seed, name): 0.1 * seed + 0.2 * (name == "b") for seed in (0, 1) for name in "ab"}
+    common = {"plans": "p", "arm": "full", "labels": 2}
+    curves = pd.DataFrame(
+        [
+            {**common, "seed": seed, "class": name, "iteration": iteration, "dice": value * iteration / 50}
+            for (seed, name), value in dice.items()
+            for iteration in (50, 100)
+        ]
+    )
+    (row,) = curves_table(curves, ["full"])
+    assert [row[f"after {iteration}"] for iteration in (25, 50, 100, 200)] == ["-", "0.15", "0.30", "-"]
+
+
 def test_the_gain_of_a_case_uses_the_seeds_that_both_arms_have():
     def rows(dice: dict[tuple[int, str], float]) -> pd.DataFrame:
         return pd.DataFrame([{"seed": seed, "case": case, "dice": value} for (seed, case), value in dice.items()])

@@ -136,11 +136,15 @@ def test_the_next_command_has_clean_only_if_the_dataset_changed_after_its_finger
     fingerprint.parent.mkdir()
     fingerprint.touch()
     run_import(data)
-    assert "--clean" not in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "--clean" not in output
+    assert "for PCT-Net: nnUNetv2_vf plan -d 100 " in output
     time.sleep(0.01)  # the fingerprint becomes older than the dataset
     write_volume(data / "2.nii.gz", ct(2))
     run_import(data)
-    assert "nnUNetv2_plan_and_preprocess -d 100 -c 3d_fullres --clean" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "nnUNetv2_plan_and_preprocess -d 100 -c 3d_fullres --clean" in output
+    assert "for PCT-Net: nnUNetv2_extract_fingerprint -d 100 --clean; nnUNetv2_vf plan -d 100 " in output
 
 
 def test_the_next_steps_name_cases_that_are_in_no_fold_of_an_older_split(dataset, data, capsys):

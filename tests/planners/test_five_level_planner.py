@@ -157,6 +157,17 @@ def test_a_missing_fingerprint_is_made(copied_dataset, monkeypatch):
     assert (copied_dataset / "New.json").is_file()
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--like", "nowhere.pth"], ["-gpu_memory_target", "-1"], ["-overwrite_target_spacing", "0", "1", "1"]]
+)
+def test_no_fingerprint_is_made_for_options_that_are_not_legal(copied_dataset, monkeypatch, arguments):
+    monkeypatch.delenv("nnUNet_n_proc_DA")  # a value for training
+    (copied_dataset / "dataset_fingerprint.json").unlink()
+    with pytest.raises(SystemExit, match=r"^nnUNetv2_vf: error: .*(legal|no file|three positive)"):
+        main(["plan", "-d", str(DATASET_ID), *arguments])
+    assert not (copied_dataset / "dataset_fingerprint.json").exists()
+
+
 def test_planning_by_python_names_the_command_that_makes_a_fingerprint(empty_dataset):
     empty_dataset((1.0, 1.0, 1.0), (40, 60, 60), fingerprint=False)
     with pytest.raises(UserError, match="nnUNetv2_extract_fingerprint -d 42"):

@@ -149,6 +149,30 @@ def test_a_server_that_fails_after_it_has_made_the_run_gets_no_second_run(tmp_pa
     assert len(lines) == 1
 
 
+def test_a_server_that_fails_when_a_training_continues_gets_no_second_run(tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    fold = tmp_path / "results" / DATASET / "trainer" / "fold_0"
+    fold.mkdir(parents=True)
+    lines: list[str] = []
+    (logger,) = make_loggers("mlflow", Run(fold, {}), lines.append)
+    logger.log("train_losses", 0.5, 0)
+    (logger,) = make_loggers("mlflow", Run(fold, {}, is_continued=True), lines.append)
+
+    def fail(*_: object) -> None:
+        raise MlflowException("out of order")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "get_run", fail)
+        logger.log("train_losses", 0.4, 1)
+    logger.log("train_losses", 0.3, 2)
+    client, (run,) = read_mlflow(tmp_path / "results")
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train_losses")] == [0, 2]
+    assert len(lines) == 1
+
+
 def test_folds_that_start_together_share_an_experiment(tmp_path, monkeypatch):
     """Another fold makes the experiment between the question whether it exists and its creation."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

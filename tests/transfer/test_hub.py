@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import DATASET_ID
 from local_hub import LocalHub, Repository, local_hub
+from trainings import make_trainer
 
 from nnunetv2_vf.cli import main
 from nnunetv2_vf.transfer.artifact import read_artifact
@@ -116,8 +118,11 @@ def test_a_name_on_the_hub_works_wherever_weights_are_named(
     monkeypatch.delenv("nnUNet_n_proc_DA")  # a value for training
     weights = f"hf://{NAME}{suffix}"
     main(["info", weights])
+    origin = f"{NAME}@{pushed.repositories[NAME].commit}"
+    assert f", from {origin} on the Hugging Face Hub" in capsys.readouterr().out
     main(["plan", "-d", str(DATASET_ID), "--like", weights, "-overwrite_plans_name", "Like"])
     planned = capsys.readouterr().out
+    assert json.loads((copied_dataset / "Like.json").read_text())["volume_fusion_like"]["hub"] == origin
     assert "-pretrained_weights" in planned
     assert "vf_pretrained.pth" in planned
     main(["adapt", weights, "-d", str(DATASET_ID), "-o", str(tmp_path / "adapted.pth")])
@@ -137,7 +142,35 @@ def test_cached_weights_work_without_a_network(pushed, monkeypatch, capsys):
     notice, offline = capsys.readouterr().out.split("\n", 1)
     assert offline == online
     commit = pushed.repositories[NAME].commit[:7]
-    assert notice == f"http://127.0.0.1:9 cannot be reached; commit {commit} of {NAME} from the cache is used"
+    assert notice == f"http://127.0.0.1:9 does not answer; commit {commit} of {NAME} from the cache is used"
+
+
+def test_cached_weights_of_a_commit_need_no_answer(pushed, monkeypatch, capsys):
+    weights = f"hf://{NAME}@{pushed.repositories[NAME].commit}"
+    main(["info", weights])
+    online = capsys.readouterr().out
+    pushed.shutdown()
+    pushed.server_close()
+    main(["info", weights])
+    assert capsys.readouterr().out == online
+
+
+def test_a_hub_that_is_out_of_order_does_not_stop_cached_weights(pushed, capsys):
+    main(["info", f"hf://{NAME}"])
+    pushed.is_out_of_order = True
+    main(["info", f"hf://{NAME}"])
+    assert "does not answer; commit" in capsys.readouterr().out
+
+
+def test_the_log_of_a_fine_tuning_names_repository_and_commit(pushed, two_epochs, tmp_path, monkeypatch):
+    main(["pull", NAME, "-o", str(tmp_path / "pulled")])
+    weights = tmp_path / "pulled" / "vf_pretrained.pth"
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "-pretrained_weights", str(weights)])
+    trainer = make_trainer("VFFinetuneTrainer")
+    trainer.initialize()
+    trainer.on_train_start()
+    (log,) = Path(trainer.output_folder).glob("training_log*.txt")
+    assert f"Pretrained weights: {NAME}@{pushed.repositories[NAME].commit}, trained on" in log.read_text()
 
 
 def test_safetensors_are_read_like_artifacts_and_converted(pushed, file, tmp_path, capsys):
@@ -197,7 +230,7 @@ def test_private_gated_and_unknown_repositories_are_told_apart(pushed, file, tmp
     assert "is gated" in error_of(pull)
     repository.gated, repository.private = False, True
     monkeypatch.setenv("HF_TOKEN", "hf_other")
-    assert "check the spelling; or it is private, then your token may not see it" in error_of(pull)
+    assert "check the spelling; if it is private, use a token that can read it" in error_of(pull)
     assert "log in" in error_of(["push", str(file), NAME])
     monkeypatch.setenv("HF_TOKEN", pushed.TOKEN)
     main(pull)
@@ -219,13 +252,28 @@ def test_only_the_pictures_of_the_training_are_uploaded(hub, file):
     assert uploaded <= {"preview.png", "progress.png", "pretext_report.png"}
     main(["push", str(file), NAME, "--no-pictures"])
     assert not {name for name in hub.repositories[NAME].files if name.endswith(".png")}
-    assert "![" not in hub.repositories[NAME].files["README.md"].decode()
 
 
 def test_weights_that_were_pulled_name_their_origin_when_they_are_pushed_again(pushed, tmp_path):
     main(["pull", NAME, "-o", str(tmp_path / "pulled")])
     main(["push", str(tmp_path / "pulled" / "vf_pretrained.pth"), "someone-else/lung-ct"])
-    assert f"base_model: {NAME}\n" in pushed.repositories["someone-else/lung-ct"].files["README.md"].decode()
+    page = pushed.repositories["someone-else/lung-ct"].files["README.md"].decode()
+    assert f"base_model: {NAME}\n" in page
+    assert "nnUNetv2_vf pull someone-else/lung-ct -o ." in page
+    assert f"nnUNetv2_vf pull {NAME}" not in page
+    main(["push", str(tmp_path / "pulled" / "vf_pretrained.pth"), NAME])
+    assert "base_model" not in pushed.repositories[NAME].files["README.md"].decode()
+
+
+def test_pictures_and_emphasis_of_the_author_are_kept(hub, file):
+    card = file.with_name(CARD_NAME)
+    text = card.read_text().replace("- Licence of the weights: CC BY 4.0", "**Licence of the weights:** MIT")
+    card.write_text(text + "![logo](https://example.org/logo.png)\n")
+    main(["push", str(file), NAME, "--no-pictures"])
+    page = hub.repositories[NAME].files["README.md"].decode()
+    assert "license: mit\n" in page
+    assert "![logo](https://example.org/logo.png)" in page
+    assert "preview.png" not in page
 
 
 def test_a_hub_without_the_transfer_service_xet_is_explained(hub, file, monkeypatch):
@@ -320,9 +368,9 @@ def test_push_needs_a_complete_model_card(hub, file):
     card = file.with_name(CARD_NAME)
     complete = card.read_text()
     card.write_text(complete.replace(f"{AUTHORS_ENTRIES[1]}: CC BY 4.0", f"{AUTHORS_ENTRIES[1]}:"))
-    assert f"run the same command again: {AUTHORS_ENTRIES[1]}" in error_of(["push", str(file), NAME])
+    assert f"then run again: '{AUTHORS_ENTRIES[1]}: ...'" in error_of(["push", str(file), NAME])
     card.write_text(complete.replace("CC BY 4.0", TO_BE_FILLED_IN))
-    assert "; ".join(AUTHORS_ENTRIES) in error_of(["push", str(file), NAME])
+    assert all(entry in error_of(["push", str(file), NAME]) for entry in AUTHORS_ENTRIES)
     card.unlink()
     assert "'Author and contact: ...'" in error_of(["push", str(file), NAME])
     assert not hub.repositories
@@ -330,13 +378,19 @@ def test_push_needs_a_complete_model_card(hub, file):
 
 def test_push_takes_only_files_of_pretrained_weights(hub, file):
     assert "nnUNetv2_vf pull a/b -o FOLDER" in error_of(["push", "hf://a/b", NAME])
-    assert f"name a file in it, such as {file}" in error_of(["push", str(file.parent), NAME])
-    assert "nnUNetv2_export_model_to_zip" in error_of(["push", str(file.with_name("checkpoint_final.pth")), NAME])
+    assert f"name a file in it: {file.with_name('checkpoint_final.pth')}, {file}" in error_of(
+        ["push", str(file.parent), NAME]
+    )
+    assert "legal: vf_pretrained.pth, which pretraining writes beside it" in error_of(
+        ["push", str(file.with_name("checkpoint_final.pth")), NAME]
+    )
     assert not hub.repositories
 
 
 def test_a_name_without_its_scheme_is_explained():
-    assert "are named hf://someone/lung-ct" in error_of(["info", NAME])
+    for name in (NAME, f"{NAME}@v1.0"):
+        assert f"are named hf://{name}" in error_of(["info", name])
+    assert "hf://" not in error_of(["info", "no/file.pth"])
 
 
 @pytest.mark.parametrize("name", ["lung-ct", "a/b/c", "user/name@", "https://huggingface.co/a/b"])

@@ -79,7 +79,7 @@ def test_a_model_card_describes_each_artifact(artifacts):
         vf = read_artifact(artifact)["vf"]
         names = {"U-Net": "PlainConvUNet", "ResEnc-M": "ResidualEncoderUNet", "PCT-Net": "PCTNet", "FMUNet": "FMUNet"}
         name = names[network]
-        assert card.startswith(f"# vf_pretrained.pth: {name} pretrained with Volume Fusion on {DATASET}\n")
+        assert card.startswith(f"# {name} pretrained with Volume Fusion on {DATASET}\n")
         assert f"| images | 10 cases of {DATASET}, fold all |" in card
         assert all(f"| {setting} | {value} |" in card for setting, value in vf["settings"].items())
         assert " | ".join(f"{dice:.3f}" for dice in vf["pretext_dice_per_class"]) in card
