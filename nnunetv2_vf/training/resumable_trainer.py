@@ -166,6 +166,8 @@ class ResumableTrainer(DistributedTrainer):
         self.print_to_log_file(f"{signal_name}: exit in epoch {self.current_epoch}, status {status}; {hint}")
         # Wait for rank 0 to write: when one process exits, torchrun ends the others.
         self.ranks.largest(Action.CONTINUE)
+        # End the data workers now: Python would end them at exit, and nnU-Net's thread would report them as dead.
+        self.dataloader_train = self.dataloader_val = None
         sys.exit(status)
 
     # ------------------------------------------------------------------ checkpoints: hooks for subclasses

@@ -111,7 +111,7 @@ def test_the_plans_of_any_target_get_the_pretrained_network(empty_dataset, pretr
         )
     assert list(PlansManager(plans).get_configuration("3d_fullres").spacing) == list(TARGETS[target][0])
     options = {"spacing": "target", "normalization": "pretrained"}  # both datasets are CT
-    assert plans["volume_fusion_like"] == {"file": path.name, "dataset": None, **options}
+    assert plans["volume_fusion_like"] == {"file": path.name, "hub": None, "dataset": None, **options}
     out = capsys.readouterr().out
     assert f"nnUNetv2_preprocess -d 42 -plans_name {name} -c 3d_fullres" in out
     assert f"nnUNetv2_train 42 3d_fullres 0 -p {name} -tr VFFinetuneTrainer -pretrained_weights {path}\n" in out

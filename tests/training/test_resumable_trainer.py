@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -85,6 +86,15 @@ def test_many_signals_and_frequent_checkpoints_do_not_change_the_result(
         exits += run_until_signal(trainer)
     assert exits >= 6
     assert_same_training(uninterrupted["nnUNetPlans"], checkpoint(tmp_path / "results"))
+
+
+def test_a_training_that_exits_has_ended_its_data_workers(three_epochs, monkeypatch):
+    """Else Python ends them, and nnU-Net's thread prints a traceback about dead workers."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    trainer = make_trainer("VFFinetuneTrainer")
+    run_before_step(trainer, 1, sender_of(signal.SIGTERM))
+    assert run_until_signal(trainer)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(
