@@ -344,10 +344,11 @@ def _run_plan(args: argparse.Namespace) -> None:
     for option in ("spacing", "normalization"):
         if args.like is None and getattr(args, option) == "pretrained":
             raise UserError(f"--{option} pretrained needs --like FILE, the pretrained weights")
-    check_options(args.gpu_memory_target, args.overwrite_target_spacing)
     like = None if args.like is None else local_file(args.like)
+    # Raise errors before a fingerprint is made, which may take hours.
     if like is not None:
-        read_with_architecture(like)  # raises before a fingerprint, which may take hours, is made
+        read_with_architecture(like)
+    check_options(args.gpu_memory_target, args.overwrite_target_spacing)
     for dataset in args.d:
         make_missing_fingerprint(dataset, default_num_processes)
     if like is not None:
