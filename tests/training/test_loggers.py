@@ -80,10 +80,16 @@ def test_an_interrupted_training_is_one_run_with_every_epoch_once(both, tmp_path
     assert runs[0].info.status == "FINISHED"
 
 
-def test_a_new_training_in_the_same_folder_is_a_new_run(tmp_path, monkeypatch):
+@pytest.fixture
+def fold(tmp_path, monkeypatch) -> Path:
+    """The output folder of a training that logs to local files."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    fold = tmp_path / "results" / DATASET / "trainer" / "fold_0"
-    fold.mkdir(parents=True)
+    folder = tmp_path / "results" / DATASET / "trainer" / "fold_0"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_a_new_training_in_the_same_folder_is_a_new_run(fold, tmp_path):
     for value in (0.5, 0.4):
         for logger in make_loggers("tensorboard+mlflow", Run(fold, {}), pytest.fail):
             for step in range(2):
@@ -127,12 +133,9 @@ def test_logging_goes_on_when_the_server_is_back(tmp_path, monkeypatch):
     assert [metric.step for metric in client.get_metric_history(runs[0].info.run_id, "train_losses")] == [1]
 
 
-def test_a_server_that_fails_after_it_has_made_the_run_gets_no_second_run(tmp_path, monkeypatch):
+def test_a_server_that_fails_after_it_has_made_the_run_gets_no_second_run(fold, tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    fold = tmp_path / "results" / DATASET / "trainer" / "fold_0"
-    fold.mkdir(parents=True)
     lines: list[str] = []
     (logger,) = make_loggers("mlflow", Run(fold, {"seed": 3}), lines.append)
 
@@ -149,13 +152,10 @@ def test_a_server_that_fails_after_it_has_made_the_run_gets_no_second_run(tmp_pa
     assert len(lines) == 1
 
 
-def test_a_server_that_fails_when_a_training_continues_gets_no_second_run(tmp_path, monkeypatch):
+def test_a_server_that_fails_when_a_training_continues_gets_no_second_run(fold, tmp_path, monkeypatch):
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    fold = tmp_path / "results" / DATASET / "trainer" / "fold_0"
-    fold.mkdir(parents=True)
     lines: list[str] = []
     (logger,) = make_loggers("mlflow", Run(fold, {}), lines.append)
     logger.log("train_losses", 0.5, 0)
