@@ -107,30 +107,42 @@ def scores_table(scores: pd.DataFrame, curves: pd.DataFrame, arms: Sequence[str]
 
 
 def _gain_columns(rows: pd.DataFrame, scratch: pd.DataFrame) -> Row:
-    """Return points of Dice over scratch with the same seeds: mean, each seed, 95 % interval over test cases."""
+    """Return points of Dice over scratch with the same seeds: mean, each seed, 95 % intervals."""
     dice, baseline = dice_by_seed(rows), dice_by_seed(scratch)
     seeds = [seed for seed in dice if seed in baseline]
     if not seeds:
-        return {"points against scratch": "-", "of each seed": "-", "95 % over cases": "-"}
+        return dict.fromkeys(("points against scratch", "of each seed", "95 % over cases", "... and seeds"), "-")
     points = [100 * (dice[seed] - baseline[seed]) for seed in seeds]
-    low, high = bootstrap_interval([100 * gain for gain in gain_by_case(rows, scratch, seeds)])
+    gains = 100 * gains_of_cases(rows, scratch, seeds)
     return {
         "points against scratch": f"{fmean(points):+.1f}",
         "of each seed": join(points, "+.1f"),
-        "95 % over cases": f"{low:+.1f} to {high:+.1f}",
+        "95 % over cases": "{:+.1f} to {:+.1f}".format(*interval_over_cases(gains)),
+        "... and seeds": "{:+.1f} to {:+.1f}".format(*interval_over_cases_and_seeds(gains)),
     }
 
 
-def gain_by_case(rows: pd.DataFrame, scratch: pd.DataFrame, seeds: Sequence[int]) -> list[float]:
-    """Return the gain of every case, mean over classes and the given seeds."""
-    own, baseline = (each[each["seed"].isin(seeds)].groupby("case")["dice"].mean() for each in (rows, scratch))
-    return [*(own - baseline)]
+def gains_of_cases(rows: pd.DataFrame, scratch: pd.DataFrame, seeds: Sequence[int]) -> np.ndarray:
+    """Return the gain of every case, mean over classes: one row for each seed, one column for each case."""
+    own, baseline = (each.pivot_table("dice", "seed", "case") for each in (rows, scratch))
+    gains: np.ndarray = (own - baseline).loc[[*seeds]].to_numpy()
+    return gains
 
 
-def bootstrap_interval(gains: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % interval of the mean, from 2000 draws of as many cases with replacement."""
-    draws = np.random.default_rng(0).choice(gains, (2000, len(gains)))
-    low, high = np.percentile(draws.mean(1), [2.5, 97.5])
+def interval_over_cases(gains: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of the mean over cases (columns), for these seeds: 2000 draws with replacement."""
+    return _interval(np.random.default_rng(0).choice(gains.mean(0), (2000, gains.shape[1])).mean(1))
+
+
+def interval_over_cases_and_seeds(gains: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of the mean: 2000 draws, with replacement, of as many seeds and as many cases."""
+    rng = np.random.default_rng(0)
+    seeds, cases = gains.shape
+    return _interval([gains[rng.choice(seeds, (seeds, 1)), rng.choice(cases, (1, cases))].mean() for _ in range(2000)])
+
+
+def _interval(means: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 

@@ -18,10 +18,11 @@ from label_efficiency_report import (
     SCORES,
     TABLE,
     VARIANTS,
-    bootstrap_interval,
     curves_table,
     early_table,
-    gain_by_case,
+    gains_of_cases,
+    interval_over_cases,
+    interval_over_cases_and_seeds,
     read_experiment,
     read_table,
     scores_table,
@@ -435,7 +436,7 @@ def test_the_gain_of_a_case_uses_the_seeds_that_both_arms_have():
 
     full = rows({(0, "a"): 0.5, (0, "b"): 0.9, (1, "a"): 0.1, (1, "b"): 0.1})
     scratch = rows({(0, "b"): 0.6, (0, "a"): 0.4})
-    assert gain_by_case(full, scratch, [0]) == pytest.approx([0.1, 0.3])
+    assert gains_of_cases(full, scratch, [0]) == pytest.approx(np.array([[0.1, 0.3]]))
 
 
 def test_the_start_of_a_curve_is_tabulated_for_each_seed():
@@ -450,8 +451,17 @@ def test_the_start_of_a_curve_is_tabulated_for_each_seed():
 
 
 def test_the_interval_contains_the_mean_gain_and_narrows_with_more_cases():
-    gains = np.random.default_rng(3).normal(1.0, 2.0, 400)
-    (low, high), (low_of_few, high_of_few) = bootstrap_interval(gains), bootstrap_interval(gains[:25])
+    gains = np.random.default_rng(3).normal(1.0, 2.0, (1, 400))
+    (low, high), (low_of_few, high_of_few) = interval_over_cases(gains), interval_over_cases(gains[:, :25])
     assert low < 1.0 < high
     assert high - low == pytest.approx(2 * 1.96 * 2.0 / 20, rel=0.2)  # the interval of a normal distribution
     assert high_of_few - low_of_few > 2 * (high - low)
+
+
+def test_seeds_that_differ_widen_the_interval_over_cases_and_seeds():
+    seeds = np.array([[0.0], [1.0], [5.0]])
+    gains = seeds + np.random.default_rng(3).normal(0.0, 0.1, (3, 400))
+    assert interval_over_cases(gains) == pytest.approx((2, 2), abs=0.1)
+    low, high = interval_over_cases_and_seeds(gains)
+    assert low < 0.4 < 3.6 < high  # of the means of three drawn seeds, 1 of 27 is 0 and 1 of 27 is 5
+    assert interval_over_cases_and_seeds(gains - seeds) == pytest.approx((0, 0), abs=0.1)
