@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from conftest import DATASET_ID, fold_folder
 
+from nnunetv2_vf.cli import main
 from nnunetv2_vf.demo.phantoms import make_phantom, write_dataset, write_images
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_commands import Workspace
@@ -118,8 +120,8 @@ def test_a_user_error_in_a_stock_command_is_one_line_and_exit_status_1(two_epoch
 
 def test_a_failing_command_is_reported_with_its_last_line(tmp_path):
     workspace = Workspace(tmp_path, processes=1)
-    with pytest.raises(UserError, match=r"nnUNetv2_plan_experiment failed with exit status 1: .*commands\.log"):
-        workspace.run("nnUNetv2_plan_experiment", "-d", 999)
+    with pytest.raises(UserError, match=r"nnUNetv2_vf failed with exit status 2: .*'nonsense'.*commands\.log"):
+        workspace.run("nnUNetv2_vf", "nonsense")
 
 
 def test_the_users_variables_do_not_reach_the_commands(tmp_path, monkeypatch):
@@ -132,14 +134,8 @@ def test_the_users_variables_do_not_reach_the_commands(tmp_path, monkeypatch):
 
 def test_the_demo_refuses_a_folder_that_is_not_empty(tmp_path):
     (tmp_path / "something").touch()
-    done = subprocess.run(
-        [sys.executable, "-m", "nnunetv2_vf", "demo", "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"nnUNetv2_vf: error: {tmp_path} is not an empty folder")
+    with pytest.raises(SystemExit, match=re.escape(f"nnUNetv2_vf: error: {tmp_path} is not an empty folder")):
+        main(["demo", "--out", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["something"]
 
 
