@@ -242,6 +242,7 @@ def early_table(curves: pd.DataFrame) -> list[Row]:
 def draw(scores: pd.DataFrame, curves: pd.DataFrame, arms: Sequence[str], file: Path) -> None:
     """Draw for every network the Dice by number of labels, and the curves of each number."""
     networks, numbers = (sorted(scores[column].unique()) for column in ("plans", "labels"))
+    arms = [arm for arm in arms if arm in scores["arm"].unique()]
     figure = Figure(figsize=(3.6 * (1 + len(numbers)), 3.2 * len(networks)), layout="constrained")
     grid = figure.subplots(len(networks), 1 + len(numbers), squeeze=False)
     for plans, (left, *others) in zip(networks, grid, strict=True):
@@ -250,16 +251,17 @@ def draw(scores: pd.DataFrame, curves: pd.DataFrame, arms: Sequence[str], file: 
         for labels, axis in zip(numbers, others, strict=True):
             _draw_curves(axis, select(curves, plans=plans, labels=labels), arms)
             axis.set_title(f"{labels} labels")
-    grid[0, 0].legend()
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms))
     figure.savefig(file, dpi=100)
 
 
 def _draw_scores(axis: Axes, scores: pd.DataFrame, arms: Sequence[str]) -> None:
-    for arm in arms:
+    for i, arm in enumerate(arms):
         dice = select(scores, arm=arm).groupby(["labels", "seed"])["dice"].mean()
         means = dice.groupby("labels").mean()
-        axis.plot(means.index, means, color=COLORS.get(arm), label=arm)
-        axis.plot(dice.index.get_level_values("labels"), dice, "o", color=COLORS.get(arm), alpha=0.5)
+        beside = 0.15 * (i - (len(arms) - 1) / 2)  # points of different arms do not hide each other
+        axis.plot(means.index + beside, means, "_-", color=COLORS.get(arm), markersize=12, label=arm)
+        axis.plot(dice.index.get_level_values("labels") + beside, dice, "o", color=COLORS.get(arm), alpha=0.5)
     axis.set(xlabel="labelled cases", ylabel="Dice, test cases", xticks=sorted(scores["labels"].unique()))
     axis.grid(alpha=0.3)
 

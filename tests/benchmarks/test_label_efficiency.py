@@ -17,6 +17,7 @@ from label_efficiency_report import (
     EXPERIMENTS,
     SCORES,
     TABLE,
+    VARIANT_CURVES,
     VARIANTS,
     curves_table,
     early_table,
@@ -36,7 +37,10 @@ from nnunetv2_vf.nnunet_commands import Workspace
 
 HIPPOCAMPUS = "hippocampus"
 CONFIG = read_experiment(HIPPOCAMPUS)
-COMMITTED = RESULTS / HIPPOCAMPUS
+PAGES = {  # of the committed results
+    "hippocampus": "label-efficiency.md",
+    "hippocampus_pretexts": "pretexts.md",
+}
 ARMS = ("scratch", "encoder", "full")
 
 
@@ -389,21 +393,27 @@ def test_the_table_shows_gains_speed_and_collapsed_trainings(tmp_path):
     assert "| p | 5 | full |" in (tmp_path / TABLE).read_text()
 
 
-def test_the_committed_tables_are_those_of_the_committed_results(tmp_path):
-    for name in (SCORES, CURVES, VARIANTS):
-        (tmp_path / name).write_text((COMMITTED / name).read_text())
-    write_report(tmp_path, HIPPOCAMPUS, CONFIG)
-    tables, committed = (folder / TABLE for folder in (tmp_path, COMMITTED))
+def test_every_committed_result_is_on_a_page():
+    assert {file.parent.name for file in RESULTS.rglob(SCORES)} == {*PAGES}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_committed_tables_are_those_of_the_committed_results(tmp_path, name):
+    for file in (SCORES, CURVES, VARIANTS, VARIANT_CURVES):
+        if (RESULTS / name / file).is_file():
+            (tmp_path / file).write_text((RESULTS / name / file).read_text())
+    write_report(tmp_path, name, read_experiment(name))
+    tables, committed = (folder / TABLE for folder in (tmp_path, RESULTS / name))
     assert tables.read_text() == committed.read_text()
-    rows = [line for line in tables.read_text().splitlines() if line.startswith(("| FMUNet", "| PCTNet", "| nnUNet"))]
-    assert len(rows) > 20
 
 
-def test_the_page_shows_the_committed_tables():
-    (page,) = (RESULTS.parents[1] / "docs").rglob("label-efficiency.md")
-    lines = page.read_text().splitlines()
-    rows = (COMMITTED / TABLE).read_text().splitlines()
-    assert all(row in lines for row in rows if row.startswith(("| FMUNet", "| PCTNet", "| nnUNet")))
+@pytest.mark.parametrize(("name", "page"), PAGES.items())
+def test_the_page_shows_the_committed_tables(name, page):
+    lines = (RESULTS.parents[1] / "docs" / "explanation" / page).read_text().splitlines()
+    tables = (RESULTS / name / TABLE).read_text().splitlines()
+    rows = [line for line in tables if line.startswith(("| FMUNet", "| PCTNet", "| nnUNet"))]
+    assert rows
+    assert [row for row in rows if row not in lines] == []
 
 
 def test_curves_are_tabulated_without_scores_of_test_cases(tmp_path):
