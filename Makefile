@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test test-slow lint docs package_as_installed clean
 
-# glibc keeps freed memory instead of returning it to the system: the tests take a tenth less time.
+# Make glibc keep freed memory instead of returning it to the system: on 2 CPU cores the tests take a tenth less time.
 test test-slow: export MALLOC_MMAP_THRESHOLD_ = 1000000000
 test test-slow: export MALLOC_TRIM_THRESHOLD_ = 4000000000
 test test-slow: export MALLOC_TOP_PAD_ = 100000000

@@ -5,17 +5,17 @@
 
 EXPERIMENT is the name of a file in ``benchmarks/experiments``: it names the dataset and has the split by case name, the
 networks ("plans"), the arms, the budgets and the variants. The arms are scratch, encoder (only the encoder is
-pretrained), full (encoder and decoder), and pretexts beside Volume Fusion (masked, fusion_masked). DATA is this dataset
-in nnU-Net's raw format.
+pretrained) and full (encoder and decoder); in the experiments ``*_pretexts`` they are scratch, fusion, masked and
+fusion_masked. DATA is this dataset in nnU-Net's raw format.
 
-One training, a "cell", is a network, arm, number of labels and seed. The script pretrains each network once, on the
-images of the labelled and validation cases, then fine-tunes every cell with VFFinetuneTrainer: with the same cases,
-budget and samples in the same order in all arms. nnUNetv2_predict predicts the test cases, which neither planning nor
-training has seen.
+One training, a "cell", is a network, arm, number of labels and seed. The script pretrains each network once for each
+pretext, on the images of the labelled and validation cases. Then it fine-tunes every cell with VFFinetuneTrainer: with
+the same cases, budget and samples in the same order in all arms. nnUNetv2_predict predicts the test cases, which
+neither planning nor training has seen.
 
 The folder ``pretraining`` below ``--work`` has a folder for each pretraining, named by a fingerprint of its plans,
-settings and cases, which is also in the rows of the cells that start from it. Weights from another machine are used if
-their folder is copied there.
+settings and cases, which is also in the rows of the cells that start from it. Its ``pretext_report.json`` is copied to
+the tables. Weights from another machine are used if their folder is copied there.
 
 Finished cells are rows of ``scores.csv`` and ``curves.csv`` in the folder ``--tables`` and are not run again; an
 interrupted cell continues. ``--minutes`` starts no cell that would not end in time, judged by the finished cells of the
@@ -24,7 +24,8 @@ validation cases, in ``variants.csv`` and ``variant_curves.csv``. At the end ``l
 tabulates.
 
 Duration: on 2 CPU cores with ``--jobs 2``, hippocampus with 2, 5 and 10 labels: 3 hours for nnUNetPlansHalf, 4 hours
-for PCTNetPlansHalf. Needs: the dataset.
+for PCTNetPlansHalf; hippocampus_pretexts with 2 labels and left_atrium_pretexts with 4: 1 hour each, with one thread
+for each training (PYTHON_CPU_COUNT=1, Python 3.13 or newer). Needs: the dataset.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from cells import CELL, DEFAULT_VARIANT, Cell, belongs_to, read_rows, usual_seco
 from common import NETWORK_PLANS, RESULTS, describe_device, make_parser, write_result
 from label_efficiency_report import (
     CURVES,
+    PRETRAININGS,
     SCORES,
     VARIANT_CURVES,
     VARIANTS,
@@ -235,6 +237,11 @@ class Experiment:
                     print(f"{number} of {len(remaining)}: {cell}: not started, it would not end in time", flush=True)
                     continue
                 scores, curve = future.result()
+                if cell in sources:
+                    report = pretrainings[sources[cell]].result().with_name("pretext_report.json")
+                    copy = tables / PRETRAININGS / f"{self.fingerprint(*sources[cell])}.json"
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(report, copy)
                 write_cell(curve_file, key, cell, curve)  # first: a cell with scores counts as finished
                 write_cell(file, key, cell, scores)
                 mean = np.mean([row["dice"] for row in scores])

@@ -3,7 +3,8 @@
     python benchmarks/label_efficiency_report.py EXPERIMENT [--tables FOLDER]
 
 EXPERIMENT is the name of a file in ``benchmarks/experiments``. Reads ``scores.csv`` (test cases), ``curves.csv``,
-``variants.csv`` and ``variant_curves.csv`` (validation cases) in FOLDER. Writes ``table.md`` beside them and
+``variants.csv`` and ``variant_curves.csv`` (validation cases) and ``pretrainings`` (reports of the pretexts) in FOLDER.
+Writes ``table.md`` beside them and
 ``few_labels_EXPERIMENT.png``: to ``docs/images`` for the committed tables, else to FOLDER. ``label_efficiency.py`` does
 the same after its last training.
 
@@ -29,6 +30,7 @@ from nnunetv2_vf.errors import UserError, one_line_errors
 
 SCORES, CURVES, TABLE = "scores.csv", "curves.csv", "table.md"
 VARIANTS, VARIANT_CURVES = "variants.csv", "variant_curves.csv"
+PRETRAININGS = "pretrainings"
 EXPERIMENTS = Path(__file__).with_name("experiments")
 COLLAPSED_DICE = 0.1  # a training with a class of a lower mean Dice has collapsed
 SMOOTHED_EPOCHS = 3
@@ -111,14 +113,15 @@ def _gain_columns(rows: pd.DataFrame, scratch: pd.DataFrame) -> Row:
     dice, baseline = dice_by_seed(rows), dice_by_seed(scratch)
     seeds = [seed for seed in dice if seed in baseline]
     if not seeds:
-        return dict.fromkeys(("points against scratch", "of each seed", "95 % over cases", "... and seeds"), "-")
+        names = ("points against scratch", "of each seed", "95 % over cases", "95 % over cases and seeds")
+        return dict.fromkeys(names, "-")
     points = [100 * (dice[seed] - baseline[seed]) for seed in seeds]
     gains = 100 * gains_of_cases(rows, scratch, seeds)
     return {
         "points against scratch": f"{fmean(points):+.1f}",
         "of each seed": join(points, "+.1f"),
-        "95 % over cases": "{:+.1f} to {:+.1f}".format(*interval_over_cases(gains)),
-        "... and seeds": "{:+.1f} to {:+.1f}".format(*interval_over_cases_and_seeds(gains)),
+        "95 % over cases": "{:+.1f} to {:+.1f}".format(*bootstrap_interval(gains, draw_seeds=False)),
+        "95 % over cases and seeds": "{:+.1f} to {:+.1f}".format(*bootstrap_interval(gains, draw_seeds=True)),
     }
 
 
@@ -129,20 +132,17 @@ def gains_of_cases(rows: pd.DataFrame, scratch: pd.DataFrame, seeds: Sequence[in
     return gains
 
 
-def interval_over_cases(gains: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % interval of the mean over cases (columns), for these seeds: 2000 draws with replacement."""
-    return _interval(np.random.default_rng(0).choice(gains.mean(0), (2000, gains.shape[1])).mean(1))
+def bootstrap_interval(gains: np.ndarray, draw_seeds: bool) -> tuple[float, float]:
+    """Return the 95 % interval of the mean gain: 2000 draws, with replacement, of as many cases (columns).
 
-
-def interval_over_cases_and_seeds(gains: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % interval of the mean: 2000 draws, with replacement, of as many seeds and as many cases."""
+    Args:
+        draw_seeds: draw the seeds (rows) too, independently of the cases; else the interval is for these seeds.
+    """
     rng = np.random.default_rng(0)
     seeds, cases = gains.shape
-    return _interval([gains[rng.choice(seeds, (seeds, 1)), rng.choice(cases, (1, cases))].mean() for _ in range(2000)])
-
-
-def _interval(means: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(means, [2.5, 97.5])
+    columns = rng.choice(cases, (2000, 1, cases))
+    rows = rng.choice(seeds, (2000, seeds, 1)) if draw_seeds else np.arange(seeds)[:, None]
+    low, high = np.percentile(gains[rows, columns].mean((1, 2)), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -236,6 +236,28 @@ def early_table(curves: pd.DataFrame) -> list[Row]:
     return table
 
 
+# ---------------------------------------------------------------- pretrainings
+
+
+def pretrainings_table(folder: Path) -> list[Row]:
+    """Return one row for every ``pretext_report.json`` in a folder: what a network had learnt of its pretext."""
+    table = []
+    for file in sorted(folder.glob("*.json")):
+        report = json.loads(file.read_text())
+        settings, dice, shares = report["settings"], report["dice_per_class"], report["restored_share"]
+        table.append(
+            {
+                "pretext": settings["pretext"],
+                "iterations": str(settings["num_epochs"] * settings["iterations_per_epoch"]),
+                "samples of the report": str(report["samples"]),
+                "mean Dice of the fusion classes": f"{fmean(dice.values()):.2f}" if dice else "-",
+                "Dice of each": join([*dice.values()], ".2f") or "-",
+                "restored share": join([*shares.values()], ".2f") or "-",
+            }
+        )
+    return table
+
+
 # ---------------------------------------------------------------- figure
 
 
@@ -259,9 +281,9 @@ def _draw_scores(axis: Axes, scores: pd.DataFrame, arms: Sequence[str]) -> None:
     for i, arm in enumerate(arms):
         dice = select(scores, arm=arm).groupby(["labels", "seed"])["dice"].mean()
         means = dice.groupby("labels").mean()
-        beside = 0.15 * (i - (len(arms) - 1) / 2)  # points of different arms do not hide each other
-        axis.plot(means.index + beside, means, "_-", color=COLORS.get(arm), markersize=12, label=arm)
-        axis.plot(dice.index.get_level_values("labels") + beside, dice, "o", color=COLORS.get(arm), alpha=0.5)
+        offset = 0.15 * (i - (len(arms) - 1) / 2)  # points of different arms do not hide each other
+        axis.plot(means.index + offset, means, "_-", color=COLORS.get(arm), markersize=12, label=arm)
+        axis.plot(dice.index.get_level_values("labels") + offset, dice, "o", color=COLORS.get(arm), alpha=0.5)
     axis.set(xlabel="labelled cases", ylabel="Dice, test cases", xticks=sorted(scores["labels"].unique()))
     axis.grid(alpha=0.3)
 
@@ -298,6 +320,8 @@ def write_report(folder: Path, name: str, config: Mapping[str, Any]) -> None:
         tables["Variants, validation cases"] = variants_table(variants)
     if len(variant_curves):
         tables["Start of the curves of the variants, pseudo Dice of validation cases"] = early_table(variant_curves)
+    if pretrainings := pretrainings_table(folder / PRETRAININGS):
+        tables["Pretrainings"] = pretrainings
     text = "\n\n".join(f"{title}:\n\n{markdown_table(rows)}" for title, rows in tables.items()) + "\n"
     print(f"\n{text}")
     (folder / TABLE).write_text(text)

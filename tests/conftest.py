@@ -43,7 +43,7 @@ PIXEL = base64.b64decode(  # a PNG
 )
 
 os.environ.update(nnUNet_def_n_proc="1", nnUNet_n_proc_DA="1")  # nnU-Net reads these when it is imported
-os.environ["OMP_WAIT_POLICY"] = "passive"  # for commands: two tests at a time share the cores
+os.environ["OMP_WAIT_POLICY"] = "passive"  # threads of commands sleep while they wait: two tests share the cores
 torch.set_num_threads(1)  # the networks are tiny
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 
 import numpy as np
@@ -15,15 +16,15 @@ from label_efficiency import MAX_SEEDS, RECORD, Experiment, require_same_configu
 from label_efficiency_report import (
     CURVES,
     EXPERIMENTS,
+    PRETRAININGS,
     SCORES,
     TABLE,
-    VARIANT_CURVES,
     VARIANTS,
+    bootstrap_interval,
     curves_table,
     early_table,
     gains_of_cases,
-    interval_over_cases,
-    interval_over_cases_and_seeds,
+    pretrainings_table,
     read_experiment,
     read_table,
     scores_table,
@@ -144,6 +145,7 @@ def test_cells_from_scratch_do_not_wait_for_a_pretraining(tmp_path):
     class Recorded(Experiment):
         def pretrain(self, plans, settings):
             assert first_cell_is_done.wait(60), "the first cell to run must be from scratch"
+            (tmp_path / "pretext_report.json").write_text("{}")
             return tmp_path / plans
 
         def finetune(self, cell, on_test_cases, pretrained):
@@ -159,6 +161,7 @@ def test_cells_from_scratch_do_not_wait_for_a_pretraining(tmp_path):
     assert weights_of == {"scratch": None, "full": "nnUNetPlansSmall", "encoder": "nnUNetPlansSmall"}
     fingerprints = {row["arm"]: row["pretraining"] for row in read_rows(tmp_path / SCORES)}
     assert fingerprints["full"] == fingerprints["encoder"] != "" == fingerprints["scratch"]
+    assert [file.stem for file in (tmp_path / PRETRAININGS).iterdir()] == [fingerprints["full"]]
 
 
 def test_a_cell_that_would_not_end_in_time_is_not_started(tmp_path, capsys):
@@ -381,7 +384,8 @@ def test_the_table_shows_gains_speed_and_collapsed_trainings(tmp_path):
     assert rows["full"]["Dice"] == "0.650 ± 0.071"
     assert rows["full"]["points against scratch"] == "+10.0"
     assert rows["full"]["of each seed"] == "+10.0, +10.0"
-    assert rows["full"]["95 % over cases"] == "+10.0 to +10.0"  # all cases gain the same
+    for column in ("95 % over cases", "95 % over cases and seeds"):
+        assert rows["full"][column] == "+10.0 to +10.0"  # all cases and seeds gain the same
     assert rows["scratch"]["points against scratch"] == "-"
     assert rows["full"]["reaches scratch's"] == "10"
     assert rows["scratch"]["reaches scratch's"] == "50"
@@ -399,12 +403,10 @@ def test_every_committed_result_is_on_a_page():
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_committed_tables_are_those_of_the_committed_results(tmp_path, name):
-    for file in (SCORES, CURVES, VARIANTS, VARIANT_CURVES):
-        if (RESULTS / name / file).is_file():
-            (tmp_path / file).write_text((RESULTS / name / file).read_text())
-    write_report(tmp_path, name, read_experiment(name))
-    tables, committed = (folder / TABLE for folder in (tmp_path, RESULTS / name))
-    assert tables.read_text() == committed.read_text()
+    copy = shutil.copytree(RESULTS / name, tmp_path / name)
+    (copy / TABLE).unlink()
+    write_report(copy, name, read_experiment(name))
+    assert (copy / TABLE).read_text() == (RESULTS / name / TABLE).read_text()
 
 
 @pytest.mark.parametrize(("name", "page"), PAGES.items())
@@ -440,6 +442,14 @@ def test_the_early_columns_are_means_over_classes_and_seeds():
     assert [row[f"after {iteration}"] for iteration in (25, 50, 100, 200)] == ["-", "0.15", "0.30", "-"]
 
 
+def test_what_the_pretrainings_have_learnt_is_tabulated(tmp_path):
+    settings = {"pretext": "fusion+masked", "num_epochs": 3, "iterations_per_epoch": 50}
+    report = {"samples": 8, "dice_per_class": {"a": 0.2, "b": 0.6}, "restored_share": {"channel_0": 0.5}}
+    (tmp_path / "5481ff4a8bda.json").write_text(json.dumps({**report, "settings": settings}))
+    (row,) = pretrainings_table(tmp_path)
+    assert [*row.values()] == ["fusion+masked", "150", "8", "0.40", "0.20, 0.60", "0.50"]
+
+
 def test_the_gain_of_a_case_uses_the_seeds_that_both_arms_have():
     def rows(dice: dict[tuple[int, str], float]) -> pd.DataFrame:
         return pd.DataFrame([{"seed": seed, "case": case, "dice": value} for (seed, case), value in dice.items()])
@@ -462,7 +472,8 @@ def test_the_start_of_a_curve_is_tabulated_for_each_seed():
 
 def test_the_interval_contains_the_mean_gain_and_narrows_with_more_cases():
     gains = np.random.default_rng(3).normal(1.0, 2.0, (1, 400))
-    (low, high), (low_of_few, high_of_few) = interval_over_cases(gains), interval_over_cases(gains[:, :25])
+    low, high = bootstrap_interval(gains, draw_seeds=False)
+    low_of_few, high_of_few = bootstrap_interval(gains[:, :25], draw_seeds=False)
     assert low < 1.0 < high
     assert high - low == pytest.approx(2 * 1.96 * 2.0 / 20, rel=0.2)  # the interval of a normal distribution
     assert high_of_few - low_of_few > 2 * (high - low)
@@ -471,7 +482,7 @@ def test_the_interval_contains_the_mean_gain_and_narrows_with_more_cases():
 def test_seeds_that_differ_widen_the_interval_over_cases_and_seeds():
     seeds = np.array([[0.0], [1.0], [5.0]])
     gains = seeds + np.random.default_rng(3).normal(0.0, 0.1, (3, 400))
-    assert interval_over_cases(gains) == pytest.approx((2, 2), abs=0.1)
-    low, high = interval_over_cases_and_seeds(gains)
-    assert low < 0.4 < 3.6 < high  # of the means of three drawn seeds, 1 of 27 is 0 and 1 of 27 is 5
-    assert interval_over_cases_and_seeds(gains - seeds) == pytest.approx((0, 0), abs=0.1)
+    assert bootstrap_interval(gains, draw_seeds=False) == pytest.approx((2, 2), abs=0.1)
+    # 1 of 27 draws has only the first seed: 3.7 %, more than the 2.5 % below the interval. So has the last seed.
+    assert bootstrap_interval(gains, draw_seeds=True) == pytest.approx((0, 5), abs=0.1)
+    assert bootstrap_interval(gains - seeds, draw_seeds=True) == pytest.approx((0, 0), abs=0.1)
