@@ -24,8 +24,8 @@ validation cases, in ``variants.csv`` and ``variant_curves.csv``. At the end ``l
 tabulates.
 
 Duration: on 2 CPU cores with ``--jobs 2``, hippocampus with 2, 5 and 10 labels: 3 hours for nnUNetPlansHalf, 4 hours
-for PCTNetPlansHalf; hippocampus_pretexts with 2 labels and left_atrium_pretexts with 4: 1 hour each, with one thread
-for each training (PYTHON_CPU_COUNT=1, Python 3.13 or newer). Needs: the dataset.
+for PCTNetPlansHalf; hippocampus_pretexts with 2 labels, and one thread for each training (PYTHON_CPU_COUNT=1, Python
+3.13 or newer): 1 hour. Needs: the dataset.
 """
 
 from __future__ import annotations
