@@ -238,10 +238,7 @@ class Experiment:
                     continue
                 scores, curve = future.result()
                 if cell in sources:
-                    report = pretrainings[sources[cell]].result().with_name("pretext_report.json")
-                    copy = tables / PRETRAININGS / f"{self.fingerprint(*sources[cell])}.json"
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(report, copy)
+                    self._keep_report(sources[cell], pretrainings[sources[cell]].result(), tables / PRETRAININGS)
                 write_cell(curve_file, key, cell, curve)  # first: a cell with scores counts as finished
                 write_cell(file, key, cell, scores)
                 mean = np.mean([row["dice"] for row in scores])
@@ -278,6 +275,11 @@ class Experiment:
             environment = variables("nnUNet_vf_", dict(settings), self.workers)
             self._train("all", plans, PRETRAIN, results, *flags, **environment)
         return fold / "vf_pretrained.pth"
+
+    def _keep_report(self, source: tuple[str, Settings], weights: Path, folder: Path) -> None:
+        """Copy the report beside pretrained weights to a folder, under the fingerprint of the pretraining."""
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(weights.with_name("pretext_report.json"), folder / f"{self.fingerprint(*source)}.json")
 
     def pretraining_of(self, cell: Cell) -> tuple[str, Settings]:
         """Return the plans, which may have a patch of their own, and the settings of a cell's pretraining."""

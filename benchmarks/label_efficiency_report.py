@@ -4,9 +4,8 @@
 
 EXPERIMENT is the name of a file in ``benchmarks/experiments``. Reads ``scores.csv`` (test cases), ``curves.csv``,
 ``variants.csv`` and ``variant_curves.csv`` (validation cases) and ``pretrainings`` (reports of the pretexts) in FOLDER.
-Writes ``table.md`` beside them and
-``few_labels_EXPERIMENT.png``: to ``docs/images`` for the committed tables, else to FOLDER. ``label_efficiency.py`` does
-the same after its last training.
+Writes ``table.md`` beside them and ``few_labels_EXPERIMENT.png``: to ``docs/images`` for the committed tables, else to
+FOLDER. ``label_efficiency.py`` does the same after its last training.
 
 Duration: seconds. Needs: nothing else.
 """

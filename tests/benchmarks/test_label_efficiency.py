@@ -38,10 +38,7 @@ from nnunetv2_vf.nnunet_commands import Workspace
 
 HIPPOCAMPUS = "hippocampus"
 CONFIG = read_experiment(HIPPOCAMPUS)
-PAGES = {  # of the committed results
-    "hippocampus": "label-efficiency.md",
-    "hippocampus_pretexts": "pretexts.md",
-}
+PAGES = {"hippocampus": "label-efficiency.md", "hippocampus_pretexts": "pretexts.md"}  # of the committed results
 ARMS = ("scratch", "encoder", "full")
 
 
@@ -409,12 +406,13 @@ def test_the_committed_tables_are_those_of_the_committed_results(tmp_path, name)
     assert (copy / TABLE).read_text() == (RESULTS / name / TABLE).read_text()
 
 
-@pytest.mark.parametrize(("name", "page"), PAGES.items())
-def test_the_page_shows_the_committed_tables(name, page):
-    lines = (RESULTS.parents[1] / "docs" / "explanation" / page).read_text().splitlines()
+@pytest.mark.parametrize(("name", "least_rows"), [("hippocampus", 21), ("hippocampus_pretexts", 17)])
+def test_the_page_shows_the_committed_tables(name, least_rows):
+    lines = (RESULTS.parents[1] / "docs" / "explanation" / PAGES[name]).read_text().splitlines()
     tables = (RESULTS / name / TABLE).read_text().splitlines()
-    rows = [line for line in tables if line.startswith(("| FMUNet", "| PCTNet", "| nnUNet"))]
-    assert rows
+    heads = ("| plans |", "| pretext |", "| --- |")  # the pages have words of their own for them
+    rows = [line for line in tables if line.startswith("|") and not line.startswith(heads)]
+    assert len(rows) >= least_rows
     assert [row for row in rows if row not in lines] == []
 
 
