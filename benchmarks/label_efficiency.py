@@ -15,7 +15,8 @@ neither planning nor training has seen.
 
 The folder ``pretraining`` below ``--work`` has a folder for each pretraining, named by a fingerprint of its plans,
 settings and cases, which is also in the rows of the cells that start from it. Its ``pretext_report.json`` is copied to
-the tables. Weights from another machine are used if their folder is copied there.
+the tables. Weights from another machine are used if their folder is copied there. Arms with ``"program": "nnssl"`` are
+pretrained by DKFZ's nnssl (see ``nnssl_pretraining.py``) and need ``--nnssl``.
 
 Finished cells are rows of ``scores.csv`` and ``curves.csv`` in the folder ``--tables`` and are not run again; an
 interrupted cell continues. ``--minutes`` starts no cell that would not end in time, judged by the finished cells of the
@@ -64,6 +65,7 @@ from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.nnunet_commands import Workspace
 
 PRETRAIN, FINETUNE = "VFPretrainTrainer", "VFFinetuneTrainer"
+NNSSL = "nnssl"  # the entry "program" of a pretraining; without this entry it is PRETRAIN
 NEED_PRETRAINED = {"schedule", "kernel_norms", "fresh_decoder_stages"}  # without effect from scratch
 RECORD = "config.json"  # the configuration of the tables beside it
 # On a GPU an epoch lasts seconds: saving after each took half of the time (one H100, 15 trainings at a time). ``--c``
@@ -84,12 +86,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no cell that would not end in time")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time; each may use all CPU cores")
     parser.add_argument("--workers", type=int, default=0, help="of a pretraining; its samples do not depend on it")
+    parser.add_argument("--nnssl", type=Path, metavar="PYTHON", help="of an environment with nnssl")
     args = parser.parse_args()
     with one_line_errors():
         config = read_experiment(args.experiment)
         tables = args.tables or RESULTS / args.experiment
         workspace = Workspace(args.work, processes=2)
-        experiment = Experiment(config, workspace, args.device, args.jobs, args.workers)
+        experiment = Experiment(config, workspace, args.device, args.jobs, args.workers, args.nnssl)
         cells = [  # a comparison of arms is complete before the next seed, number of labels or network starts
             Cell(plans, arm, labels, seed, variant)
             for plans, labels, seed, arm, variant in itertools.product(
@@ -112,9 +115,18 @@ def main() -> None:
 class Experiment:
     """Data, trainings and predictions below one folder. A step whose result is there is not done again."""
 
-    def __init__(self, config: Mapping[str, Any], workspace: Workspace, device: str, jobs: int, workers: int = 0):
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        workspace: Workspace,
+        device: str,
+        jobs: int,
+        workers: int = 0,
+        nnssl: Path | None = None,
+    ):
         self.config, self.workspace = config, workspace
         self.device, self.jobs, self.workers = device, jobs, workers
+        self.nnssl = nnssl.absolute() if nnssl else None  # commands run in another folder
         self.dataset = config["dataset"]
         self.dataset_id = int(self.dataset[7:10])
 
@@ -220,9 +232,11 @@ class Experiment:
         rows = read_rows(file)
         remaining = [cell for cell in cells if not any(belongs_to(row, cell, key) for row in rows)]
         remaining.sort(key=lambda cell: cell.arm != "scratch")
+        sources = {cell: self.pretraining_of(cell) for cell in remaining if cell.arm != "scratch"}
+        for source in sources.values():
+            self._require_program(*source)
         print(f"{len(cells)} cells, {len(cells) - len(remaining)} of them are finished", flush=True)
         with ThreadPoolExecutor(self.jobs) as jobs:  # starts jobs in this order, so no cell waits for a later job
-            sources = {cell: self.pretraining_of(cell) for cell in remaining if cell.arm != "scratch"}
             pretrainings = {source: jobs.submit(self.pretrain, *source) for source in sorted({*sources.values()})}
             running = {}
             for cell in remaining:
@@ -268,7 +282,9 @@ class Experiment:
 
     def pretrain(self, plans: str, settings: Settings) -> Path:
         """Pretrain on the images of the labelled and validation cases; return the weights file."""
-        results = self.workspace.folder / "pretraining" / self.fingerprint(plans, settings)
+        results = self._pretraining_folder(plans, settings)
+        if dict(settings).get("program") == NNSSL:
+            return self._pretrain_with_nnssl(plans, dict(settings), results)
         fold = self.workspace.fold_folder(self.dataset, PRETRAIN, "all", results, plans)
         if not (fold / "pretext_report.json").is_file():
             flags = ["--c"] if has_checkpoint(fold) else []
@@ -276,10 +292,37 @@ class Experiment:
             self._train("all", plans, PRETRAIN, results, *flags, **environment)
         return fold / "vf_pretrained.pth"
 
+    def _pretrain_with_nnssl(self, plans: str, settings: Mapping[str, Any], folder: Path) -> Path:
+        weights = folder / "vf_pretrained.pth"
+        if not weights.is_file():
+            plans_file = self.workspace.preprocessed / self.dataset / f"{plans}.json"
+            self.workspace.run(
+                *(str(self.nnssl), Path(__file__).with_name("nnssl_pretraining.py")),
+                *(self.workspace.raw / self.dataset / "imagesTr", plans_file, "--folder", folder),
+                *("--pretext", settings["pretext"], "--mask-side", settings.get("mask_side", 16)),
+                *("--epochs", settings["num_epochs"], "--iterations", settings["iterations_per_epoch"]),
+                *("--device", self.device),
+            )
+            self.workspace.run("nnUNetv2_vf", "convert", folder / "checkpoint_final.pth", "-o", weights)
+        return weights
+
+    def _require_program(self, plans: str, settings: Settings) -> None:
+        """Raise UserError if a pretraining has to be made by nnssl and nnssl is not there."""
+        if dict(settings).get("program") != NNSSL or self.nnssl is not None:
+            return
+        weights = self._pretraining_folder(plans, settings) / "vf_pretrained.pth"
+        if not weights.is_file():
+            raise UserError(f"no {weights}; nnssl makes it: add --nnssl PYTHON, or leave its arms out (--arms)")
+
+    def _pretraining_folder(self, plans: str, settings: Settings) -> Path:
+        return self.workspace.folder / "pretraining" / self.fingerprint(plans, settings)
+
     def _keep_report(self, source: tuple[str, Settings], weights: Path, folder: Path) -> None:
-        """Copy the report beside pretrained weights to a folder, under the fingerprint of the pretraining."""
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(weights.with_name("pretext_report.json"), folder / f"{self.fingerprint(*source)}.json")
+        """Copy the report beside pretrained weights to a folder, under the fingerprint; nnssl writes none."""
+        report = weights.with_name("pretext_report.json")
+        if report.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(report, folder / f"{self.fingerprint(*source)}.json")
 
     def pretraining_of(self, cell: Cell) -> tuple[str, Settings]:
         """Return the plans, which may have a patch of their own, and the settings of a cell's pretraining."""

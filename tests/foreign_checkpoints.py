@@ -116,11 +116,12 @@ NNSSL_RESENC = {  # a residual encoder U-Net in nnssl's plans, smaller than ResE
     "nonlin": "torch.nn.LeakyReLU",
     "nonlin_kwargs": None,
 }
+NNSSL_UNET = {("n_conv_per_stage" if name == "n_blocks_per_stage" else name): v for name, v in NNSSL_RESENC.items()}
 
 
 def nnssl_checkpoint(arch_class_name="ResidualEncoderUNet", weights=None, patch=(32, 32, 32)) -> dict:
     """Return a checkpoint as nnssl's AbstractBaseTrainer.save_checkpoint and AdaptationPlan.serialize write it."""
-    dynamic = arch_class_name.endswith("ResidualEncoderUNet")
+    residual, dynamic = arch_class_name.endswith("ResidualEncoderUNet"), arch_class_name.endswith("UNet")
     configuration = {
         "data_identifier": "nnsslPlans_onemmiso",
         "preprocessor_name": "DefaultPreprocessor",
@@ -137,7 +138,7 @@ def nnssl_checkpoint(arch_class_name="ResidualEncoderUNet", weights=None, patch=
     plan = {
         "architecture_plans": {
             "arch_class_name": arch_class_name,
-            "arch_kwargs": NNSSL_RESENC if dynamic else None,
+            "arch_kwargs": NNSSL_RESENC if residual else NNSSL_UNET if dynamic else None,
             "arch_kwargs_requiring_import": ["conv_op", "norm_op", "nonlin", "dropout_op"] if dynamic else None,
         },
         "pretrain_plan": {
@@ -158,7 +159,7 @@ def nnssl_checkpoint(arch_class_name="ResidualEncoderUNet", weights=None, patch=
         "key_to_lpe": None,
     }
     return {
-        "network_weights": unet(residual=True).state_dict() if weights is None else weights,
+        "network_weights": unet(residual=residual).state_dict() if weights is None else weights,
         "optimizer_state": {},
         "grad_scaler_state": None,
         "logging": {"train_losses": [1.0]},

@@ -27,15 +27,15 @@ from nnunetv2_vf.fmunet import FMUNET_PATH
 from nnunetv2_vf.pct_net import PCT_NET_PATH
 from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 
-_PLAIN_UNET, _RESIDUAL_ENCODER_UNET, _PRIMUS = (
+PLAIN_UNET, _RESIDUAL_ENCODER_UNET, _PRIMUS = (
     f"dynamic_network_architectures.architectures.{name}"
     for name in ("unet.PlainConvUNet", "unet.ResidualEncoderUNet", "primus.Primus")
 )
-_NETWORKS = (_PLAIN_UNET, _RESIDUAL_ENCODER_UNET, _PRIMUS, PCT_NET_PATH, FMUNET_PATH)
+_NETWORKS = (PLAIN_UNET, _RESIDUAL_ENCODER_UNET, _PRIMUS, PCT_NET_PATH, FMUNET_PATH)
 # Other names under which nnU-Net finds these networks. It gives the first one to plans from before its version 2.5.
 _OTHER_NAMES = {
     "dynamic_network_architectures.architectures.residual_unet.ResidualEncoderUNet": _RESIDUAL_ENCODER_UNET,
-    **{name.rpartition(".")[2]: name for name in (_PLAIN_UNET, _RESIDUAL_ENCODER_UNET, _PRIMUS)},
+    **{name.rpartition(".")[2]: name for name in (PLAIN_UNET, _RESIDUAL_ENCODER_UNET, _PRIMUS)},
 }
 _LAYER = re.compile(
     r"torch\.nn\.(modules\.(conv|batchnorm|instancenorm|dropout|activation)\.)?"

@@ -1,7 +1,7 @@
-"""Convert Volume Fusion checkpoints of DKFZ's nnssl.
+"""Convert checkpoints of DKFZ's nnssl: of Volume Fusion and of its masked autoencoder.
 
-Sources: MIC-DKFZ/nnssl, ``architectures/architecture_registry.py`` (ResEnc-L) and
-``training/nnsslTrainer/volume_fusion`` (Primus-M).
+Sources: MIC-DKFZ/nnssl, ``architectures/architecture_registry.py`` (ResEnc-L), ``training/nnsslTrainer/volume_fusion``
+(Primus-M) and ``training/nnsslTrainer/masked_image_modeling/BaseMAETrainer.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.transfer.architectures import build_network, canonical_network, require_known_architecture
+from nnunetv2_vf.transfer.architectures import (
+    PLAIN_UNET,
+    build_network,
+    canonical_network,
+    require_known_architecture,
+)
 from nnunetv2_vf.transfer.nnssl_plan import NNSSL_PLAN_KEY
 
 _STAGES = 6
@@ -55,7 +60,7 @@ def is_nnssl_checkpoint(content: Mapping[str, Any]) -> bool:
 
 
 def convert_nnssl_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Convert a ResEnc-L, a residual encoder U-Net of another size, or a Primus-M.
+    """Convert a ResEnc-L, a residual encoder U-Net of another size, a plain U-Net, or a Primus-M.
 
     Returns:
         the weights, whose names do not change since nnssl and nnU-Net build the same classes; and the metadata of the
@@ -91,15 +96,18 @@ def _convert_architecture(nnssl_architecture: Mapping[str, Any], patch_size: lis
         return RES_ENC_L
     if name == "PrimusM":
         return primus_m(patch_size)
-    if canonical_network(name) == RES_ENC_L["network_class_name"] and nnssl_architecture["arch_kwargs"]:
+    network = canonical_network(name)
+    if network in (RES_ENC_L["network_class_name"], PLAIN_UNET) and nnssl_architecture["arch_kwargs"]:
         architecture = {
-            "network_class_name": RES_ENC_L["network_class_name"],
+            "network_class_name": network,
             "arch_kwargs": nnssl_architecture["arch_kwargs"],
             "_kw_requires_import": nnssl_architecture["arch_kwargs_requiring_import"] or [],
         }
         require_known_architecture(architecture, "the checkpoint")
         return architecture
-    raise UserError(f"nnssl's network {name} cannot be converted; legal: ResEncL, ResidualEncoderUNet, PrimusM")
+    raise UserError(
+        f"nnssl's network {name} cannot be converted; legal: ResEncL, ResidualEncoderUNet, PlainConvUNet, PrimusM"
+    )
 
 
 def primus_m(patch_size: list[int]) -> dict[str, Any]:

@@ -108,6 +108,16 @@ def test_a_variant_that_does_not_apply_to_the_arm_is_refused_before_anything_run
         experiment.run([cell], tmp_path, on_test_cases=False)
 
 
+def test_an_arm_of_nnssl_is_refused_if_neither_nnssl_nor_its_weights_are_there(tmp_path):
+    config = read_experiment("hippocampus_pretexts")
+    experiment = Experiment(config, Workspace(tmp_path / "workspace", processes=1), "cpu", jobs=1)
+    write_plans(experiment, "nnUNetPlansHalfSmall", 24)
+    cell = Cell("nnUNetPlansHalfSamePatch", "nnssl_masked", 2, 0)
+    with pytest.raises(UserError, match=r"no .*vf_pretrained.pth; nnssl makes it: add --nnssl PYTHON"):
+        experiment.run([cell], tmp_path, on_test_cases=True)
+    assert not experiment.workspace.log.exists()
+
+
 def test_a_folder_without_the_dataset_is_refused_in_one_line(experiment, tmp_path):
     (tmp_path / "dataset.json").write_text("{}")
     with pytest.raises(

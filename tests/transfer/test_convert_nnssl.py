@@ -23,12 +23,20 @@ def zero_weights(architecture: dict, classes: int, deep_supervision: bool | None
     return {name: torch.zeros(()).expand(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-@pytest.mark.parametrize("module", ["", f"{DYNAMIC_NETWORKS}unet.", f"{DYNAMIC_NETWORKS}residual_unet."])
-def test_a_residual_encoder_unet_becomes_an_artifact(tmp_path, capsys, module):
-    original = nnssl_checkpoint(f"{module}ResidualEncoderUNet")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ResidualEncoderUNet",
+        f"{DYNAMIC_NETWORKS}unet.ResidualEncoderUNet",
+        f"{DYNAMIC_NETWORKS}residual_unet.ResidualEncoderUNet",
+        "PlainConvUNet",
+    ],
+)
+def test_a_unet_becomes_an_artifact(tmp_path, capsys, name):
+    original = nnssl_checkpoint(name)
     torch.save(original, tmp_path / "checkpoint_final.pth")
     main(["convert", str(tmp_path / "checkpoint_final.pth"), "-o", str(tmp_path / "out.pth")])
-    assert "ResidualEncoderUNet of nnssl, 1 input channels, 5 classes" in capsys.readouterr().out
+    assert f"{name.rpartition('.')[2]} of nnssl, 1 input channels, 5 classes" in capsys.readouterr().out
     artifact = read_artifact(tmp_path / "out.pth")
     vf = artifact["vf"]
     assert vf["converted_from"] == {
