@@ -31,8 +31,6 @@ for PCTNetPlansHalf; hippocampus_pretexts with 2 labels, and one thread for each
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -59,19 +57,18 @@ from label_efficiency_report import (
     read_experiment,
     write_report,
 )
+from pretrainings import Pretrainings, changes_of, has_checkpoint, train, variables
 from segmentation_scores import score
 
 from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.nnunet_commands import Workspace
 
-PRETRAIN, FINETUNE = "VFPretrainTrainer", "VFFinetuneTrainer"
-NNSSL = "nnssl"  # the entry "program" of a pretraining; without this entry it is PRETRAIN
+FINETUNE = "VFFinetuneTrainer"
 NEED_PRETRAINED = {"schedule", "kernel_norms", "fresh_decoder_stages"}  # without effect from scratch
 RECORD = "config.json"  # the configuration of the tables beside it
 # On a GPU an epoch lasts seconds: saving after each took half of the time (one H100, 15 trainings at a time). ``--c``
 # then continues from the best checkpoint.
 SAVING = {"cpu": {"save_every": 1}, "cuda": {"save_every": 100}}
-Settings = tuple[tuple[str, Any], ...]  # names and values, sorted
 MAX_SEEDS = 100  # folds in nnU-Net's split file for each number of labels
 
 
@@ -125,10 +122,8 @@ class Experiment:
         nnssl: Path | None = None,
     ):
         self.config, self.workspace = config, workspace
-        self.device, self.jobs, self.workers = device, jobs, workers
-        self.nnssl = nnssl.absolute() if nnssl else None  # commands run in another folder
-        self.dataset = config["dataset"]
-        self.dataset_id = int(self.dataset[7:10])
+        self.device, self.jobs, self.dataset = device, jobs, config["dataset"]
+        self.pretrainings = Pretrainings(config, workspace, device, workers, nnssl)
 
     # ------------------------------------------------------------------ data and plans
 
@@ -169,13 +164,14 @@ class Experiment:
     def _plan_and_preprocess(self) -> None:
         """Run nnU-Net's planning and preprocessing; write one fold for every number of labels and seed."""
         run = self.workspace.run
-        run("nnUNetv2_extract_fingerprint", "-d", self.dataset_id, "-np", 2)
+        dataset_id = int(self.dataset[7:10])
+        run("nnUNetv2_extract_fingerprint", "-d", dataset_id, "-np", 2)
         needed = {change.get("of", name) for name, change in self.config["plans"].items()}
         spacing = self.config.get("spacing", ())
         for command, plans in NETWORK_PLANS.values():
             if plans in needed:
-                run(*command, "-d", self.dataset_id, *(("-overwrite_target_spacing", *spacing) if spacing else ()))
-                run("nnUNetv2_preprocess", "-d", self.dataset_id, "-plans_name", plans, "-c", "3d_fullres", "-np", 2)
+                run(*command, "-d", dataset_id, *(("-overwrite_target_spacing", *spacing) if spacing else ()))
+                run("nnUNetv2_preprocess", "-d", dataset_id, "-plans_name", plans, "-c", "3d_fullres", "-np", 2)
         folds = [self._split(labels, seed) for labels in self.config["labels"] for seed in range(MAX_SEEDS)]
         (self.workspace.preprocessed / self.dataset / "splits_final.json").write_text(json.dumps(folds))
 
@@ -232,15 +228,15 @@ class Experiment:
         rows = read_rows(file)
         remaining = [cell for cell in cells if not any(belongs_to(row, cell, key) for row in rows)]
         remaining.sort(key=lambda cell: cell.arm != "scratch")
-        sources = {cell: self.pretraining_of(cell) for cell in remaining if cell.arm != "scratch"}
+        sources = {cell: self.pretrainings.of(cell) for cell in remaining if cell.arm != "scratch"}
         for source in sources.values():
-            self._require_program(*source)
+            self.pretrainings.require_program(source)
         print(f"{len(cells)} cells, {len(cells) - len(remaining)} of them are finished", flush=True)
         with ThreadPoolExecutor(self.jobs) as jobs:  # starts jobs in this order, so no cell waits for a later job
-            pretrainings = {source: jobs.submit(self.pretrain, *source) for source in sorted({*sources.values()})}
+            pretrained = {source: jobs.submit(self.pretrainings.make, source) for source in sorted({*sources.values()})}
             running = {}
             for cell in remaining:
-                weights = pretrainings[sources[cell]] if cell in sources else None
+                weights = pretrained[sources[cell]] if cell in sources else None
                 usual_s = usual_seconds(rows, cell)
                 running[jobs.submit(self._finetune_in_time, cell, on_test_cases, weights, deadline - usual_s)] = cell
             for number, future in enumerate(as_completed(running), 1):
@@ -252,7 +248,8 @@ class Experiment:
                     continue
                 scores, curve = future.result()
                 if cell in sources:
-                    self._keep_report(sources[cell], pretrainings[sources[cell]].result(), tables / PRETRAININGS)
+                    weights_file = pretrained[sources[cell]].result()
+                    self.pretrainings.keep_report(sources[cell], weights_file, tables / PRETRAININGS)
                 write_cell(curve_file, key, cell, curve)  # first: a cell with scores counts as finished
                 write_cell(file, key, cell, scores)
                 mean = np.mean([row["dice"] for row in scores])
@@ -265,7 +262,7 @@ class Experiment:
             legal = [*self.config[name], *([DEFAULT_VARIANT] if name == "variants" else [])]
             if value not in legal:
                 raise UserError(f"--{name} {value} is not in the experiment; legal: {', '.join(legal)}")
-        variant, arm = self._changes(cell.variant), self.config["arms"][cell.arm]
+        variant, arm = changes_of(self.config, cell.variant), self.config["arms"][cell.arm]
         finetuning = variant.get("finetuning", {}).keys()
         in_both = {
             name
@@ -280,74 +277,6 @@ class Experiment:
         if cell.arm == "scratch" and ("pretraining" in variant or finetuning & NEED_PRETRAINED):
             raise UserError(f"{cell}: this variant changes nothing from scratch; leave the arm out (--arms)")
 
-    def pretrain(self, plans: str, settings: Settings) -> Path:
-        """Pretrain on the images of the labelled and validation cases; return the weights file."""
-        results = self._pretraining_folder(plans, settings)
-        if dict(settings).get("program") == NNSSL:
-            return self._pretrain_with_nnssl(plans, dict(settings), results)
-        fold = self.workspace.fold_folder(self.dataset, PRETRAIN, "all", results, plans)
-        if not (fold / "pretext_report.json").is_file():
-            flags = ["--c"] if has_checkpoint(fold) else []
-            environment = variables("nnUNet_vf_", dict(settings), self.workers)
-            self._train("all", plans, PRETRAIN, results, *flags, **environment)
-        return fold / "vf_pretrained.pth"
-
-    def _pretrain_with_nnssl(self, plans: str, settings: Mapping[str, Any], folder: Path) -> Path:
-        weights = folder / "vf_pretrained.pth"
-        if not weights.is_file():
-            plans_file = self.workspace.preprocessed / self.dataset / f"{plans}.json"
-            self.workspace.run(
-                *(str(self.nnssl), Path(__file__).with_name("nnssl_pretraining.py")),
-                *(self.workspace.raw / self.dataset / "imagesTr", plans_file, "--folder", folder),
-                *("--pretext", settings["pretext"], "--mask-side", settings.get("mask_side", 16)),
-                *("--epochs", settings["num_epochs"], "--iterations", settings["iterations_per_epoch"]),
-                *("--device", self.device),
-            )
-            self.workspace.run("nnUNetv2_vf", "convert", folder / "checkpoint_final.pth", "-o", weights)
-        return weights
-
-    def _require_program(self, plans: str, settings: Settings) -> None:
-        """Raise UserError if a pretraining has to be made by nnssl and nnssl is not there."""
-        if dict(settings).get("program") != NNSSL or self.nnssl is not None:
-            return
-        weights = self._pretraining_folder(plans, settings) / "vf_pretrained.pth"
-        if not weights.is_file():
-            raise UserError(f"no {weights}; nnssl makes it: add --nnssl PYTHON, or leave its arms out (--arms)")
-
-    def _pretraining_folder(self, plans: str, settings: Settings) -> Path:
-        return self.workspace.folder / "pretraining" / self.fingerprint(plans, settings)
-
-    def _keep_report(self, source: tuple[str, Settings], weights: Path, folder: Path) -> None:
-        """Copy the report beside pretrained weights to a folder, under the fingerprint; nnssl writes none."""
-        report = weights.with_name("pretext_report.json")
-        if report.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(report, folder / f"{self.fingerprint(*source)}.json")
-
-    def pretraining_of(self, cell: Cell) -> tuple[str, Settings]:
-        """Return the plans, which may have a patch of their own, and the settings of a cell's pretraining."""
-        plans = str(self.config["plans"][cell.plans].get("pretrained_with", cell.plans))
-        settings = {
-            **self.config["pretraining"],
-            **self.config["pretraining_plans"].get(plans, {}).get("pretraining", {}),
-            **self.config["arms"][cell.arm].get("pretraining", {}),
-            **self._changes(cell.variant).get("pretraining", {}),
-        }
-        return plans, tuple(sorted(settings.items()))
-
-    def fingerprint(self, plans: str, settings: Settings) -> str:
-        """Return the name of a pretraining's folder: a digest of its plans, settings and cases.
-
-        Its weights may have been made on another machine: copy the folder, and they are found.
-        """
-        file = self.workspace.preprocessed / self.dataset / f"{plans}.json"
-        cases = self.config["split"]["labelled"] + self.config["split"]["validation"]
-        content = json.dumps([json.loads(file.read_text()), settings, cases], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:12]
-
-    def _changes(self, variant: str) -> Mapping[str, Any]:
-        return {} if variant == DEFAULT_VARIANT else self.config["variants"][variant]
-
     def _finetune_in_time(
         self, cell: Cell, on_test_cases: bool, pretrained: Future[Path] | None, latest_start: float
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]] | None:
@@ -359,7 +288,7 @@ class Experiment:
             return None
         scores, curve = self.finetune(cell, on_test_cases, pretrained)
         run = {
-            "pretraining": self.fingerprint(*self.pretraining_of(cell)) if pretrained else "",
+            "pretraining": self.pretrainings.fingerprint(self.pretrainings.of(cell)) if pretrained else "",
             "seconds": round(time.monotonic() - start),
             "machine": describe_device(self.device),
             **versions(),
@@ -377,32 +306,27 @@ class Experiment:
             **SAVING[self.device],
             **self.config["finetuning"],
             **self.config["plans"][cell.plans].get("finetuning", {}),
-            **self._changes(cell.variant).get("finetuning", {}),
+            **changes_of(self.config, cell.variant).get("finetuning", {}),
             **self.config["arms"][cell.arm].get("finetuning", {}),
             "seed": cell.seed,
         }
-        train = functools.partial(self._train, self.fold(cell), cell.plans, FINETUNE, results)
+        where = (self.workspace, self.dataset, self.device, cell.plans, FINETUNE, self.fold(cell), results)
         final = fold / "checkpoint_final.pth"
         if not final.is_file():
             flags: list[object] = ["-pretrained_weights", pretrained.result()] if pretrained else []
-            train(*(["--c"] if has_checkpoint(fold) else flags), **variables("nnUNet_vf_finetune_", settings))
+            train(*where, *(["--c"] if has_checkpoint(fold) else flags), **variables("nnUNet_vf_finetune_", settings))
         elif not (fold / "validation" / "summary.json").is_file():
-            train("--val")
+            train(*where, "--val")
         if on_test_cases:
             scores = self._score("test", self._predict(cell, results, fold / "predicted"), "labelsTs")
         else:
             scores = self._score("validation", fold / "validation", "labelsTr")
         return scores, read_curve(final, settings["iterations_per_epoch"], [*self._classes()])
 
-    def _train(self, fold: int | str, plans: str, trainer: str, results: Path, *flags: object, **env: object) -> None:
-        common = ("-p", plans, "-tr", trainer, "-device", self.device)
-        command = ("nnUNetv2_train", self.dataset_id, "3d_fullres", fold, *common, *flags)
-        self.workspace.run(*command, nnUNet_results=results, **env)
-
     def _predict(self, cell: Cell, results: Path, predictions: Path) -> Path:
         common = ("-p", cell.plans, "-tr", FINETUNE, "-device", self.device, "-f", self.fold(cell))
         self.workspace.run(
-            *("nnUNetv2_predict", "-d", self.dataset_id, "-c", "3d_fullres", *common, "-npp", 1, "-nps", 1),
+            *("nnUNetv2_predict", "-d", self.dataset, "-c", "3d_fullres", *common, "-npp", 1, "-nps", 1),
             *("-i", self.workspace.raw / self.dataset / "imagesTs", "-o", predictions),
             nnUNet_results=results,
         )
@@ -420,24 +344,6 @@ class Experiment:
         """Return the label values by class name, without the background."""
         labels = json.loads((self.workspace.raw / self.dataset / "dataset.json").read_text())["labels"]
         return {name: value for name, value in labels.items() if value > 0}
-
-
-def variables(prefix: str, settings: Mapping[str, Any], workers: int = 0) -> dict[str, Any]:
-    """Return the environment variables of a training.
-
-    Without workers a fine-tuning draws its samples itself: the same samples in the same order on any machine.
-    torch.compile is off: such a short training would not win back the time for compiling.
-    """
-    return {
-        "nnUNet_n_proc_DA": workers,
-        "nnUNet_compile": "f",
-        **{f"{prefix}{name}": value for name, value in settings.items()},
-    }
-
-
-def has_checkpoint(fold: Path) -> bool:
-    """True if ``--c`` can continue the training of this folder."""
-    return any((fold / f"checkpoint_{name}.pth").is_file() for name in ("final", "latest", "best"))
 
 
 def require_same_configuration(record: Path, config: Mapping[str, Any]) -> None:

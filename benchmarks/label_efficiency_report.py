@@ -42,6 +42,10 @@ COLORS = {
     "fusion": "tab:blue",
     "masked": "tab:green",
     "fusion_masked": "tab:purple",
+    "fusion_masked_1000": "plum",
+    "fusion_masked_16000": "indigo",
+    "nnssl_masked": "yellowgreen",
+    "nnssl_fusion": "skyblue",
 }
 
 Row = dict[str, str]

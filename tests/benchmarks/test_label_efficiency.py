@@ -30,6 +30,7 @@ from label_efficiency_report import (
     scores_table,
     write_report,
 )
+from pretrainings import REPORT, Pretrainings
 from segmentation_scores import score
 
 from nnunetv2_vf.demo.phantoms import write_dataset
@@ -135,7 +136,7 @@ def write_plans(experiment: Experiment, name: str, patch_size: int) -> None:
 
 def test_cells_with_the_same_plans_and_pretraining_settings_share_a_pretraining(experiment):
     def fingerprint(variant: str, plans: str = "nnUNetPlans") -> str:
-        return experiment.fingerprint(*experiment.pretraining_of(Cell(plans, "full", 5, 0, variant)))
+        return experiment.pretrainings.fingerprint(experiment.pretrainings.of(Cell(plans, "full", 5, 0, variant)))
 
     write_plans(experiment, "nnUNetPlansSmall", 24)
     write_plans(experiment, "nnUNetPlansHalfSmall", 24)
@@ -149,12 +150,13 @@ def test_cells_with_the_same_plans_and_pretraining_settings_share_a_pretraining(
 def test_cells_from_scratch_do_not_wait_for_a_pretraining(tmp_path):
     first_cell_is_done = threading.Event()
 
-    class Recorded(Experiment):
-        def pretrain(self, plans, settings):
+    class RecordedPretrainings(Pretrainings):
+        def make(self, source):
             assert first_cell_is_done.wait(60), "the first cell to run must be from scratch"
-            (tmp_path / "pretext_report.json").write_text("{}")
-            return tmp_path / plans
+            (tmp_path / REPORT).write_text("{}")
+            return tmp_path / source.plans
 
+    class Recorded(Experiment):
         def finetune(self, cell, on_test_cases, pretrained):
             weights_of[cell.arm] = pretrained and pretrained.result().name
             first_cell_is_done.set()
@@ -163,6 +165,7 @@ def test_cells_from_scratch_do_not_wait_for_a_pretraining(tmp_path):
     weights_of: dict[str, str | None] = {}
     cells = [Cell("nnUNetPlans", arm, 5, 0) for arm in ("full", "scratch", "encoder")]
     experiment = Recorded(CONFIG, Workspace(tmp_path, processes=1), "cpu", jobs=2)
+    experiment.pretrainings = RecordedPretrainings(CONFIG, experiment.workspace, "cpu")
     write_plans(experiment, "nnUNetPlansSmall", 24)
     experiment.run(cells, tmp_path, on_test_cases=True)
     assert weights_of == {"scratch": None, "full": "nnUNetPlansSmall", "encoder": "nnUNetPlansSmall"}
