@@ -26,6 +26,11 @@ class Cell:
         return f"{self.plans}, {self.arm}, {self.labels} labels, seed {self.seed}, {self.variant}"
 
 
+def changes_of(config: Mapping[str, Any], variant: str) -> Mapping[str, Any]:
+    """Return what a variant of an experiment changes, by kind of training."""
+    return {} if variant == DEFAULT_VARIANT else config["variants"][variant]
+
+
 def read_rows(file: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file as text, so that they can be written back as they are."""
     if not file.is_file():

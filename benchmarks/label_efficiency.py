@@ -5,8 +5,8 @@
 
 EXPERIMENT is the name of a file in ``benchmarks/experiments``: it names the dataset and has the split by case name, the
 networks ("plans"), the arms, the budgets and the variants. The arms are scratch, encoder (only the encoder is
-pretrained) and full (encoder and decoder); in the experiments ``*_pretexts`` they are scratch, fusion, masked and
-fusion_masked. DATA is this dataset in nnU-Net's raw format.
+pretrained) and full (encoder and decoder); in the experiments ``*_pretexts`` they are named by their pretext. DATA is
+this dataset in nnU-Net's raw format.
 
 One training, a "cell", is a network, arm, number of labels and seed. The script pretrains each network once for each
 pretext, on the images of the labelled and validation cases. Then it fine-tunes every cell with VFFinetuneTrainer: with
@@ -15,7 +15,7 @@ neither planning nor training has seen.
 
 The folder ``pretraining`` below ``--work`` has a folder for each pretraining, named by a fingerprint of its plans,
 settings and cases, which is also in the rows of the cells that start from it. Its ``pretext_report.json`` is copied to
-the tables. Weights from another machine are used if their folder is copied there. Arms with ``"program": "nnssl"`` are
+the tables. Weights from another machine are used if their folder is copied there. Arms with a ``"program"`` are
 pretrained by DKFZ's nnssl (see ``nnssl_pretraining.py``) and need ``--nnssl``.
 
 Finished cells are rows of ``scores.csv`` and ``curves.csv`` in the folder ``--tables`` and are not run again; an
@@ -45,7 +45,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cells import CELL, DEFAULT_VARIANT, Cell, belongs_to, read_rows, usual_seconds, write_cell
+from cells import CELL, DEFAULT_VARIANT, Cell, belongs_to, changes_of, read_rows, usual_seconds, write_cell
 from common import NETWORK_PLANS, RESULTS, describe_device, make_parser, write_result
 from label_efficiency_report import (
     CURVES,
@@ -57,8 +57,9 @@ from label_efficiency_report import (
     read_experiment,
     write_report,
 )
-from pretrainings import Pretrainings, changes_of, has_checkpoint, train, variables
+from pretrainings import Pretrainings
 from segmentation_scores import score
+from training_command import TrainingCommand, has_checkpoint, variables
 
 from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.nnunet_commands import Workspace
@@ -123,7 +124,8 @@ class Experiment:
     ):
         self.config, self.workspace = config, workspace
         self.device, self.jobs, self.dataset = device, jobs, config["dataset"]
-        self.pretrainings = Pretrainings(config, workspace, device, workers, nnssl)
+        self.training = TrainingCommand(workspace, self.dataset, device)
+        self.pretrainings = Pretrainings(config, self.training, workers, nnssl)
 
     # ------------------------------------------------------------------ data and plans
 
@@ -274,6 +276,8 @@ class Experiment:
             raise UserError(f"{cell}: variant and arm both set {', '.join(in_both)}; leave the arm out (--arms)")
         if arm.get("finetuning", {}).get("schedule") == "encoder_only" and "fresh_decoder_stages" in finetuning:
             raise UserError(f"{cell}: this arm's whole decoder is new already; leave the arm out (--arms)")
+        if "program" in arm.get("pretraining", {}) and "pretraining" in variant:
+            raise UserError(f"{cell}: this variant changes nothing in nnssl; leave the arm out (--arms)")
         if cell.arm == "scratch" and ("pretraining" in variant or finetuning & NEED_PRETRAINED):
             raise UserError(f"{cell}: this variant changes nothing from scratch; leave the arm out (--arms)")
 
@@ -310,13 +314,14 @@ class Experiment:
             **self.config["arms"][cell.arm].get("finetuning", {}),
             "seed": cell.seed,
         }
-        where = (self.workspace, self.dataset, self.device, cell.plans, FINETUNE, self.fold(cell), results)
+        where = (cell.plans, FINETUNE, self.fold(cell), results)
         final = fold / "checkpoint_final.pth"
         if not final.is_file():
             flags: list[object] = ["-pretrained_weights", pretrained.result()] if pretrained else []
-            train(*where, *(["--c"] if has_checkpoint(fold) else flags), **variables("nnUNet_vf_finetune_", settings))
+            flags = ["--c"] if has_checkpoint(fold) else flags
+            self.training.run(*where, *flags, **variables("nnUNet_vf_finetune_", settings))
         elif not (fold / "validation" / "summary.json").is_file():
-            train(*where, "--val")
+            self.training.run(*where, "--val")
         if on_test_cases:
             scores = self._score("test", self._predict(cell, results, fold / "predicted"), "labelsTs")
         else:

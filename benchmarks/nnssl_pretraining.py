@@ -1,18 +1,20 @@
-"""Pretrain a U-Net of nnU-Net's plans with DKFZ's nnssl, for the comparison of pretexts.
+"""Pretrain the network of nnU-Net's plans with DKFZ's nnssl, for the comparison of pretexts.
 
-    PYTHON benchmarks/nnssl_pretraining.py IMAGES PLANS --pretext masked --folder FOLDER
-        [--epochs 80] [--iterations 50] [--mask-side 16] [--device cpu]
+    PYTHON benchmarks/nnssl_pretraining.py IMAGES PLANS --pretext masked --mask-side 8 --folder FOLDER
+        [--epochs 80] [--iterations 50] [--seed 0] [--device cpu]
 
 PYTHON is that of an environment with nnssl (Python 3.12 or newer). This package and nnU-Net need not be in it.
 ``label_efficiency.py --nnssl PYTHON`` runs this script and converts the weights with ``nnUNetv2_vf convert``.
 
-IMAGES is a folder of NIfTI images, PLANS a plans file of nnU-Net. Everything comes from nnssl, with its own values:
-preprocessing, loader, augmentation, loss and optimizer of BaseMAETrainer (masked) or VolumeFusionTrainer (fusion). Only
-the network, the patch, the batch (all of the plans), the duration and the side of a hidden block are set here, because
-nnssl's own trainers fix a ResEnc-L and a patch of 160x160x160.
+IMAGES is a folder of NIfTI images with one channel, PLANS a plans file of nnU-Net. Preprocessing, augmentation, loss
+and optimizer are those of nnssl's BaseMAETrainer (masked) or VolumeFusionTrainer (fusion), with its own values. Set
+here, because nnssl's trainers are made for a ResEnc-L and patches of 160x160x160:
 
-Writes ``checkpoint_final.pth`` in FOLDER. A second run with the same FOLDER does nothing if this file is there.
-Duration: 4000 iterations of the hippocampus experiment on one CPU core: 20 minutes. Needs: nnssl.
+- network, patch and batch of the plans; the number of iterations; the side of a hidden block;
+- VolumeFusionTrainer takes crops from anywhere, not only from the centre: a small patch would never see the rest;
+- all images are used for training: nnssl would hold five out for a validation loss, which nothing depends on.
+
+Writes ``checkpoint_final.pth`` in FOLDER and does nothing if it is there. Needs: nnssl.
 """
 
 from __future__ import annotations
@@ -44,30 +46,34 @@ class Training:
     batch_size: int
     epochs: int
     iterations: int  # of an epoch
-    mask_side: int  # voxels
+    mask_side: int | None  # voxels
 
 
 def main() -> None:
     args = parse_arguments()
     if (args.folder / CHECKPOINT).is_file():
         return
-    args.folder.mkdir(parents=True, exist_ok=True)
-    for name in ("raw", "preprocessed", "results"):  # before the first import of nnssl, which reads them
-        os.environ[f"nnssl_{name}"] = str(args.folder / name)
-    os.environ["nnUNet_n_proc_DA"] = "1"  # noqa: SIM112  with 0, nnssl fails after the last epoch
-    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
-        set_seed(args.seed)
-    configuration = json.loads(args.plans.read_text())["configurations"]["3d_fullres"]
+    planned = json.loads(args.plans.read_text())["configurations"]["3d_fullres"]
     training = Training(
-        configuration["architecture"],
-        tuple(configuration["patch_size"]),
-        configuration["batch_size"],
+        planned["architecture"],
+        tuple(planned["patch_size"]),
+        planned["batch_size"],
         args.epochs,
         args.iterations,
         args.mask_side,
     )
+    if args.pretext == "masked" and (not args.mask_side or any(side % args.mask_side for side in training.patch_size)):
+        raise SystemExit(f"--mask-side {args.mask_side} does not divide the patch {training.patch_size}")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for name in ("raw", "preprocessed", "results"):  # nnssl reads these variables when it is imported
+        os.environ[f"nnssl_{name}"] = str(args.folder / name)
+    os.environ["nnUNet_n_proc_DA"] = "0"  # noqa: SIM112  samples are drawn in this process, whose seed is set here
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+        set_seed(args.seed)
     plan, images = preprocess(sorted(args.images.glob("*.nii.gz")), args.folder)
-    trainer = make_trainer_class(args.pretext, training)(plan, CONFIGURATION, "all", images, torch.device(args.device))
+    require_same_images(plan.configurations[CONFIGURATION], planned)
+    trainer_class = {"masked": make_masked_trainer, "fusion": make_fusion_trainer}[args.pretext](training)
+    trainer = trainer_class(plan, CONFIGURATION, "all", images, torch.device(args.device))
     trainer.run_training()
     shutil.copyfile(Path(trainer.output_folder) / CHECKPOINT, args.folder / CHECKPOINT)
 
@@ -80,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--iterations", type=int, default=50, help="of an epoch")
-    parser.add_argument("--mask-side", type=int, default=16, help="of a hidden block, in voxels")
+    parser.add_argument("--mask-side", type=int, help="of a hidden block, in voxels; masked only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     args = parser.parse_args()
@@ -88,16 +94,21 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def preprocess(images: list[Path], folder: Path) -> tuple[Any, dict[str, Any]]:
+# ---------------------------------------------------------------- images
+
+
+def preprocess(files: list[Path], folder: Path) -> tuple[Any, dict[str, Any]]:
     """Run nnssl's fingerprint, planning and preprocessing; return its plan and its description of the images."""
     from nnssl.data.raw_dataset import Collection, Dataset, Image, Session, Subject
     from nnssl.experiment_planning import plan_and_preprocess_api as nnssl_commands
     from nnssl.experiment_planning.experiment_planners.plan import Plan
 
+    names = {file.name.removesuffix("_0000.nii.gz"): file.resolve() for file in files}
+    if not files or any(not file.name.endswith("_0000.nii.gz") for file in files):
+        raise SystemExit(f"the folder must hold images CASE_0000.nii.gz and no other channels; found {len(files)}")
     subjects = {
-        name: Subject(name, {"0": Session("0", images=[Image(file.name, str(file.resolve()), "unknown")])})
-        for file in images
-        for name in [file.name.removesuffix(".nii.gz")]
+        name: Subject(name, {"0": Session("0", images=[Image(file.name, str(file), "unknown")])})
+        for name, file in names.items()
     }
     raw, preprocessed = folder / "raw" / DATASET, folder / "preprocessed" / DATASET
     raw.mkdir(parents=True, exist_ok=True)
@@ -106,28 +117,69 @@ def preprocess(images: list[Path], folder: Path) -> tuple[Any, dict[str, Any]]:
     nnssl_commands.extract_fingerprints([DATASET_ID], num_processes=1)
     nnssl_commands.plan_experiments([DATASET_ID])
     nnssl_commands.preprocess([DATASET_ID], configurations=[CONFIGURATION], num_processes=[1])
+    usable = len(json.loads((preprocessed / "valid_imgs.json").read_text()))
+    if usable < len(files):  # nnssl only prints which ones
+        raise SystemExit(f"nnssl could preprocess {usable} of {len(files)} images; its messages are above")
+    everything = [f"{DATASET}__0__{name}" for name in names]
+    (preprocessed / "splits_final.json").write_text(json.dumps({"train": everything, "val": everything[:5]}))
     plan = Plan.load_from_file(str(preprocessed / "nnsslPlans.json"))
     return plan, json.loads((preprocessed / f"pretrain_data__{CONFIGURATION}.json").read_text())
 
 
-def make_trainer_class(pretext: str, training: Training) -> type:
-    """Return nnssl's trainer of a pretext, with the network, patch, batch and duration of this script."""
-    from nnssl.adaptation_planning.adaptation_plan import AdaptationPlan, ArchitecturePlans
-    from nnssl.architectures.get_network_from_plan import get_network_from_plans
+def require_same_images(configuration: Any, planned: dict[str, Any]) -> None:
+    """Exit unless nnssl and the plans resample and normalize the images alike."""
+    for name in ("spacing", "normalization_schemes"):
+        own, of_plans = getattr(configuration, name), planned[name]
+        if list(own) != list(of_plans):
+            raise SystemExit(f"{name}: nnssl has {own}, the plans have {of_plans}; such images cannot be compared")
+
+
+# ---------------------------------------------------------------- trainers
+
+
+def make_masked_trainer(training: Training) -> type:
+    """Return nnssl's masked autoencoder with the network, patch, batch, duration and blocks of a training."""
     from nnssl.training.nnsslTrainer.masked_image_modeling.BaseMAETrainer import BaseMAETrainer
+
+    class MaskedTrainer(make_mixin(training), BaseMAETrainer):  # type: ignore[misc]
+        @staticmethod
+        def mask_creation(*args: Any, **arguments: Any) -> torch.Tensor:
+            return BaseMAETrainer.mask_creation(*args, **arguments, block_size=training.mask_side)
+
+    return MaskedTrainer
+
+
+def make_fusion_trainer(training: Training) -> type:
+    """Return nnssl's Volume Fusion with the network, patch, batch and duration of a training, and moving crops."""
     from nnssl.training.nnsslTrainer.volume_fusion.VolumeFusionTrainer import VolumeFusionTrainer
 
-    architecture = training.architecture
-    network_class, kwargs = architecture["network_class_name"], architecture["arch_kwargs"]
-    imported = architecture["_kw_requires_import"]
-    # nnssl's own class for these arguments does not know the arguments of a PlainConvUNet.
-    described = SimpleNamespace(serialize=lambda: kwargs, get_kwargs_requiring_import=lambda: imported)
-
-    class Trainer({"masked": BaseMAETrainer, "fusion": VolumeFusionTrainer}[pretext]):
+    class FusionTrainer(make_mixin(training), VolumeFusionTrainer):  # type: ignore[misc]
         def __init__(self, *args: Any, **arguments: Any):
             super().__init__(*args, **arguments)
+            # As in nnssl: from 8 voxels to 62.5 % of the patch.
+            self.vf_subpatch_size = [(8, int(0.625 * side) + 1) for side in training.patch_size]
+
+        def get_centercrop_dataloaders_with_doubled_batch_size(self) -> tuple[Any, Any]:
+            return self.get_plain_dataloaders(self.config_plan.patch_size)
+
+    return FusionTrainer
+
+
+def make_mixin(training: Training) -> type:
+    """Return a class that gives a trainer of nnssl the network, patch, batch and duration of a training."""
+    from nnssl.adaptation_planning.adaptation_plan import AdaptationPlan, ArchitecturePlans
+    from nnssl.architectures.get_network_from_plan import get_network_from_plans
+
+    network_class, arguments, imported = (
+        training.architecture[key] for key in ("network_class_name", "arch_kwargs", "_kw_requires_import")
+    )
+    # nnssl's own class for the arguments of a network does not know those of a PlainConvUNet.
+    arguments_for_nnssl = SimpleNamespace(serialize=lambda: arguments, get_kwargs_requiring_import=lambda: imported)
+
+    class Mixin:
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
             self.config_plan.patch_size = training.patch_size
-            self.vf_subpatch_size = [(8, int(0.625 * side) + 1) for side in training.patch_size]  # nnssl's shares
             self.total_batch_size = training.batch_size
             self.num_epochs, self.num_iterations_per_epoch = training.epochs, training.iterations
             self.num_val_iterations_per_epoch = 4
@@ -136,28 +188,28 @@ def make_trainer_class(pretext: str, training: Training) -> type:
             self, config_plan: Any, num_input_channels: int, num_output_channels: int
         ) -> tuple[Any, Any]:
             network = get_network_from_plans(
-                network_class, kwargs, imported, num_input_channels, num_output_channels, deep_supervision=False
+                network_class, arguments, imported, num_input_channels, num_output_channels, deep_supervision=False
             )
             return network, AdaptationPlan(
-                architecture_plans=ArchitecturePlans(network_class.rpartition(".")[2], described),
+                architecture_plans=ArchitecturePlans(network_class.rpartition(".")[2], arguments_for_nnssl),
                 pretrain_plan=self.plan,
                 pretrain_num_input_channels=num_input_channels,
                 recommended_downstream_patchsize=training.patch_size,
-                key_to_encoder="encoder.stages",
-                key_to_stem="encoder.stages.0",
-                keys_to_in_proj=("encoder.stages.0.0.convs.0.conv", "encoder.stages.0.0.convs.0.all_modules.0"),
+                key_to_encoder=network.key_to_encoder,
+                key_to_stem=network.key_to_stem,
+                keys_to_in_proj=network.keys_to_in_proj,
             )
 
         @staticmethod
         def verify_adaptation_plans(*_: Any) -> None:
             """nnssl would build the network from its own class of arguments here."""
 
-        @staticmethod
-        def mask_creation(*args: Any, **arguments: Any) -> torch.Tensor:
-            return BaseMAETrainer.mask_creation(*args, **{"block_size": training.mask_side, **arguments})
+        def on_train_end(self) -> None:
+            # nnssl would end the workers of these loaders, but there are none.
+            self.dataloader_train = self.dataloader_val = None
+            super().on_train_end()
 
-    Trainer.__name__ = {"masked": "BaseMAETrainer", "fusion": "VolumeFusionTrainer"}[pretext]
-    return Trainer
+    return Mixin
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The pretrainings of ``label_efficiency.py``, found again by a fingerprint, and the command that runs a training."""
+"""The pretrainings of ``label_efficiency.py``, found again by a fingerprint."""
 
 from __future__ import annotations
 
@@ -9,61 +9,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cells import DEFAULT_VARIANT, Cell
+from cells import Cell, changes_of
+from training_command import TrainingCommand, has_checkpoint, variables
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.nnunet_commands import Workspace
 
 PRETRAIN = "VFPretrainTrainer"
-NNSSL = "nnssl"  # the entry "program" of a pretraining; without this entry it is PRETRAIN
+NNSSL = "nnssl"  # the entry "program" of a pretraining is this and a commit; without this entry it is PRETRAIN
 WEIGHTS, REPORT = "vf_pretrained.pth", "pretext_report.json"
 
 
-def train(
-    workspace: Workspace,
-    dataset: str,
-    device: str,
-    plans: str,
-    trainer: str,
-    fold: int | str,
-    results: Path,
-    *flags: object,
-    **environment: object,
-) -> None:
-    """Run nnUNetv2_train; ``environment`` holds variables in addition to those of the workspace."""
-    common = ("-p", plans, "-tr", trainer, "-device", device)
-    command = ("nnUNetv2_train", dataset, "3d_fullres", fold, *common, *flags)
-    workspace.run(*map(str, command), nnUNet_results=results, **environment)
-
-
-def variables(prefix: str, settings: Mapping[str, Any], workers: int = 0) -> dict[str, Any]:
-    """Return the environment variables of a training.
-
-    Without workers a fine-tuning draws its samples itself: the same samples in the same order on any machine.
-    torch.compile is off: such a short training would not win back the time for compiling.
-    """
-    return {
-        "nnUNet_n_proc_DA": workers,
-        "nnUNet_compile": "f",
-        **{f"{prefix}{name}": value for name, value in settings.items()},
-    }
-
-
-def has_checkpoint(fold: Path) -> bool:
-    """True if ``--c`` can continue the training of this folder."""
-    return any((fold / f"checkpoint_{name}.pth").is_file() for name in ("final", "latest", "best"))
-
-
-def changes_of(config: Mapping[str, Any], variant: str) -> Mapping[str, Any]:
-    """Return what a variant of an experiment changes, by kind of training."""
-    return {} if variant == DEFAULT_VARIANT else config["variants"][variant]
-
-
-class Source(NamedTuple):
-    """A pretraining: its plans, which may have a patch of their own, and its settings."""
+class Pretraining(NamedTuple):
+    """The plans, which may have a patch of their own, and the settings of a pretraining."""
 
     plans: str
     settings: tuple[tuple[str, Any], ...]  # names and values, sorted
+
+    @property
+    def by_nnssl(self) -> bool:
+        return str(dict(self.settings).get("program", "")).startswith(NNSSL)
 
 
 class Pretrainings:
@@ -71,16 +35,17 @@ class Pretrainings:
 
     Args:
         workers: of a pretraining; its samples do not depend on it.
-        nnssl: the Python of an environment with nnssl, for arms with ``"program": "nnssl"``.
+        nnssl: the Python of an environment with nnssl, for arms with a ``"program"``.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], workspace: Workspace, device: str, workers: int = 0, nnssl: Path | None = None
+        self, config: Mapping[str, Any], command: TrainingCommand, workers: int = 0, nnssl: Path | None = None
     ):
-        self.config, self.workspace, self.device, self.workers = config, workspace, device, workers
+        self.config, self.command, self.workers = config, command, workers
+        self.workspace = command.workspace
         self.nnssl = nnssl.absolute() if nnssl else None  # commands run in another folder
 
-    def of(self, cell: Cell) -> Source:
+    def of(self, cell: Cell) -> Pretraining:
         """Return the pretraining from which a cell starts."""
         plans = str(self.config["plans"][cell.plans].get("pretrained_with", cell.plans))
         settings = {
@@ -89,60 +54,62 @@ class Pretrainings:
             **self.config["arms"][cell.arm].get("pretraining", {}),
             **changes_of(self.config, cell.variant).get("pretraining", {}),
         }
-        return Source(plans, tuple(sorted(settings.items())))
+        return Pretraining(plans, tuple(sorted(settings.items())))
 
-    def fingerprint(self, source: Source) -> str:
+    def fingerprint(self, pretraining: Pretraining) -> str:
         """Return the name of a pretraining's folder: a digest of its plans, settings and cases.
 
         Its weights may have been made on another machine: copy the folder, and they are found.
         """
-        plans = json.loads(self._plans_file(source).read_text())
+        plans = json.loads(self._plans_file(pretraining).read_text())
         cases = self.config["split"]["labelled"] + self.config["split"]["validation"]
-        content = json.dumps([plans, source.settings, cases], sort_keys=True)
+        content = json.dumps([plans, pretraining.settings, cases], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
-    def require_program(self, source: Source) -> None:
+    def require_program(self, pretraining: Pretraining) -> None:
         """Raise UserError if a pretraining has to be made by nnssl and nnssl is not there."""
-        if dict(source.settings).get("program") != NNSSL or self.nnssl is not None:
+        if not pretraining.by_nnssl or (self._folder(pretraining) / WEIGHTS).is_file():
             return
-        weights = self._folder(source) / WEIGHTS
-        if not weights.is_file():
-            raise UserError(f"no {weights}; nnssl makes it: add --nnssl PYTHON, or leave its arms out (--arms)")
+        if self.nnssl is None:
+            raise UserError("an arm is pretrained by nnssl: add --nnssl PYTHON, or leave it out (--arms)")
+        if shutil.which(self.nnssl) is None:
+            raise UserError(f"--nnssl {self.nnssl}: there is no such program; it is the Python that has nnssl")
 
-    def make(self, source: Source) -> Path:
+    def make(self, pretraining: Pretraining) -> Path:
         """Pretrain on the images of the labelled and validation cases; return the weights file."""
-        settings, folder, dataset = dict(source.settings), self._folder(source), self.config["dataset"]
-        if settings.get("program") == NNSSL:
-            return self._make_with_nnssl(source, folder)
-        fold = self.workspace.fold_folder(dataset, PRETRAIN, "all", folder, source.plans)
+        folder, plans = self._folder(pretraining), pretraining.plans
+        if pretraining.by_nnssl:
+            return self._make_with_nnssl(pretraining, folder)
+        fold = self.workspace.fold_folder(self.config["dataset"], PRETRAIN, "all", folder, plans)
         if not (fold / REPORT).is_file():
             flags = ["--c"] if has_checkpoint(fold) else []
-            environment = variables("nnUNet_vf_", settings, self.workers)
-            train(self.workspace, dataset, self.device, source.plans, PRETRAIN, "all", folder, *flags, **environment)
+            environment = variables("nnUNet_vf_", dict(pretraining.settings), self.workers)
+            self.command.run(plans, PRETRAIN, "all", folder, *flags, **environment)
         return fold / WEIGHTS
 
-    def _make_with_nnssl(self, source: Source, folder: Path) -> Path:
-        weights, settings = folder / WEIGHTS, dict(source.settings)
+    def _make_with_nnssl(self, pretraining: Pretraining, folder: Path) -> Path:
+        weights, settings = folder / WEIGHTS, dict(pretraining.settings)
         if not weights.is_file():
             images = self.workspace.raw / self.config["dataset"] / "imagesTr"
             self.workspace.run(
                 *(str(self.nnssl), Path(__file__).with_name("nnssl_pretraining.py")),
-                *(images, self._plans_file(source), "--folder", folder, "--device", self.device),
-                *("--pretext", settings["pretext"], "--mask-side", settings.get("mask_side", 16)),
+                *(images, self._plans_file(pretraining), "--folder", folder, "--device", self.command.device),
+                *("--pretext", settings["pretext"], "--seed", settings.get("seed", 0)),
+                *(("--mask-side", settings["mask_side"]) if "mask_side" in settings else ()),
                 *("--epochs", settings["num_epochs"], "--iterations", settings["iterations_per_epoch"]),
             )
             self.workspace.run("nnUNetv2_vf", "convert", folder / "checkpoint_final.pth", "-o", weights)
         return weights
 
-    def keep_report(self, source: Source, weights: Path, folder: Path) -> None:
+    def keep_report(self, pretraining: Pretraining, weights: Path, folder: Path) -> None:
         """Copy the report beside pretrained weights to a folder, under the fingerprint; nnssl writes none."""
         report = weights.with_name(REPORT)
         if report.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(report, folder / f"{self.fingerprint(source)}.json")
+            shutil.copyfile(report, folder / f"{self.fingerprint(pretraining)}.json")
 
-    def _folder(self, source: Source) -> Path:
-        return self.workspace.folder / "pretraining" / self.fingerprint(source)
+    def _folder(self, pretraining: Pretraining) -> Path:
+        return self.workspace.folder / "pretraining" / self.fingerprint(pretraining)
 
-    def _plans_file(self, source: Source) -> Path:
-        return self.workspace.preprocessed / self.config["dataset"] / f"{source.plans}.json"
+    def _plans_file(self, pretraining: Pretraining) -> Path:
+        return self.workspace.preprocessed / self.config["dataset"] / f"{pretraining.plans}.json"

@@ -428,9 +428,9 @@ def _add_convert(commands: _Commands) -> None:
         "convert",
         _run_convert,
         "make vf_pretrained.pth from a checkpoint of MIS-FM or nnssl, or from model.safetensors",
-        "Make a vf_pretrained.pth from weights of other projects: MIS-FM's released PCT-Net and FMUNet; ResEnc-L, "
-        "other U-Nets and Primus-M that nnssl pretrained with Volume Fusion or as masked autoencoders. Or from "
-        "model.safetensors, as nnUNetv2_vf push uploads it.",
+        "Make a vf_pretrained.pth from weights of other projects: MIS-FM's released PCT-Net and FMUNet; nnssl's "
+        "U-Nets (Volume Fusion or masked autoencoder) and Primus-M (Volume Fusion). Or from model.safetensors, as "
+        "nnUNetv2_vf push uploads it.",
     )
     parser.add_argument("release", type=Path, metavar="CHECKPOINT", help="checkpoint of MIS-FM or nnssl")
     parser.add_argument("-o", type=Path, required=True, metavar="OUT.pth", help="file to write")

@@ -119,7 +119,7 @@ NNSSL_RESENC = {  # a residual encoder U-Net in nnssl's plans, smaller than ResE
 NNSSL_UNET = {("n_conv_per_stage" if name == "n_blocks_per_stage" else name): v for name, v in NNSSL_RESENC.items()}
 
 
-def nnssl_checkpoint(arch_class_name="ResidualEncoderUNet", weights=None, patch=(32, 32, 32)) -> dict:
+def nnssl_checkpoint(arch_class_name="ResidualEncoderUNet", weights=None, patch=(32, 32, 32), classes=5) -> dict:
     """Return a checkpoint as nnssl's AbstractBaseTrainer.save_checkpoint and AdaptationPlan.serialize write it."""
     residual, dynamic = arch_class_name.endswith("ResidualEncoderUNet"), arch_class_name.endswith("UNet")
     configuration = {
@@ -159,7 +159,7 @@ def nnssl_checkpoint(arch_class_name="ResidualEncoderUNet", weights=None, patch=
         "key_to_lpe": None,
     }
     return {
-        "network_weights": unet(residual=residual).state_dict() if weights is None else weights,
+        "network_weights": unet(residual=residual, classes=classes).state_dict() if weights is None else weights,
         "optimizer_state": {},
         "grad_scaler_state": None,
         "logging": {"train_losses": [1.0]},

@@ -20,7 +20,14 @@ class OwnUNet(PlainConvUNet):
         self.drop_path_rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]
 
 
-def unet(channels=1, kernels=((3, 3, 3),) * 3, strides=((1, 1, 1), (2, 2, 2), (2, 2, 2)), features=4, residual=False):
+def unet(
+    channels=1,
+    kernels=((3, 3, 3),) * 3,
+    strides=((1, 1, 1), (2, 2, 2), (2, 2, 2)),
+    features=4,
+    residual=False,
+    classes=5,
+):
     """Return nnU-Net's U-Net or residual encoder U-Net with instance norm and one stage for each kernel."""
     stages = len(kernels)
     kwargs = {
@@ -42,7 +49,7 @@ def unet(channels=1, kernels=((3, 3, 3),) * 3, strides=((1, 1, 1), (2, 2, 2), (2
         "arch_kwargs": kwargs,
         "_kw_requires_import": ["conv_op", "norm_op", "nonlin"],
     }
-    return randomise(build_network(entry, channels, 5, device="cpu"))
+    return randomise(build_network(entry, channels, classes, device="cpu"))
 
 
 def pct_net(mode=0, channels=1, window=3):

@@ -1,4 +1,4 @@
-"""Convert checkpoints of DKFZ's nnssl: of Volume Fusion and of its masked autoencoder.
+"""Convert checkpoints of DKFZ's nnssl: U-Nets (Volume Fusion or masked autoencoder) and Primus-M (Volume Fusion).
 
 Sources: MIC-DKFZ/nnssl, ``architectures/architecture_registry.py`` (ResEnc-L), ``training/nnsslTrainer/volume_fusion``
 (Primus-M) and ``training/nnsslTrainer/masked_image_modeling/BaseMAETrainer.py``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -10,8 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK
+import torch
 from cells import CELL, Cell, belongs_to, read_rows, usual_seconds, write_cell
 from common import RESULTS
+from foreign_checkpoints import nnssl_checkpoint
 from label_efficiency import MAX_SEEDS, RECORD, Experiment, require_same_configuration
 from label_efficiency_report import (
     CURVES,
@@ -36,6 +39,7 @@ from segmentation_scores import score
 from nnunetv2_vf.demo.phantoms import write_dataset
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_commands import Workspace
+from nnunetv2_vf.transfer.artifact import read_artifact
 
 HIPPOCAMPUS = "hippocampus"
 CONFIG = read_experiment(HIPPOCAMPUS)
@@ -114,9 +118,35 @@ def test_an_arm_of_nnssl_is_refused_if_neither_nnssl_nor_its_weights_are_there(t
     experiment = Experiment(config, Workspace(tmp_path / "workspace", processes=1), "cpu", jobs=1)
     write_plans(experiment, "nnUNetPlansHalfSmall", 24)
     cell = Cell("nnUNetPlansHalfSamePatch", "nnssl_masked", 2, 0)
-    with pytest.raises(UserError, match=r"no .*vf_pretrained.pth; nnssl makes it: add --nnssl PYTHON"):
+    with pytest.raises(UserError, match="is pretrained by nnssl: add --nnssl PYTHON"):
         experiment.run([cell], tmp_path, on_test_cases=True)
+    experiment.pretrainings.nnssl = tmp_path / "python"
+    with pytest.raises(UserError, match=r"--nnssl .*python: there is no such program"):
+        experiment.run([cell], tmp_path, on_test_cases=True)
+    with pytest.raises(UserError, match="changes nothing in nnssl"):
+        experiment.check(dataclasses.replace(cell, variant="blocks"))
     assert not experiment.workspace.log.exists()
+
+
+def test_what_nnssl_has_pretrained_is_converted_once(tmp_path):
+    experiment = Experiment(read_experiment("hippocampus_pretexts"), Workspace(tmp_path, processes=1), "cpu", jobs=1)
+    write_plans(experiment, "nnUNetPlansHalfSmall", 24)
+    torch.save(nnssl_checkpoint("PlainConvUNet", classes=1), tmp_path / "nnssl.pth")
+    program = tmp_path / "python"  # stands for nnssl: nnssl_pretraining.py itself is tested beside the real one
+    program.write_text(
+        f'#!/bin/sh\nwhile [ "$1" != --folder ]; do shift; done\nmkdir -p "$2"\n'
+        f'cp {tmp_path / "nnssl.pth"} "$2/checkpoint_final.pth"\n'
+    )
+    program.chmod(0o755)
+    experiment.pretrainings.nnssl = program
+    masked = experiment.pretrainings.of(Cell("nnUNetPlansHalfSamePatch", "nnssl_masked", 2, 0))
+    weights = [experiment.pretrainings.make(masked) for _ in range(2)]
+    assert read_artifact(weights[0])["vf"]["num_classes"] == 1
+    (nnssl_command, *rest) = [line for line in experiment.workspace.log.read_text().splitlines() if line[:1] == "$"]
+    assert "--pretext masked --seed 0 --mask-side 8 --epochs 80 --iterations 50" in nnssl_command
+    assert len(rest) == 1, "a second call makes nothing"
+    experiment.pretrainings.keep_report(masked, weights[1], tmp_path / PRETRAININGS)
+    assert not (tmp_path / PRETRAININGS).exists(), "nnssl writes no report"
 
 
 def test_a_folder_without_the_dataset_is_refused_in_one_line(experiment, tmp_path):
@@ -151,10 +181,10 @@ def test_cells_from_scratch_do_not_wait_for_a_pretraining(tmp_path):
     first_cell_is_done = threading.Event()
 
     class RecordedPretrainings(Pretrainings):
-        def make(self, source):
+        def make(self, pretraining):
             assert first_cell_is_done.wait(60), "the first cell to run must be from scratch"
             (tmp_path / REPORT).write_text("{}")
-            return tmp_path / source.plans
+            return tmp_path / pretraining.plans
 
     class Recorded(Experiment):
         def finetune(self, cell, on_test_cases, pretrained):
@@ -165,7 +195,7 @@ def test_cells_from_scratch_do_not_wait_for_a_pretraining(tmp_path):
     weights_of: dict[str, str | None] = {}
     cells = [Cell("nnUNetPlans", arm, 5, 0) for arm in ("full", "scratch", "encoder")]
     experiment = Recorded(CONFIG, Workspace(tmp_path, processes=1), "cpu", jobs=2)
-    experiment.pretrainings = RecordedPretrainings(CONFIG, experiment.workspace, "cpu")
+    experiment.pretrainings = RecordedPretrainings(CONFIG, experiment.training)
     write_plans(experiment, "nnUNetPlansSmall", 24)
     experiment.run(cells, tmp_path, on_test_cases=True)
     assert weights_of == {"scratch": None, "full": "nnUNetPlansSmall", "encoder": "nnUNetPlansSmall"}
