@@ -113,19 +113,24 @@ def scores_table(scores: pd.DataFrame, curves: pd.DataFrame, arms: Sequence[str]
 
 def _gain_columns(rows: pd.DataFrame, scratch: pd.DataFrame) -> Row:
     """Return points of Dice over scratch with the same seeds: mean, each seed, 95 % intervals."""
-    dice, baseline = dice_by_seed(rows), dice_by_seed(scratch)
-    seeds = [seed for seed in dice if seed in baseline]
-    if not seeds:
+    by_seed = points_by_seed(rows, scratch)
+    if not by_seed:
         names = ("points against scratch", "of each seed", "95 % over cases", "95 % over cases and seeds")
         return dict.fromkeys(names, "-")
-    points = [100 * (dice[seed] - baseline[seed]) for seed in seeds]
-    gains = 100 * gains_of_cases(rows, scratch, seeds)
+    points = [*by_seed.values()]
+    gains = 100 * gains_of_cases(rows, scratch, [*by_seed])
     return {
         "points against scratch": f"{fmean(points):+.1f}",
         "of each seed": join(points, "+.1f"),
         "95 % over cases": "{:+.1f} to {:+.1f}".format(*bootstrap_interval(gains, draw_seeds=False)),
         "95 % over cases and seeds": "{:+.1f} to {:+.1f}".format(*bootstrap_interval(gains, draw_seeds=True)),
     }
+
+
+def points_by_seed(rows: pd.DataFrame, scratch: pd.DataFrame) -> dict[int, float]:
+    """Return the points of Dice over scratch for every seed that both have."""
+    own, baseline = dice_by_seed(rows), dice_by_seed(scratch)
+    return {seed: 100 * (own[seed] - baseline[seed]) for seed in own if seed in baseline}
 
 
 def gains_of_cases(rows: pd.DataFrame, scratch: pd.DataFrame, seeds: Sequence[int]) -> np.ndarray:
@@ -160,6 +165,36 @@ def _detail_columns(rows: pd.DataFrame) -> Row:
         "not found": f"{rows['sd95'].isna().sum()} of {len(rows)}",
         "collapsed": str(collapsed),
     }
+
+
+# ---------------------------------------------------------------- length of the pretraining
+
+
+def arms_by_length(scores: pd.DataFrame, config: Mapping[str, Any]) -> list[dict[int, str]]:
+    """Return the groups of arms with scores that differ in the iterations of their pretraining alone."""
+    groups: dict[str, dict[int, str]] = {}
+    for arm, changes in config["arms"].items():
+        settings = {**config["pretraining"], **changes.get("pretraining", {})}
+        iterations = settings.pop("num_epochs") * settings["iterations_per_epoch"]
+        if arm != "scratch" and len(select(scores, arm=arm)):
+            groups.setdefault(json.dumps([settings, changes.get("finetuning")], sort_keys=True), {})[iterations] = arm
+    return [dict(sorted(group.items())) for group in groups.values() if len(group) > 1]
+
+
+def lengths_table(scores: pd.DataFrame, config: Mapping[str, Any]) -> list[Row]:
+    """Return one row for every length of a pretraining, network and number of labels: the gain over scratch."""
+    return [
+        {
+            "plans": plans,
+            "labels": str(labels),
+            "arm": arm,
+            "iterations of the pretraining": str(iterations),
+            **_gain_columns(select(of_labels, arm=arm), select(of_labels, arm="scratch")),
+        }
+        for (plans, labels), of_labels in scores.groupby(["plans", "labels"])
+        for group in arms_by_length(of_labels, config)
+        for iterations, arm in group.items()
+    ]
 
 
 # ---------------------------------------------------------------- curves of the validation cases
@@ -304,6 +339,27 @@ def _draw_curves(axis: Axes, curves: pd.DataFrame, arms: Sequence[str]) -> None:
     axis.grid(alpha=0.3)
 
 
+def draw_lengths(scores: pd.DataFrame, config: Mapping[str, Any], file: Path) -> None:
+    """Draw for every network and number of labels the gain over scratch by iterations of the pretraining."""
+    groups = list(scores.groupby(["plans", "labels"]))
+    figure = Figure(figsize=(4 * len(groups), 3.2), layout="constrained")
+    for axis, ((plans, labels), rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+        scratch = select(rows, arm="scratch")
+        for group in arms_by_length(rows, config):
+            gains = pd.DataFrame({n: points_by_seed(select(rows, arm=arm), scratch) for n, arm in group.items()})
+            pretext = config["arms"][next(iter(group.values()))].get("pretraining", {}).get("pretext", "fusion")
+            (line,) = axis.plot(gains.columns, gains.mean(), "o-", label=pretext)
+            axis.plot(gains.columns, gains.T, "o", color=line.get_color(), alpha=0.3)
+            axis.set_xscale("log")
+            axis.set_xticks(gains.columns, map(str, gains.columns))
+        axis.axhline(0, color=COLORS["scratch"], label="scratch")
+        axis.set(xlabel="iterations of the pretraining", ylabel="points of Dice over scratch")
+        axis.set_title(f"{plans}, {labels} labels")
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.savefig(file, dpi=100)
+
+
 # ---------------------------------------------------------------- report
 
 
@@ -317,6 +373,9 @@ def write_report(folder: Path, name: str, config: Mapping[str, Any]) -> None:
         tables["Test cases"] = scores_table(scores, curves, arms)
         images = IMAGES if folder.resolve() == RESULTS / name else folder
         draw(scores, curves, arms, images / f"few_labels_{name}.png")
+        if lengths := lengths_table(scores, config):
+            tables["Length of the pretraining, test cases"] = lengths
+            draw_lengths(scores, config, images / f"few_labels_{name}_lengths.png")
     if len(curves):
         tables["Curves, validation cases"] = curves_table(curves, arms)
     if len(variants):

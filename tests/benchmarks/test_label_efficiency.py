@@ -25,8 +25,10 @@ from label_efficiency_report import (
     VARIANTS,
     bootstrap_interval,
     curves_table,
+    draw_lengths,
     early_table,
     gains_of_cases,
+    lengths_table,
     pretrainings_table,
     read_experiment,
     read_table,
@@ -489,6 +491,24 @@ def test_what_the_pretrainings_have_learnt_is_tabulated(tmp_path):
     (tmp_path / "5481ff4a8bda.json").write_text(json.dumps({**report, "settings": settings}))
     (row,) = pretrainings_table(tmp_path)
     assert [*row.values()] == ["fusion+masked", "150", "8", "0.40", "0.20, 0.60", "0.50"]
+
+
+def test_arms_that_differ_in_the_length_of_their_pretraining_are_compared(tmp_path):
+    config = read_experiment("hippocampus_pretexts")
+    dice = {"scratch": 0.5, "masked": 0.6, "fusion_masked": 0.52, "fusion_masked_1000": 0.51}
+    rows = [
+        {"plans": "p", "labels": 2, "arm": arm, "seed": seed, "case": case, "class": "A", "dice": value + 0.1 * seed}
+        for arm, value in dice.items()
+        for seed in (0, 1)
+        for case in ("a", "b")
+    ]
+    table = lengths_table(pd.DataFrame(rows), config)
+    assert [(row["arm"], row["iterations of the pretraining"], row["of each seed"]) for row in table] == [
+        ("fusion_masked_1000", "1000", "+1.0, +1.0"),
+        ("fusion_masked", "4000", "+2.0, +2.0"),
+    ]
+    draw_lengths(pd.DataFrame(rows), config, tmp_path / "lengths.png")
+    assert (tmp_path / "lengths.png").is_file()
 
 
 def test_the_gain_of_a_case_uses_the_seeds_that_both_arms_have():
