@@ -124,7 +124,7 @@ def patch_warning(configuration: ConfigurationManager) -> str | None:
     """Return a warning if the patch is as large as the median image.
 
     Then sub-volumes are padded, and two sub-volumes of one case are often nearly the same.
-    docs/explanation/label-efficiency.md says how often.
+    docs/explanation/trials.md says how often.
     """
     patch = configuration.patch_size
     median = configuration.configuration.get("median_image_size_in_voxels")  # not all plans have it

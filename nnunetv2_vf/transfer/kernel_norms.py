@@ -3,7 +3,7 @@
 If a normalisation follows a convolution, the norm of the kernel does not change the result. It does change the learning
 rate: a step of the optimiser turns a kernel of twice the norm by half the angle (Adam), or a quarter (SGD). See van
 Laarhoven, "L2 Regularization versus Batch and Weight Normalization", arXiv 1706.05350. Adam makes kernels grow during
-pretraining, most of all in the decoder: docs/explanation/label-efficiency.md says by how much, and what that costs.
+pretraining, most of all in the decoder: docs/explanation/trials.md says by how much, and what that costs.
 """
 
 from __future__ import annotations
