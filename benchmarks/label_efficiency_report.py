@@ -311,7 +311,7 @@ def draw(scores: pd.DataFrame, curves: pd.DataFrame, arms: Sequence[str], file: 
         for labels, axis in zip(numbers, others, strict=True):
             _draw_curves(axis, select(curves, plans=plans, labels=labels), arms)
             axis.set_title(f"{labels} labels")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms))
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(arms), 4))
     figure.savefig(file, dpi=100)
 
 
@@ -352,6 +352,7 @@ def draw_lengths(scores: pd.DataFrame, config: Mapping[str, Any], file: Path) ->
             axis.plot(gains.columns, gains.T, "o", color=line.get_color(), alpha=0.3)
             axis.set_xscale("log")
             axis.set_xticks(gains.columns, map(str, gains.columns))
+            axis.minorticks_off()
         axis.axhline(0, color=COLORS["scratch"], label="scratch")
         axis.set(xlabel="iterations of the pretraining", ylabel="points of Dice over scratch")
         axis.set_title(f"{plans}, {labels} labels")

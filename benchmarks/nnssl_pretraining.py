@@ -14,7 +14,8 @@ here, because nnssl's trainers are made for a ResEnc-L and patches of 160x160x16
 - VolumeFusionTrainer takes crops from anywhere, not only from the centre: a small patch would never see the rest;
 - all images are used for training: nnssl would hold five out for a validation loss, which nothing depends on.
 
-Writes ``checkpoint_final.pth`` in FOLDER and does nothing if it is there. Needs: nnssl.
+Writes ``checkpoint_final.pth`` in FOLDER and does nothing if it is there. Duration: 4000 iterations of the hippocampus
+experiment with one thread: 17 minutes. Needs: nnssl.
 """
 
 from __future__ import annotations
