@@ -455,7 +455,9 @@ def test_the_committed_tables_are_those_of_the_committed_results(tmp_path, name)
     assert (copy / TABLE).read_text() == (RESULTS / name / TABLE).read_text()
 
 
-@pytest.mark.parametrize(("name", "least_rows"), [("hippocampus", 21), ("hippocampus_pretexts", 17), ("left_atrium_pretexts", 11)])
+@pytest.mark.parametrize(
+    ("name", "least_rows"), [("hippocampus", 21), ("hippocampus_pretexts", 17), ("left_atrium_pretexts", 11)]
+)
 def test_the_page_shows_the_committed_tables(name, least_rows):
     pages = [RESULTS.parents[1] / "docs" / "explanation" / page for page in PAGES[name]]
     lines = [line for page in pages for line in page.read_text().splitlines()]
