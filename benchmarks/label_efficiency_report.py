@@ -4,8 +4,9 @@
 
 EXPERIMENT is the name of a file in ``benchmarks/experiments``. Reads ``scores.csv`` (test cases), ``curves.csv``,
 ``variants.csv`` and ``variant_curves.csv`` (validation cases) and ``pretrainings`` (reports of the pretexts) in FOLDER.
-Writes ``table.md`` beside them and ``few_labels_EXPERIMENT.png``: to ``docs/images`` for the committed tables, else to
-FOLDER. ``label_efficiency.py`` does the same after its last training.
+Writes ``table.md`` beside them and draws ``few_labels_EXPERIMENT.png``, and ``few_labels_EXPERIMENT_lengths.png`` if
+arms differ in the length of their pretraining: to ``docs/images`` for the committed tables, else to FOLDER.
+``label_efficiency.py`` does the same after its last training.
 
 Duration: seconds. Needs: nothing else.
 """
@@ -347,7 +348,8 @@ def draw_lengths(scores: pd.DataFrame, config: Mapping[str, Any], file: Path) ->
         scratch = select(rows, arm="scratch")
         for group in arms_by_length(rows, config):
             gains = pd.DataFrame({n: points_by_seed(select(rows, arm=arm), scratch) for n, arm in group.items()})
-            pretext = config["arms"][next(iter(group.values()))].get("pretraining", {}).get("pretext", "fusion")
+            first_arm = config["arms"][next(iter(group.values()))]
+            pretext = first_arm.get("pretraining", {}).get("pretext", "fusion")
             (line,) = axis.plot(gains.columns, gains.mean(), "o-", label=pretext)
             axis.plot(gains.columns, gains.T, "o", color=line.get_color(), alpha=0.3)
             axis.set_xscale("log")
