@@ -47,16 +47,8 @@ import numpy as np
 import torch
 from cells import CELL, DEFAULT_VARIANT, Cell, belongs_to, changes_of, read_rows, usual_seconds, write_cell
 from common import NETWORK_PLANS, RESULTS, describe_device, make_parser, write_result
-from label_efficiency_report import (
-    CURVES,
-    PRETRAININGS,
-    SCORES,
-    VARIANT_CURVES,
-    VARIANTS,
-    add_experiment,
-    read_experiment,
-    write_report,
-)
+from label_efficiency_report import add_experiment, read_experiment, write_report
+from label_efficiency_tables import CURVES, PRETRAININGS, SCORES, VARIANT_CURVES, VARIANTS
 from pretrainings import Pretrainings
 from segmentation_scores import score
 from training_command import TrainingCommand, has_checkpoint, variables

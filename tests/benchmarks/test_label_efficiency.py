@@ -16,24 +16,22 @@ from cells import CELL, Cell, belongs_to, read_rows, usual_seconds, write_cell
 from common import RESULTS
 from foreign_checkpoints import nnssl_checkpoint
 from label_efficiency import MAX_SEEDS, RECORD, Experiment, require_same_configuration
-from label_efficiency_report import (
+from label_efficiency_figures import draw_lengths
+from label_efficiency_report import EXPERIMENTS, PAGES, fill_page, make_tables, read_experiment, write_report
+from label_efficiency_tables import (
     CURVES,
-    EXPERIMENTS,
     PRETRAININGS,
     SCORES,
     TABLE,
     VARIANTS,
     bootstrap_interval,
     curves_table,
-    draw_lengths,
     early_table,
     gains_of_cases,
     lengths_table,
     pretrainings_table,
-    read_experiment,
     read_table,
     scores_table,
-    write_report,
 )
 from pretrainings import REPORT, Pretrainings
 from segmentation_scores import score
@@ -41,15 +39,12 @@ from segmentation_scores import score
 from nnunetv2_vf.demo.phantoms import write_dataset
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_commands import Workspace
+from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.transfer.artifact import read_artifact
 
 HIPPOCAMPUS = "hippocampus"
 CONFIG = read_experiment(HIPPOCAMPUS)
-PAGES = {  # of the committed results
-    "hippocampus": ("label-efficiency.md", "trials.md"),
-    "hippocampus_pretexts": ("pretexts.md", "pretraining-length.md"),
-    "left_atrium_pretexts": ("pretexts.md",),
-}
+EXPERIMENTS_WITH_RESULTS = sorted(file.parent.name for file in RESULTS.rglob(SCORES))
 ARMS = ("scratch", "encoder", "full")
 
 
@@ -426,28 +421,24 @@ def test_the_table_shows_gains_speed_and_collapsed_trainings(tmp_path):
     curves = {"scratch": [0, 0, 0.5, 0.5, 0.5, 0.5], "encoder": [0.0] * 6, "full": [0.5] * 6}
     write_results(tmp_path, {"scratch": 0.5, "encoder": 0.0, "full": 0.6}, curves)
     table = scores_table(read_table(tmp_path / SCORES), read_table(tmp_path / CURVES), ARMS)
-    rows = {row["arm"]: row for row in table}
+    rows = {row["pretraining"]: row for row in table}
     assert rows["full"]["Dice"] == "0.650 ± 0.071"
-    assert rows["full"]["points against scratch"] == "+10.0"
-    assert rows["full"]["of each seed"] == "+10.0, +10.0"
+    assert rows["full"]["gain"] == "+10.0"
+    assert rows["full"]["gain of each seed"] == "+10.0, +10.0"
     for column in ("95 % over cases", "95 % over cases and seeds"):
         assert rows["full"][column] == "+10.0 to +10.0"  # all cases and seeds gain the same
-    assert rows["scratch"]["points against scratch"] == "-"
-    assert rows["full"]["reaches scratch's"] == "10"
-    assert rows["scratch"]["reaches scratch's"] == "50"
-    assert rows["full"]["part of scratch's iterations"] == "0.20, 0.20"
-    assert rows["encoder"]["part of scratch's iterations"] == "not, not"
-    assert (rows["encoder"]["reaches scratch's"], rows["encoder"]["collapsed"]) == ("not", "2")
+    assert rows["scratch"]["gain"] == "-"
+    assert rows["full"]["iterations to scratch's end"] == "10"
+    assert rows["scratch"]["iterations to scratch's end"] == "50"
+    assert rows["full"]["share of scratch's iterations"] == "0.20, 0.20"
+    assert rows["encoder"]["share of scratch's iterations"] == "not, not"
+    assert (rows["encoder"]["iterations to scratch's end"], rows["encoder"]["collapsed"]) == ("not", "2")
     write_report(tmp_path, HIPPOCAMPUS, CONFIG)
     assert (tmp_path / "few_labels_hippocampus.png").stat().st_size > 10_000
     assert "| p | 5 | full |" in (tmp_path / TABLE).read_text()
 
 
-def test_every_committed_result_is_on_a_page():
-    assert {file.parent.name for file in RESULTS.rglob(SCORES)} == {*PAGES}
-
-
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", EXPERIMENTS_WITH_RESULTS)
 def test_the_committed_tables_are_those_of_the_committed_results(tmp_path, name):
     copy = shutil.copytree(RESULTS / name, tmp_path / name)
     (copy / TABLE).unlink()
@@ -455,25 +446,28 @@ def test_the_committed_tables_are_those_of_the_committed_results(tmp_path, name)
     assert (copy / TABLE).read_text() == (RESULTS / name / TABLE).read_text()
 
 
-@pytest.mark.parametrize(
-    ("name", "least_rows"), [("hippocampus", 21), ("hippocampus_pretexts", 17), ("left_atrium_pretexts", 11)]
-)
-def test_the_page_shows_the_committed_tables(name, least_rows):
-    pages = [RESULTS.parents[1] / "docs" / "explanation" / page for page in PAGES[name]]
-    lines = [line for page in pages for line in page.read_text().splitlines()]
-    tables = (RESULTS / name / TABLE).read_text().splitlines()
-    heads = ("| plans |", "| pretext |", "| --- |")  # the pages have words of their own for them
-    rows = [line for line in tables if line.startswith("|") and not line.startswith(heads)]
-    assert len(rows) >= least_rows
-    assert [row for row in rows if row not in lines] == []
+@pytest.mark.parametrize("name", EXPERIMENTS_WITH_RESULTS)
+def test_the_pages_show_the_tables_of_the_committed_results(name):
+    tables = make_tables(RESULTS / name, read_experiment(name))
+    pages = [page.read_text() for page in PAGES.glob("*.md")]
+    shown = {title for title in tables for page in pages if f"<!-- {name}: {title} -->" in page}
+    assert shown == {*tables}
+    for page in pages:
+        assert fill_page(page, name, tables) == page
+
+
+def test_a_table_replaces_the_older_one_below_its_comment():
+    old = "Text.\n\n<!-- e: Test cases -->\n\n| a |\n| --- |\n| 1 |\n| 2 |\n\n<!-- e: Curves -->\n\n| b |\n"
+    new = "Text.\n\n<!-- e: Test cases -->\n\n| a |\n| --- |\n| \\3 |\n\n<!-- e: Curves -->\n\n| b |\n"
+    assert fill_page(old, "e", {"Test cases": [{"a": "\\3"}], "Not there": [{"a": "4"}]}) == new
 
 
 def test_curves_are_tabulated_without_scores_of_test_cases(tmp_path):
     curve = [0.1, 0.2, 0.5, 0.5]
     write_results(tmp_path, dict.fromkeys(ARMS, 0.5), dict.fromkeys(ARMS, curve))
     rows = curves_table(read_table(tmp_path / CURVES), ARMS)
-    assert [row["arm"] for row in rows] == [*ARMS]
-    assert {(row["pseudo Dice"], row["of each seed"], row["reaches scratch's"]) for row in rows} == {
+    assert [row["pretraining"] for row in rows] == [*ARMS]
+    assert {(row["at the end"], row["of each seed"], row["iterations to scratch's end"]) for row in rows} == {
         ("0.400 ± 0.000", "0.400, 0.400", "40")
     }
 
@@ -497,7 +491,15 @@ def test_what_the_pretrainings_have_learnt_is_tabulated(tmp_path):
     report = {"samples": 8, "dice_per_class": {"a": 0.2, "b": 0.6}, "restored_share": {"channel_0": 0.5}}
     (tmp_path / "5481ff4a8bda.json").write_text(json.dumps({**report, "settings": settings}))
     (row,) = pretrainings_table(tmp_path)
-    assert [*row.values()] == ["fusion+masked", "150", "8", "0.40", "0.20, 0.60", "0.50"]
+    assert [*row.values()] == ["fusion+masked", "-", "150", "8", "0.40", "0.20, 0.60", "0.50"]
+
+
+def test_the_settings_of_a_pretraining_that_are_not_the_default_are_tabulated(tmp_path):
+    settings = VFSettings(pretext="fusion+masked", mask_fraction=0.3, mask_side=8, gamma=(1, 1), num_epochs=3).as_dict()
+    report = {"samples": 8, "dice_per_class": {}, "restored_share": {}, "settings": settings}
+    (tmp_path / "5481ff4a8bda.json").write_text(json.dumps(report))
+    (row,) = pretrainings_table(tmp_path)
+    assert row["changed settings"] == "gamma=1.0,1.0, mask_side=8"
 
 
 def test_arms_that_differ_in_the_length_of_their_pretraining_are_compared(tmp_path):
@@ -510,7 +512,7 @@ def test_arms_that_differ_in_the_length_of_their_pretraining_are_compared(tmp_pa
         for case in ("a", "b")
     ]
     table = lengths_table(pd.DataFrame(rows), config)
-    assert [(row["arm"], row["iterations of the pretraining"], row["of each seed"]) for row in table] == [
+    assert [(row["pretraining"], row["iterations of the pretraining"], row["gain of each seed"]) for row in table] == [
         ("fusion_masked_1000", "1000", "+1.0, +1.0"),
         ("fusion_masked", "4000", "+2.0, +2.0"),
     ]
