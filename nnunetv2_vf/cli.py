@@ -489,7 +489,7 @@ def _run_adapt(args: argparse.Namespace) -> None:
     target = load_target(args.d, args.p, args.c)
     print(adapt_file(local_file(args.file), target, args.o, args.partial, args.encoder_only))
     print("\n  ".join(["Pretraining and these plans:", *describe_differences(read_artifact(args.o)["vf"], target)]))
-    print(f"wrote {args.o}\nNext: {finetune_command(target.dataset_id, args.c, 0, args.p, args.o)}")
+    print(f"wrote {args.o}\nNext: {finetune_command(target.dataset_id, args.c, target.first_fold, args.p, args.o)}")
 
 
 # ---------------------------------------------------------------- push

@@ -209,7 +209,7 @@ def _describe_plans(plans: dict[str, Any], name: str, pretrained: Mapping[str, A
         elif file.suffix == SAFETENSORS_ENDING:  # nnU-Net's -pretrained_weights does not read them
             commands.append(convert_command(file))
             weights = converted_file_name(file)
-        commands.append(finetune_command(target.dataset_id, "3d_fullres", 0, name, weights))
+        commands.append(finetune_command(target.dataset_id, "3d_fullres", target.first_fold, name, weights))
     is_pretrained = plans[_RECORD]["normalization"] == "pretrained"
     normalization = "the normalisation of its pretraining" if is_pretrained else "nnU-Net's normalisation"
     remark = f", with the network of {shlex.quote(str(file))} and {normalization}"

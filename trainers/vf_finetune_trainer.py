@@ -30,7 +30,7 @@ from nnunetv2_vf.training.random_state import get_random_state, seeded_initializ
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
 from nnunetv2_vf.transfer.kernel_norms import kernel_factors, scale_kernels
 from nnunetv2_vf.transfer.network_fit import require_trainable
-from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights
+from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights, describe_origin
 from nnunetv2_vf.transfer.target_plans import TargetPlans
 
 _ENCODER_SCHEDULES = ("encoder_only", "frozen_encoder")  # schedules that need a pretrained encoder
@@ -127,12 +127,8 @@ class VFFinetuneTrainer(ResumableTrainer):
         self.print_to_log_file(f"Fine-tuning settings:\n{self.settings}\n{schedule}\n", add_timestamp=False)
         lines = ["Pretrained weights: none, this training started from scratch"]
         if self.pretrained_record is not None:
-            dataset = self.pretrained_record["dataset"] or "an unknown dataset"
-            hub = self.pretrained_record.get("hub")  # checkpoints of earlier versions have no such entry
-            lines = [
-                printable(f"Pretrained weights: {hub or self.pretrained_record['file']}, trained on {dataset}"),
-                *self.pretrained_record["compared"],
-            ]
+            origin = describe_origin(self.pretrained_record)
+            lines = [printable(f"Pretrained weights: {origin}"), *self.pretrained_record["compared"]]
         self.print_to_log_file("\n  ".join(lines) + "\n", add_timestamp=False)
 
     # ------------------------------------------------------------------ pretrained weights

@@ -41,7 +41,7 @@ from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
 from nnunetv2_vf.training.step import Precision, take_step
 from nnunetv2_vf.transfer import artifact
 from nnunetv2_vf.transfer.architectures import refusal_warning
-from nnunetv2_vf.transfer.metadata import describe_pretraining, read_channel_names
+from nnunetv2_vf.transfer.metadata import describe_pretraining, read_channel_names, read_pretext
 from nnunetv2_vf.transfer.model_card import CARD_NAME, write_model_card
 from nnunetv2_vf.transfer.network_fit import require_trainable
 from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights
@@ -213,11 +213,23 @@ class VFPretrainTrainer(ResumableTrainer):
         self.step_monitor = StepMonitor(self.bare_network())
 
     def on_train_start(self) -> None:
+        if not self._is_resumed and not self.disable_checkpointing:
+            self._require_same_pretext()
         super().on_train_start()
         self.print_to_log_file(f"Pretraining settings:\n{self.settings}\n", add_timestamp=False)
         self.print_to_log_file(f"Precision: {self.precision.name} on {self.device}\n", add_timestamp=False)
         for warning in self._preflight_warnings:
             self.print_to_log_file(warning)
+
+    def _require_same_pretext(self) -> None:
+        """Raise UserError if the folder holds weights of another pretext, which a new training would replace."""
+        file, pretext = Path(self.output_folder) / artifact.ARTIFACT_NAME, self.settings.pretext
+        recorded = read_pretext(artifact.read_artifact(file)["vf"]) if file.is_file() else pretext
+        if recorded != pretext:
+            raise UserError(
+                f"{file} was pretrained with pretext = {recorded}, and a training with pretext = {pretext} would "
+                f"replace it; write to another folder (export nnUNet_results=FOLDER), or move {file.parent} away"
+            )
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
@@ -255,6 +267,10 @@ class VFPretrainTrainer(ResumableTrainer):
             "fn_hard": np.concatenate([confusion.sum(1) - hits, 1 - share]),
         }
         super().on_validation_epoch_end([{"loss": losses.mean(), **counts}])
+        if self.settings.has_mask:  # nnU-Net logs all scores under the name of Dice
+            dice = self.logger.get_value("dice_per_class_or_region", step=-1)[: len(hits)]
+            scores = zip(self.logger.local_logger.score_colours, [*dice, *raw_share], strict=True)
+            self.print_to_log_file("Scores: " + ", ".join(f"{name}: {score:.4f}" for name, score in scores))
         warning = pretext_warning(sum(self.ranks.gather(confusion)), raw_share)
         if warning:
             self.print_to_log_file(warning)
@@ -303,10 +319,13 @@ class VFPretrainTrainer(ResumableTrainer):
         values |= {"skipped_steps": self.step_monitor.skipped, "quarantined_cases": len(self.quarantine.cases)}
         for name, value in values.items():
             self.logger.log(name, value, self.current_epoch)
+        speed = "all steps of this epoch were complete before the training was continued"
+        if self.num_iterations_per_epoch:
+            share = values["data_wait_share"]
+            speed = f"{values['samples_per_second']:.3g} samples/s, waiting for data {share:.1%} of the time"
         memory = f", {values['gpu_memory_gb']:.1f} GB of GPU memory" if self.device.type == "cuda" else ""
         self.print_to_log_file(
-            f"{values['samples_per_second']:.3g} samples/s, waiting for data {values['data_wait_share']:.1%} of the "
-            f"time{memory}; {values['skipped_steps']} steps skipped so far, {values['quarantined_cases']} cases in "
+            f"{speed}{memory}; {values['skipped_steps']} steps skipped so far, {values['quarantined_cases']} cases in "
             "quarantine since the last start"
         )
 
@@ -345,12 +364,19 @@ class VFPretrainTrainer(ResumableTrainer):
         if writer != type(self).__name__ or VFSettings.section not in recorded.plans:
             raise UserError(f"{file} was written by {writer}, not by {type(self).__name__}; move it to another folder")
         settings = VFSettings.resolve(recorded.plans, {})
-        # The network has heads for this run's pretext. require_same says so if the checkpoint has others.
-        if not self.continue_training and _heads(settings) == _heads(self.settings):
+        if not self.continue_training:
+            self._require_same_heads(settings, file)
             self.settings = dataclasses.replace(settings, precision=self.settings.precision)
             self.settings.apply_schedule(self)
         self.settings.require_same(recorded.plans[VFSettings.section], file)
         require_same_plans(recorded, self.plans_manager, self.configuration_name, file)
+
+    def _require_same_heads(self, recorded: VFSettings, file: Path) -> None:
+        """Raise UserError if a checkpoint's network has other outputs than this run's."""
+        if _heads(recorded) != _heads(self.settings):
+            names = ("pretext", "coefficient_steps")
+            values = " ".join(f"{recorded.prefix}{name}={getattr(recorded, name)}" for name in names)
+            raise UserError(f"the network of {file} was pretrained with another pretext; restore it: export {values}")
 
     def save_checkpoint(self, filename: str) -> None:
         """Write the checkpoint; with the best and the final one also the preview, the artifact and its model card."""

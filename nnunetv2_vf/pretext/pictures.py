@@ -19,7 +19,7 @@ from nnunetv2_vf.pretext.fusion import fit_intensity_transforms
 from nnunetv2_vf.pretext.task import make_batch, split_output
 from nnunetv2_vf.settings import VFSettings
 
-_RESTORED = "restored"
+_RESTORED = "hidden blocks restored"
 _VIEWS = ("along z", "along y", "along x")  # axes of the original image; nnU-Net keeps its orientation
 
 
@@ -62,7 +62,8 @@ def make_examples(
     if pretext.restoration is not None:
         volumes["fused volume" if settings.has_fusion else "volume"] = pretext.restoration.volume
         volumes["hidden blocks (network input)"] = pretext.data
-        volumes[_RESTORED] = restored
+        hidden = pretext.restoration.mask[:, None]
+        volumes[_RESTORED] = None if restored is None else pretext.data.where(~hidden, restored.to(pretext.data))
     else:
         volumes["fused volume (network input)"] = pretext.data
     columns = {title: volume[:, 0].cpu().numpy() for title, volume in volumes.items() if volume is not None}

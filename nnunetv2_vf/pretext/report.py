@@ -93,8 +93,11 @@ def write_report(
         "settings": dict(settings),
     }
     save_json(report, str(folder / "pretext_report.json"), sort_keys=False)
+    picture = folder / "pretext_report.png"
     if len(confusion):
-        draw_confusion(confusion, dice.tolist(), folder / "pretext_report.png")
+        draw_confusion(confusion, dice.tolist(), picture)
+    else:
+        picture.unlink(missing_ok=True)  # of an earlier training with another pretext
     return report
 
 

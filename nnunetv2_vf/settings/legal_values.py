@@ -48,8 +48,7 @@ def parse_value(f: Field[Any], value: Any, name: str) -> Any:
             return _parse_range(f, value)
         return _parse_number(f, value, type(f.default))
     except (TypeError, ValueError, OverflowError):
-        legal = f"{_describe_legal_values(f)} (default {format_value(f.default)})"
-        raise UserError(f"setting {name} = {value!r} is not legal; legal: {legal}") from None
+        raise UserError(f"setting {name} = {value!r} is not legal; legal: {_describe_legal_values(f)}") from None
 
 
 def format_value(value: Any) -> str:

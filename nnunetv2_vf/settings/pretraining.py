@@ -11,6 +11,13 @@ from nnunetv2_vf.settings.shared import OPTIMIZER_DESCRIPTION, OPTIMIZERS, Train
 
 PRETEXTS = ("fusion", "masked", "fusion+masked")
 JOINT_MASK_FRACTION = 0.3  # where three quarters of the voxels are hidden, few coefficients can be recognised
+_OF_FUSION = (
+    *("coefficient_steps", "fusion_map", "pairing"),
+    *("contrast_probability", "contrast_lower", "contrast_upper", "gamma", "invert_probability"),
+)
+_OF_BOXES = ("box_count", "box_min_side", "box_max_fraction")
+_OF_BLOCKS = ("block_side", "block_foreground")
+_OF_MASK = ("mask_side", "mask_fraction")
 _PRECISION_DESCRIPTION = (
     "precision of matrix products and convolutions; "
     "auto: bf16 on GPUs that support it, fp16 on other GPUs, fp32 on CPUs"
@@ -115,6 +122,18 @@ class VFSettings(TrainingSettings):
     def has_mask(self) -> bool:
         """True if the network restores hidden blocks."""
         return self.pretext != "fusion"
+
+    @property
+    def without_effect(self) -> list[str]:
+        """Names of the settings that the chosen pretext and fusion map do not use."""
+        is_used = {
+            _OF_FUSION: self.has_fusion,
+            _OF_BOXES: self.has_fusion and self.fusion_map == "boxes",
+            _OF_BLOCKS: self.has_fusion and self.fusion_map == "blocks",
+            _OF_MASK: self.has_mask,
+            ("reconstruction_weight",): self.has_fusion and self.has_mask,
+        }
+        return [name for names, used in is_used.items() if not used for name in names]
 
     @property
     def num_fusion_classes(self) -> int:

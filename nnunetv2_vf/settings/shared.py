@@ -153,8 +153,16 @@ class TrainingSettings:
             f"the settings differ from those of {file}: {'; '.join(differences)}. {remedy} a new training without --c"
         )
 
+    @property
+    def without_effect(self) -> list[str]:
+        """Names of the settings that other settings make ineffective."""
+        return []
+
     def __str__(self) -> str:
-        return "\n".join(f"  {name}: {value}" for name, value in self.as_dict().items())
+        """One line for each setting; those without effect share the last one."""
+        unused = self.without_effect
+        lines = [f"  {name}: {value}" for name, value in self.as_dict().items() if name not in unused]
+        return "\n".join([*lines, *([f"  without effect: {', '.join(unused)}"] if unused else [])])
 
 
 def _with_default(f: Field[Any], recipe: Mapping[str, Any]) -> Field[Any]:

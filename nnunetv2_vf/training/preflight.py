@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from nnunetv2_vf.nnunet_folders import (
     require_variables,
 )
 from nnunetv2_vf.settings import VFSettings
+from nnunetv2_vf.settings.legal_values import format_value
 
 _MIN_PATCH_SIDE = 8  # voxels: the shortest side of a fusion box
 _FOLDS = 5
@@ -56,7 +58,11 @@ def check_pretraining(
             "both"
         )
     require_visible_blocks(configuration, settings)
-    warnings = patch_warning(configuration), _left_out_warning(plans_manager, cases, fold)
+    warnings = (
+        patch_warning(configuration),
+        without_effect_warning(settings),
+        _left_out_warning(plans_manager, cases, fold),
+    )
     return [warning for warning in warnings if warning is not None]
 
 
@@ -136,6 +142,17 @@ def patch_warning(configuration: ConfigurationManager) -> str | None:
         "and two of one case are often nearly the same. Pretrain with a smaller patch_size in a copy of the plans; the "
         "weights fit both plans"
     )
+
+
+def without_effect_warning(settings: VFSettings) -> str | None:
+    """Return a warning if settings were changed that the chosen pretext does not use."""
+    defaults = {f.name: f.default for f in fields(VFSettings)}
+    changed = [name for name in settings.without_effect if getattr(settings, name) != defaults[name]]
+    if not changed:
+        return None
+    values = ", ".join(f"{name} = {format_value(getattr(settings, name))}" for name in changed)
+    fusion_map = f" and fusion_map = {settings.fusion_map}" if settings.has_fusion else ""
+    return f"WARNING: {values}: without effect with pretext = {settings.pretext}{fusion_map}"
 
 
 def preprocessed_folder(plans_manager: PlansManager, configuration: ConfigurationManager) -> Path:

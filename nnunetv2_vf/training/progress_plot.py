@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
@@ -45,12 +46,18 @@ class PretrainLogger(PlotLogger):
 
     def draw(self, file: Path) -> None:
         """Draw losses, the score of each output, learning rate and :data:`MONITORED` over the epochs."""
+        # Lines alone would not show a single epoch, or one between two unknown values.
+        with rc_context({"lines.marker": "."}):
+            self._draw(file)
+
+    def _draw(self, file: Path) -> None:
         logged = self.my_fantastic_logging
         epochs = np.arange(min(len(values) for values in logged.values()))
         curves = {name: np.asarray(values[: len(epochs)]) for name, values in logged.items()}
 
+        has_gpu = not np.isnan(curves["gpu_memory_gb"]).all()
         figure = Figure(figsize=(14, 25), layout="constrained")
-        losses, dice, seconds, speed, memory, problems, rate = figure.subplots(7, sharex=True)
+        losses, dice, seconds, speed, problems, rate, *memory = figure.subplots(6 + has_gpu, sharex=True)
         losses.plot(epochs, curves["train_losses"], label="training")
         losses.plot(epochs, curves["val_losses"], label="validation (fixed samples)")
         _set_y_axis(losses, "loss")
@@ -62,20 +69,22 @@ class PretrainLogger(PlotLogger):
         waiting = speed.twinx()
         waiting.plot(epochs, 100 * curves["data_wait_share"], "k--", label="waiting for data, %")
         _set_y_axis(waiting, "% of the time", bottom=0, top=100)
-        memory.plot(epochs, curves["gpu_memory_gb"])
-        _set_y_axis(memory, "GPU memory, GB")
         problems.plot(epochs, curves["skipped_steps"], label="skipped steps (not finite)")
         problems.plot(epochs, curves["quarantined_cases"], label="cases in quarantine\n(since the last start)")
         _set_y_axis(problems, "number so far", bottom=0)
         rate.plot(epochs, curves["lrs"])
         _set_y_axis(rate, "learning rate")
-        rate.set_xlabel("epoch")
-        rate.xaxis.get_major_locator().set_params(integer=True)
+        for axes in memory:
+            axes.plot(epochs, curves["gpu_memory_gb"])
+            _set_y_axis(axes, "GPU memory, GB")
+        lowest = memory[-1] if memory else rate
+        lowest.set_xlabel("epoch")
+        lowest.xaxis.get_major_locator().set_params(integer=True)
 
         for axes in (losses, dice, problems):
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
         waiting.legend(loc="upper left", bbox_to_anchor=(1.05, 1))
-        for axes in (losses, dice, seconds, speed, memory, problems, rate):
+        for axes in (losses, dice, seconds, speed, problems, rate, *memory):
             axes.grid(alpha=0.3)
         figure.savefig(file, dpi=100)
 

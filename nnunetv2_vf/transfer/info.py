@@ -23,6 +23,7 @@ from nnunetv2_vf.transfer.metadata import (
     format_spacing,
     is_nnunet_checkpoint,
 )
+from nnunetv2_vf.transfer.pretrained_weights import describe_origin
 from nnunetv2_vf.transfer.safe_loading import load_safely, malformed_file_errors
 from nnunetv2_vf.transfer.shared_tensors import storage_key
 from nnunetv2_vf.transfer.suggested_commands import finetune_command
@@ -76,7 +77,8 @@ def _describe_artifact(path: Path, content: Mapping[str, Any]) -> list[str]:
         lines += [
             f"training: {settings['num_epochs']} epochs x {settings['iterations_per_epoch']} iterations, "
             f"{settings['optimizer']} at {settings['initial_lr']:g}"
-            + (f", {settings['fusion_map']}, pairing {settings['pairing']}" if dice else ""),
+            + (f", {settings['fusion_map']}, pairing {settings['pairing']}" if dice else "")
+            + (f", {settings['mask_fraction']:.0%} hidden in blocks of side {settings['mask_side']}" if share else ""),
             *([f"pretext Dice by class: {', '.join(f'{value:.3f}' for value in dice)}"] if dice else []),
             *([f"restored share of the hidden blocks: {', '.join(f'{v:.3f}' for v in share)}"] if share else []),
         ]
@@ -112,8 +114,7 @@ def _describe_nnunet_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> li
     ]
     if finetuning and finetuning["pretrained"]:
         pretrained = finetuning["pretrained"]
-        origin = pretrained.get("hub") or pretrained["file"]
-        lines.append(f"pretrained: {origin}, on {pretrained['dataset'] or 'an unknown dataset'}")
+        lines.append(f"pretrained: {describe_origin(pretrained)}")
     if metadata["trainer"] == "VFPretrainTrainer":
         lines.append(f"use: {ARTIFACT_NAME} beside it; this file is for nnUNetv2_train --c")
     elif can_be_planned(metadata["architecture"]):

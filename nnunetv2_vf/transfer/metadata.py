@@ -64,11 +64,16 @@ def describe_pretraining(
     }
 
 
+def read_pretext(metadata: Mapping[str, Any]) -> str | None:
+    """Return the setting ``pretext`` of a pretraining; None for weights that VFPretrainTrainer did not make."""
+    # Files without the setting were trained before there was another pretext.
+    return str(metadata["settings"].get("pretext", "fusion")) if "settings" in metadata else None
+
+
 def describe_pretext(metadata: Mapping[str, Any]) -> str:
-    """Return the name of the pretext of a pretraining; files without it were trained with Volume Fusion."""
-    pretext = metadata.get("settings", {}).get("pretext", "fusion")
-    return {"fusion": "Volume Fusion", "masked": "masked autoencoding"}.get(
-        pretext, "Volume Fusion and masked autoencoding"
+    """Return the method of a pretraining in words."""
+    return {"masked": "masked autoencoding", "fusion+masked": "Volume Fusion and masked autoencoding"}.get(
+        read_pretext(metadata) or "", "Volume Fusion"
     )
 
 

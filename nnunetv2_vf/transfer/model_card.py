@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_vf.fmunet import FMUNET_PATH
+from nnunetv2_vf.pct_net import PCT_NET_PATH
+from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.transfer.architectures import can_be_planned, network_name
 from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME
 from nnunetv2_vf.transfer.metadata import describe_pretext, format_spacing
@@ -16,6 +19,13 @@ TO_BE_FILLED_IN = "TO BE FILLED IN"  # by the author, in the last section
 LICENCE = "Licence of the weights"
 AUTHORS_ENTRIES = (LICENCE, "Origin of the images, and their terms of use", "Author and contact")
 _AUTHORS_SECTION = "## Licence and data"
+_VOLUME_FUSION = """Wang et al., MIS-FM: 3D Medical Image Segmentation using Foundation Models Pretrained on a
+  Large-Scale Unannotated Dataset, arXiv 2306.16925, 2023; IEEE Transactions on Image Processing 34, 2025 (Volume
+  Fusion, PCT-Net, FMUNet)"""
+_MASKED_AUTOENCODING = """Wald et al., Revisiting MAE pre-training for 3D medical image segmentation, arXiv 2410.23132,
+  2024"""
+_NNUNET = """Isensee et al., nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation,
+  Nature Methods 18, 2021"""
 
 
 def write_model_card(path: Path, metadata: Mapping[str, Any]) -> None:
@@ -39,7 +49,8 @@ def write_model_card(path: Path, metadata: Mapping[str, Any]) -> None:
 def _make_card(metadata: Mapping[str, Any]) -> str:
     network = network_name(metadata["architecture"])
     settings = metadata["settings"]
-    settings_rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    unused = VFSettings.resolve({VFSettings.section: settings}, {}).without_effect
+    settings_rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items() if name not in unused)
     authors_entries = "\n".join(f"- {entry}: {TO_BE_FILLED_IN}" for entry in AUTHORS_ENTRIES)
     return f"""# {network} pretrained with {describe_pretext(metadata)} on {metadata["dataset"]}
 
@@ -80,12 +91,7 @@ nnUNetv2_vf pull USER/NAME -o .     # if these weights are on the Hugging Face H
 
 ## Cite
 
-- Wang et al., MIS-FM: 3D Medical Image Segmentation using Foundation Models Pretrained on a Large-Scale Unannotated
-  Dataset, arXiv 2306.16925, 2023; IEEE Transactions on Image Processing 34, 2025 (Volume Fusion, PCT-Net, FMUNet)
-- Wald et al., Revisiting MAE pre-training for 3D medical image segmentation, arXiv 2410.23132, 2024 (if hidden blocks
-  were restored)
-- Isensee et al., nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation, Nature
-  Methods 18, 2021
+{_citations(metadata)}
 
 {_AUTHORS_SECTION}
 
@@ -110,6 +116,14 @@ def _scores(metadata: Mapping[str, Any]) -> str:
             + ", ".join(f"{value:.3f}" for value in share)
         )
     return "\n\n".join(parts)
+
+
+def _citations(metadata: Mapping[str, Any]) -> str:
+    """Return the papers of the pretext, of the network and of nnU-Net as a list."""
+    is_fusion, is_masked = bool(metadata["pretext_dice_per_class"]), bool(metadata.get("pretext_restored_share"))
+    is_of_misfm = metadata["architecture"]["network_class_name"] in (PCT_NET_PATH, FMUNET_PATH)
+    papers = [_VOLUME_FUSION] * (is_fusion or is_of_misfm) + [_MASKED_AUTOENCODING] * is_masked + [_NNUNET]
+    return "\n".join(f"- {paper}" for paper in papers)
 
 
 def _commands(metadata: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ nnU-Net does not tell its trainers about this option, so it is read from the com
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.network_parts import HEADS
 from nnunetv2_vf.transfer.artifact import read_pretrained
 from nnunetv2_vf.transfer.differences import describe_differences
+from nnunetv2_vf.transfer.metadata import read_pretext
 from nnunetv2_vf.transfer.network_fit import require_fit
 from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 from nnunetv2_vf.transfer.safetensors_files import SAFETENSORS_ENDING
@@ -33,8 +34,8 @@ class PretrainedWeights:
 
     Attributes:
         file: what ``-pretrained_weights`` names.
-        record: plain data for the log and for checkpoints: file name, dataset, number of cases, what ``adapt`` did, and
-            the differences between pretraining and this training.
+        record: plain data for the log and for checkpoints: file name, pretext, dataset, number of cases, what
+            ``adapt`` did, and the differences between pretraining and this training.
     """
 
     file: Path
@@ -59,6 +60,7 @@ class PretrainedWeights:
         record = {
             "file": file.name,  # without its folder, since checkpoints are shared with others
             "hub": metadata.get("hub"),
+            "pretext": read_pretext(metadata),
             "dataset": metadata.get("dataset"),
             "num_cases": metadata.get("num_cases"),
             "adapted": metadata.get("adapted"),
@@ -72,6 +74,13 @@ class PretrainedWeights:
         for name, tensor in network.state_dict().items():
             if HEADS not in name:
                 tensor.copy_(weights[name.removeprefix("_orig_mod.")])  # torch.compile adds this prefix
+
+
+def describe_origin(record: Mapping[str, Any]) -> str:
+    """Return what a :attr:`PretrainedWeights.record` says of the weights: their file, pretext and dataset."""
+    # Checkpoints of earlier versions have neither of these two entries.
+    pretext = f"pretext {record['pretext']}, " if record.get("pretext") else ""
+    return f"{record.get('hub') or record['file']}, {pretext}trained on {record['dataset'] or 'an unknown dataset'}"
 
 
 def _require_pth(file: Path) -> None:

@@ -16,6 +16,8 @@ from nnunetv2_vf.nnunet_folders import legal_configurations, plans_file
 from nnunetv2_vf.transfer.architectures import canonical_architecture
 from nnunetv2_vf.transfer.metadata import read_channel_names
 
+_FOLDS = 5
+
 
 @dataclass(frozen=True)
 class TargetPlans:
@@ -50,6 +52,11 @@ class TargetPlans:
     @property
     def dataset_id(self) -> int:
         return convert_dataset_name_to_id(self.plans_manager.dataset_name)
+
+    @property
+    def first_fold(self) -> int | str:
+        """The fold that suggested commands train: 0, or "all" with too few cases for nnU-Net's five folds."""
+        return 0 if self.dataset_json.get("numTraining", _FOLDS) >= _FOLDS else "all"
 
     def __str__(self) -> str:
         return f"{self.configuration_name} of {self.plans_manager.plans_name} of {self.plans_manager.dataset_name}"

@@ -113,8 +113,7 @@ def test_a_user_error_in_a_stock_command_is_one_line_and_exit_status_1(two_epoch
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1] == (
-        "nnUNetv2_vf: error: setting nnUNet_vf_num_epochs = 'zero' is not legal; "
-        "legal: a whole number of at least 1 (default 1000)"
+        "nnUNetv2_vf: error: setting nnUNet_vf_num_epochs = 'zero' is not legal; legal: a whole number of at least 1"
     )
 
 

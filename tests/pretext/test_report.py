@@ -62,3 +62,6 @@ def test_the_report_is_written_as_json_and_as_a_picture(tmp_path):
     assert json.loads((tmp_path / "pretext_report.json").read_text()) == json.loads(json.dumps(report))
     assert report["mean_dice"] == np.mean(list(report["dice_per_class"].values()))
     assert (tmp_path / "pretext_report.png").stat().st_size > 1000
+
+    write_report(np.zeros((0, 0), int), sums, 4, VFSettings(pretext="masked").as_dict(), tmp_path)
+    assert not (tmp_path / "pretext_report.png").exists(), "it would show the earlier training"

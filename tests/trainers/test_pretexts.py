@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from trainings import make_trainer
 
 from nnunetv2_vf.cli import main
 from nnunetv2_vf.pretext.masking import RestorationTarget, hide
+from nnunetv2_vf.pretext.pictures import make_examples
 from nnunetv2_vf.pretext.task import PretextBatch
+from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, read_artifact
 
 PRETEXTS = {"masked": (0, 1), "fusion+masked": (5, 1)}  # fusion classes, restored channels
@@ -45,6 +48,9 @@ def test_a_training_reports_what_its_pretext_has_learnt(two_epochs, folder, monk
     assert checkpoint["logging"]["mean_fg_dice"][-1] == pytest.approx(np.nanmean(logged))
     log = next(folder.glob("training_log*.txt")).read_text()
     assert f"channel_0: restored share: {report['restored_share']['channel_0']:.4f}" in log
+    first = "a = 0/4: " if classes else "restored share: "
+    assert log.count(f"Scores: {first}") == 2  # once per epoch
+    assert log.count(f"restored share: {report['restored_share']['channel_0']:.4f}") == 2  # last epoch, report
     assert "Share of the variance of the hidden blocks" in (folder / "MODEL_CARD.md").read_text()
     main(["info", str(folder / ARTIFACT_NAME)])
     output = capsys.readouterr().out
@@ -53,7 +59,8 @@ def test_a_training_reports_what_its_pretext_has_learnt(two_epochs, folder, monk
     assert "restored share of the hidden blocks" in output
 
     monkeypatch.delenv("nnUNet_vf_pretext")  # --val takes the checkpoint's; its heads are others than this run's
-    with pytest.raises(SystemExit, match=r"pretext = 'fusion' \(recorded: '" + pretext.replace("+", r"\+")):
+    values = f"nnUNet_vf_pretext={pretext} nnUNet_vf_coefficient_steps=4"
+    with pytest.raises(SystemExit, match=rf"another pretext; restore it: export {re.escape(values)}$"):
         pretrain(only_run_validation=True)
 
 
@@ -135,6 +142,33 @@ def test_a_patch_of_a_few_blocks_is_refused(two_epochs, monkeypatch):
         pretrain()
     with pytest.raises(SystemExit, match=message):
         main(["preview", "-d", str(DATASET_ID), "-p", "nnUNetPlans"])
+
+
+def test_weights_of_another_pretext_are_not_replaced(two_epochs, folder, monkeypatch):
+    monkeypatch.setenv("nnUNet_vf_pretext", "masked")
+    pretrain()
+    before = (folder / ARTIFACT_NAME).read_bytes()
+    monkeypatch.setenv("nnUNet_vf_pretext", "fusion")
+    message = r"pretext = masked, and .* pretext = fusion would replace it; .* \(export nnUNet_results=FOLDER\)"
+    with pytest.raises(SystemExit, match=message):
+        pretrain()
+    assert (folder / ARTIFACT_NAME).read_bytes() == before
+    monkeypatch.setenv("nnUNet_vf_pretext", "masked")
+    monkeypatch.setenv("nnUNet_vf_seed", "1")
+    pretrain()  # as in nnU-Net, a new training replaces an earlier one
+    assert (folder / ARTIFACT_NAME).read_bytes() != before
+
+
+def test_the_picture_shows_visible_voxels_beside_restored_ones():
+    settings = VFSettings(pretext="masked")
+    volume = torch.arange(64.0).reshape(1, 1, 4, 4, 4)
+    mask = torch.zeros(1, 4, 4, 4, dtype=torch.bool)
+    mask[..., 2:] = True
+    batch = {"tensors": {"volume": volume, "mask": mask}, "cases": [["a"]]}
+    (example,) = make_examples(batch, settings, torch.device("cpu"), lambda data: torch.full_like(data, -1))
+    restored = example.volumes["hidden blocks restored"]
+    assert (restored[..., :2] == volume[0, 0, ..., :2].numpy()).all()
+    assert (restored[..., 2:] == -1).all()
 
 
 def test_a_checkpoint_of_one_pretext_is_not_continued_with_another(two_epochs, folder, monkeypatch):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import time
 
 import pytest
 import torch
-from trainings import make_trainer
+from trainings import make_trainer, run_before_step, run_until_signal, sender_of
 
 from nnunetv2_vf.training.monitoring import DataWaitTimer
 
@@ -61,6 +62,17 @@ def test_monitored_values_reach_the_log_the_progress_plot_and_nnunets_loggers(th
         assert [step for step, _ in backend.logged[name]] == [0, 1, 2]
     assert all(value > 0 for _, value in backend.logged["samples_per_second"])
     assert all(0 < value < 1 for _, value in backend.logged["data_wait_share"])
+
+
+def test_an_epoch_without_remaining_steps_has_no_speed(three_epochs, folder):
+    trainer = make_trainer()
+    run_before_step(trainer, trainer.num_iterations_per_epoch, sender_of(signal.SIGTERM))  # the first validation step
+    assert run_until_signal(trainer)
+    make_trainer(continue_training=True).run_training()
+    log = max(folder.glob("training_log*.txt")).read_text()
+    assert "all steps of this epoch were complete before the training was continued; 0 steps skipped" in log
+    assert "nan" not in log
+    assert log.count("samples/s, ") == 2
 
 
 def test_a_collapsed_pretext_task_is_reported(two_epochs, folder):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from conftest import edit_json, pretrain
+from conftest import DATASET_ID, edit_json, pretrain
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from trainings import make_trainer
 
-from nnunetv2_vf.training.preflight import patch_warning
+from nnunetv2_vf.cli import main
+from nnunetv2_vf.settings import VFSettings
+from nnunetv2_vf.training.preflight import patch_warning, without_effect_warning
 
 
 def assert_refused(folder: Path, *parts: str, **kwargs) -> None:
@@ -116,6 +119,33 @@ def test_a_patch_as_large_as_the_median_image_is_reported(copied_dataset, median
     plan |= {"patch_size": [40, 56, 40], **({"median_image_size_in_voxels": median} if median else {})}
     warning = patch_warning(ConfigurationManager(plan))
     assert ("(40x56x40) is as large as the median image (35x50x35)" in warning) if is_reported else warning is None
+
+
+@pytest.mark.parametrize(
+    ("values", "warning"),
+    [
+        ({"mask_side": 4}, "mask_side = 4: without effect with pretext = fusion and fusion_map = boxes"),
+        (
+            {"pretext": "masked", "gamma": (1, 1), "block_side": (4, 8)},
+            "gamma = 1.0,1.0, block_side = 4,8: .* = masked$",
+        ),
+        ({"pretext": "fusion+masked", "mask_side": 4, "box_count": (3, 5), "reconstruction_weight": 2}, None),
+        ({"fusion_map": "blocks", "box_count": (3, 5)}, "box_count = 3,5: .* fusion_map = blocks$"),
+    ],
+)
+def test_changed_settings_without_effect_are_reported(values, warning):
+    message = without_effect_warning(VFSettings(**values))
+    assert message is None if warning is None else re.search(f"WARNING: {warning}", message)
+
+
+def test_log_and_preview_warn_of_settings_without_effect(two_epochs, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("nnUNet_vf_mask_fraction", "0.6")
+    main(["preview", "-d", str(DATASET_ID), "-o", str(tmp_path / "preview.png")])
+    assert "WARNING: mask_fraction = 0.6: without effect" in capsys.readouterr().out
+    pretrain()
+    log = next(folder.glob("training_log*")).read_text()
+    assert "WARNING: mask_fraction = 0.6: without effect" in log
+    assert "\n  without effect: block_side, block_foreground, mask_side, mask_fraction, reconstruction_weight" in log
 
 
 def test_the_training_log_warns_of_a_patch_as_large_as_the_median_image(copied_dataset, folder):

@@ -170,7 +170,9 @@ def test_the_log_of_a_fine_tuning_names_repository_and_commit(pushed, two_epochs
     trainer.initialize()
     trainer.on_train_start()
     (log,) = Path(trainer.output_folder).glob("training_log*.txt")
-    assert f"Pretrained weights: {NAME}@{pushed.repositories[NAME].commit}, trained on" in log.read_text()
+    assert (
+        f"Pretrained weights: {NAME}@{pushed.repositories[NAME].commit}, pretext fusion, trained on" in log.read_text()
+    )
 
 
 def test_safetensors_are_read_like_artifacts_and_converted(pushed, file, tmp_path, capsys):

@@ -80,7 +80,7 @@ def test_differences_are_logged_and_checkpoints_record_the_weights(artifact, cop
     fold = Path(trainer.output_folder)
     (log,) = fold.glob("training_log_*.txt")
     assert (
-        f"Pretrained weights: edited.pth, trained on {DATASET}\n  channels: T1 in pretraining, CT here"
+        f"Pretrained weights: edited.pth, pretext fusion, trained on {DATASET}\n  channels: T1 in pretraining, CT here"
         in log.read_text()
     )
     checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=False)

@@ -81,13 +81,28 @@ def test_a_model_card_describes_each_artifact(artifacts):
         name = names[network]
         assert card.startswith(f"# {name} pretrained with Volume Fusion on {DATASET}\n")
         assert f"| images | 10 cases of {DATASET}, fold all |" in card
-        assert all(f"| {setting} | {value} |" in card for setting, value in vf["settings"].items())
+        unused = {"block_side", "block_foreground", "mask_side", "mask_fraction", "reconstruction_weight"}
+        for setting, value in vf["settings"].items():
+            assert (f"| {setting} | {value} |" in card) == (setting not in unused)
         assert " | ".join(f"{dice:.3f}" for dice in vf["pretext_dice_per_class"]) in card
         assert "arXiv 2306.16925" in card
         assert "Licence of the weights: TO BE FILLED IN" in card
         linked = [part.partition(")")[0] for part in card.split("](")[1:]]
         assert linked
         assert all((artifact.parent / picture).is_file() for picture in linked)
+
+
+def test_a_model_card_cites_the_papers_of_its_pretext_and_network(artifacts, tmp_path):
+    masked = {"pretext_dice_per_class": [], "pretext_restored_share": [0.5]}
+    papers = ("2306.16925", "2410.23132", "Isensee")  # Volume Fusion and its networks, masked autoencoding, nnU-Net
+    for network, scores, expected in (
+        ("U-Net", {}, (True, False, True)),
+        ("U-Net", masked, (False, True, True)),
+        ("PCT-Net", masked, (True, True, True)),
+    ):
+        write_model_card(tmp_path / CARD_NAME, {**read_artifact(artifacts[network])["vf"], **scores})
+        card = (tmp_path / CARD_NAME).read_text()
+        assert tuple(paper in card for paper in papers) == expected
 
 
 def test_a_rewritten_card_keeps_what_the_author_filled_in(artifacts, tmp_path):

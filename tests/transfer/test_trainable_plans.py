@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -53,3 +54,8 @@ def test_the_smallest_patch_of_pct_net_is_accepted(pct_plans, copied_dataset):
     smallest = set_patch(16, 16, 16)
     edit_json(copied_dataset / f"{pct_plans}.json", lambda content: smallest(content["configurations"]["3d_fullres"]))
     require_trainable(load_target(str(DATASET_ID), pct_plans, "3d_fullres"))
+
+
+@pytest.mark.parametrize(("cases", "fold"), [(4, "all"), (5, 0)])
+def test_suggested_commands_train_a_fold_that_nnunet_can_make(target, cases, fold):
+    assert dataclasses.replace(target, dataset_json={"numTraining": cases}).first_fold == fold
