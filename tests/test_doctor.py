@@ -170,7 +170,7 @@ def test_weights_of_a_two_dimensional_network_are_refused(healthy, tmp_path, cap
             main([*command, "-d", "7"])
     main(["info", str(path)])
     out = capsys.readouterr().out
-    assert "1 input channels, 6 classes" in out
+    assert "1 input channels, 6 output channels" in out
     assert "nnUNetv2_vf plan" not in out
 
 

@@ -163,7 +163,7 @@ def _describe_network(metadata: Mapping[str, Any], weights: Mapping[str, Tensor]
     return (
         f"network: {network_name(architecture)}{_describe_mode(architecture)}, {features}{depth}"
         f"{parameters / 1e6:.1f} M parameters, {metadata['num_input_channels']} input channels, "
-        f"{metadata['num_classes']} classes"
+        f"{metadata['num_classes']} output channels"
     )
 
 

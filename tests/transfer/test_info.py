@@ -28,7 +28,7 @@ def test_an_artifact_is_described(artifacts, capsys):
     text = "\n".join(lines)
     assert "pretrained with Volume Fusion (nnunetv2 2." in lines[0]
     assert "network: ResidualEncoderUNet, features [4, 8, 16" in text
-    assert "1 input channels, 5 classes" in text
+    assert "1 input channels, 5 output channels" in text
     assert f"data: {DATASET}, 10 cases, 3d_fullres of nnUNetResEncUNetMPlans, fold all" in text
     assert "channels: CT; CTNormalization" in text
     assert "training: 1 epochs x 1 iterations, adam at 0.001, boxes, pairing same" in text
