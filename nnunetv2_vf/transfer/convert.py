@@ -57,8 +57,11 @@ def _convert_safetensors(file: Path, artifact: Mapping[str, Any], output: Path) 
     with malformed_file_errors(file):
         metadata = artifact["vf"]
         write_artifact(output, artifact["network_weights"], metadata, artifact.get(NNSSL_PLAN_KEY))
-        network = network_name(metadata["architecture"])
-        return f"{network}, {metadata['num_input_channels']} input channels, {metadata['num_classes']} classes"
+        return f"{network_name(metadata['architecture'])}, {_describe_channels(metadata)}"
+
+
+def _describe_channels(metadata: Mapping[str, Any]) -> str:
+    return f"{metadata['num_input_channels']} input channels, {metadata['num_classes']} output channels"
 
 
 def _convert_nnssl(file: Path, checkpoint: Mapping[str, Any], output: Path) -> str:
@@ -66,8 +69,7 @@ def _convert_nnssl(file: Path, checkpoint: Mapping[str, Any], output: Path) -> s
         weights, metadata = convert_nnssl_checkpoint(checkpoint)
     metadata["converted_from"]["file"] = file.name
     write_artifact(output, weights, {**metadata, "versions": package_versions()}, checkpoint[NNSSL_PLAN_KEY])
-    network = network_name(metadata["architecture"])
-    return f"{network} of nnssl, {metadata['num_input_channels']} input channels, {metadata['num_classes']} classes"
+    return f"{network_name(metadata['architecture'])} of nnssl, {_describe_channels(metadata)}"
 
 
 def _convert_misfm(file: Path, checkpoint: Mapping[str, Any], output: Path, mode: int | None) -> str:

@@ -43,7 +43,7 @@ class Conversion:
         parameters = sum(tensor.numel() for tensor in self.state_dict.values()) / 1e6
         return (
             f"{self.network.__name__} of resolution mode {self.mode}, {self.input_channels} input channels, "
-            f"{self.num_classes} classes, {arguments}; {parameters:.1f} M parameters"
+            f"{self.num_classes} output channels, {arguments}; {parameters:.1f} M parameters"
         )
 
 

@@ -140,7 +140,7 @@ def test_the_command_writes_an_artifact_that_nnunet_can_build(tmp_path, capsys):
     torch.save({"model_state_dict": misfm_release(1), **score}, tmp_path / "release.pt")
     main(["convert", str(tmp_path / "release.pt"), "-o", str(tmp_path / "out.pth")])
     out = capsys.readouterr().out
-    assert "resolution mode 1, 2 input channels, 3 classes" in out
+    assert "resolution mode 1, 2 input channels, 3 output channels" in out
     assert f"nnUNetv2_vf plan -d ID --like {tmp_path / 'out.pth'}" in out
     artifact = read_artifact(tmp_path / "out.pth")
     assert artifact["vf"]["converted_from"]["project"] == "MIS-FM"

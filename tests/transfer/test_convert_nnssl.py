@@ -36,7 +36,7 @@ def test_a_unet_becomes_an_artifact(tmp_path, capsys, name):
     original = nnssl_checkpoint(name)
     torch.save(original, tmp_path / "checkpoint_final.pth")
     main(["convert", str(tmp_path / "checkpoint_final.pth"), "-o", str(tmp_path / "out.pth")])
-    assert f"{name.rpartition('.')[2]} of nnssl, 1 input channels, 5 classes" in capsys.readouterr().out
+    assert f"{name.rpartition('.')[2]} of nnssl, 1 input channels, 5 output channels" in capsys.readouterr().out
     artifact = read_artifact(tmp_path / "out.pth")
     vf = artifact["vf"]
     assert vf["converted_from"] == {

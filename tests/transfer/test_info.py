@@ -66,7 +66,7 @@ def test_a_checkpoint_of_nnunet_is_described(two_epochs, copied_dataset, tmp_pat
     assert "labels: background, lungs, heart" in text
     main(["adapt", str(path), "-d", "7", "-o", str(tmp_path / "adapted.pth")])
     assert "weights trained with nnUNetTrainer, adapted to other plans" in describe(capsys, tmp_path / "adapted.pth")[0]
-    assert "6 classes" in text
+    assert "6 output channels" in text
 
 
 def test_a_checkpoint_of_pretraining_is_described(artifacts, capsys):
