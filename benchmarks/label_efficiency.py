@@ -270,6 +270,9 @@ class Experiment:
             raise UserError(f"{cell}: this arm's whole decoder is new already; leave the arm out (--arms)")
         if "program" in arm.get("pretraining", {}) and "pretraining" in variant:
             raise UserError(f"{cell}: this variant changes nothing in nnssl; leave the arm out (--arms)")
+        unused = self.pretrainings.settings_without_effect(cell)
+        if "pretraining" in variant and variant["pretraining"].keys() <= unused:
+            raise UserError(f"{cell}: this variant changes nothing in the arm's pretext; leave the arm out (--arms)")
         if cell.arm == "scratch" and ("pretraining" in variant or finetuning & NEED_PRETRAINED):
             raise UserError(f"{cell}: this variant changes nothing from scratch; leave the arm out (--arms)")
 

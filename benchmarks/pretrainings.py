@@ -13,6 +13,7 @@ from cells import Cell, changes_of
 from training_command import TrainingCommand, has_checkpoint, variables
 
 from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.settings import VFSettings
 
 PRETRAIN = "VFPretrainTrainer"
 NNSSL = "nnssl"  # the entry "program" of a pretraining is this and a commit; without this entry it is PRETRAIN
@@ -55,6 +56,12 @@ class Pretrainings:
             **changes_of(self.config, cell.variant).get("pretraining", {}),
         }
         return Pretraining(plans, tuple(sorted(settings.items())))
+
+    def settings_without_effect(self, cell: Cell) -> set[str]:
+        """Return the names of the settings that the pretext of a cell's pretraining does not use."""
+        settings = dict(self.of(cell).settings)
+        of_pretext = {name: settings[name] for name in ("pretext", "fusion_map") if name in settings}
+        return {*VFSettings(**of_pretext).without_effect}
 
     def fingerprint(self, pretraining: Pretraining) -> str:
         """Return the name of a pretraining's folder: a digest of its plans, settings and cases.

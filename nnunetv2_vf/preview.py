@@ -56,7 +56,7 @@ def preview(
     settings = VFSettings.resolve(plans_manager.plans, environment)
     configuration = pretraining_configuration(plans_manager, configuration_name)
     require_visible_blocks(configuration, settings)
-    for warning in (patch_warning(configuration), without_effect_warning(settings)):
+    for warning in (patch_warning(configuration, settings), without_effect_warning(settings)):
         if warning is not None:
             print(warning)
     names = preprocessed_cases(plans_manager, configuration_name)

@@ -26,7 +26,7 @@ from nnunetv2_vf.pretext.dataset import TRAINING, VALIDATION, PretextDataset
 from nnunetv2_vf.pretext.loader import RankShare, collate, describe_batches, make_loader
 from nnunetv2_vf.pretext.masking import restoration_sums, restored_share
 from nnunetv2_vf.pretext.pictures import draw_examples, make_examples, score_colours, view_names
-from nnunetv2_vf.pretext.report import count_confusion, pretext_warning, report_lines, write_report
+from nnunetv2_vf.pretext.report import count_confusion, name_scores, pretext_warnings, write_report
 from nnunetv2_vf.pretext.task import PretextBatch, PretextLoss, make_batch, output_names, split_output
 from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.training.checkpoints import FINAL, require_same_plans
@@ -45,6 +45,7 @@ from nnunetv2_vf.transfer.metadata import describe_pretraining, read_channel_nam
 from nnunetv2_vf.transfer.model_card import CARD_NAME, write_model_card
 from nnunetv2_vf.transfer.network_fit import require_trainable
 from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights
+from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 from nnunetv2_vf.transfer.target_plans import TargetPlans
 
 _PREVIEW_EXAMPLES = 3
@@ -224,8 +225,11 @@ class VFPretrainTrainer(ResumableTrainer):
     def _require_same_pretext(self) -> None:
         """Raise UserError if the folder holds weights of another pretext, which a new training would replace."""
         file, pretext = Path(self.output_folder) / artifact.ARTIFACT_NAME, self.settings.pretext
-        recorded = read_pretext(artifact.read_artifact(file)["vf"]) if file.is_file() else pretext
-        if recorded != pretext:
+        if not file.is_file():
+            return
+        with malformed_file_errors(file):
+            recorded = read_pretext(artifact.read_artifact(file)["vf"])
+        if recorded not in (pretext, None):
             raise UserError(
                 f"{file} was pretrained with pretext = {recorded}, and a training with pretext = {pretext} would "
                 f"replace it; write to another folder (export nnUNet_results=FOLDER), or move {file.parent} away"
@@ -269,10 +273,9 @@ class VFPretrainTrainer(ResumableTrainer):
         super().on_validation_epoch_end([{"loss": losses.mean(), **counts}])
         if self.settings.has_mask:  # nnU-Net logs all scores under the name of Dice
             dice = self.logger.get_value("dice_per_class_or_region", step=-1)[: len(hits)]
-            scores = zip(self.logger.local_logger.score_colours, [*dice, *raw_share], strict=True)
-            self.print_to_log_file("Scores: " + ", ".join(f"{name}: {score:.4f}" for name, score in scores))
-        warning = pretext_warning(sum(self.ranks.gather(confusion)), raw_share)
-        if warning:
+            scores = name_scores(dice, raw_share)
+            self.print_to_log_file("Scores: " + ", ".join(f"{name}: {score:.4f}" for name, score in scores.items()))
+        for warning in pretext_warnings(sum(self.ranks.gather(confusion)), raw_share):
             self.print_to_log_file(warning)
 
     def _collect(self, outputs: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -374,9 +377,11 @@ class VFPretrainTrainer(ResumableTrainer):
     def _require_same_heads(self, recorded: VFSettings, file: Path) -> None:
         """Raise UserError if a checkpoint's network has other outputs than this run's."""
         if _heads(recorded) != _heads(self.settings):
-            names = ("pretext", "coefficient_steps")
+            names = ("pretext", "coefficient_steps", "mask_side")  # mask_side: the default may not fit the patch
             values = " ".join(f"{recorded.prefix}{name}={getattr(recorded, name)}" for name in names)
-            raise UserError(f"the network of {file} was pretrained with another pretext; restore it: export {values}")
+            raise UserError(
+                f"the network of {file} has other outputs than that of these settings; restore them: export {values}"
+            )
 
     def save_checkpoint(self, filename: str) -> None:
         """Write the checkpoint; with the best and the final one also the preview, the artifact and its model card."""
@@ -439,8 +444,10 @@ class VFPretrainTrainer(ResumableTrainer):
         if self.ranks.rank == 0:
             samples = self.num_val_iterations_per_epoch * self._share.batch
             report = write_report(confusion, sums, samples, self.settings.as_dict(), Path(self.output_folder))
-            lines = "\n".join(f"  {name}: {value:.4f}" for name, value in report_lines(report).items())
-            self.print_to_log_file(f"Pretext report, fixed validation samples:\n{lines}")
+            scores = name_scores([*report["dice_per_class"].values()], [*report["restored_share"].values()])
+            lines = "\n".join(f"  {name}: {value:.4f}" for name, value in scores.items())
+            mean = f"\n  mean Dice: {report['mean_dice']:.4f}" if report["dice_per_class"] else ""
+            self.print_to_log_file(f"Pretext report, fixed validation samples:\n{lines}{mean}")
             self.log_picture(Path(self.output_folder) / "pretext_report.png")
             for name, value in report["dice_per_class"].items():
                 self.logger.log_summary(f"final_val/{name}_dice", value)

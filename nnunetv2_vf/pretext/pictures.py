@@ -122,17 +122,20 @@ def _middle_slice(volume: np.ndarray, axis: int) -> np.ndarray:
     return volume.take(volume.shape[axis] // 2, axis)
 
 
-def draw_confusion(confusion: np.ndarray, dice: Sequence[float], path: Path) -> None:
-    """Draw the confusion matrix and the Dice of every fusion class to a PNG file.
+def draw_report(confusion: np.ndarray, dice: Sequence[float], share: Sequence[float], path: Path) -> None:
+    """Draw the confusion matrix, the Dice of every fusion class and the restored share of every channel to a PNG file.
 
     Args:
-        confusion: (K + 1, K + 1), number of voxels by (true class, predicted class).
+        confusion: (K + 1, K + 1), number of voxels by (true class, predicted class); without rows: not drawn.
         dice: of the K + 1 classes; NaN for a class that does not occur.
+        share: of the channels; NaN for one without variance.
     """
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    matrix_axes, dice_axes = figure.subplots(1, 2)
-    _draw_matrix(matrix_axes, confusion)
-    _draw_bars(dice_axes, dice)
+    has_fusion = len(confusion) > 0
+    figure = Figure(figsize=(12 if has_fusion else 6, 5), layout="constrained")
+    *matrix_axes, score_axes = figure.subplots(1, 1 + has_fusion, squeeze=False)[0]
+    for axes in matrix_axes:
+        _draw_matrix(axes, confusion)
+    _draw_bars(score_axes, dice, share)
     figure.savefig(path, dpi=100, format="png")
 
 
@@ -149,18 +152,24 @@ def _draw_matrix(axes: Axes, confusion: np.ndarray) -> None:
     axes.figure.colorbar(image, ax=axes, label="share of the voxels of the true class")
 
 
-def _draw_bars(axes: Axes, dice: Sequence[float]) -> None:
-    colours = class_colours(len(dice) - 1)
-    bars = axes.bar(list(colours), np.nan_to_num(dice), color=list(colours.values()), edgecolor="black")
-    axes.bar_label(bars, [f"{value:.3f}" for value in dice])
+def _draw_bars(axes: Axes, dice: Sequence[float], share: Sequence[float]) -> None:
+    colours, scores = _score_colours(len(dice), len(share)), [*dice, *share]
+    heights = np.nan_to_num(scores).clip(0)  # a share has no lower bound
+    bars = axes.bar(list(colours), heights, color=list(colours.values()), edgecolor="black")
+    axes.bar_label(bars, [f"{value:.3f}" for value in scores])
     axes.set_ylim(0, 1)
-    axes.set_ylabel("Dice")
+    axes.set_ylabel("Dice of a fusion class, restored share")
     axes.tick_params(axis="x", rotation=45)
 
 
 def class_names(coefficient_steps: int) -> list[str]:
     """Return the names of the fusion classes 0..K, which are their coefficients."""
     return [f"a = {label}/{coefficient_steps}" for label in range(coefficient_steps + 1)]
+
+
+def share_names(channels: int) -> list[str]:
+    """Return the names of the restored shares of the image channels."""
+    return [f"restored share, channel {channel}" for channel in range(channels)]
 
 
 def class_colours(coefficient_steps: int) -> dict[str, Any]:
@@ -175,11 +184,12 @@ def score_colours(settings: VFSettings, channels: int) -> dict[str, Any]:
     Args:
         channels: number of image channels.
     """
-    colours = class_colours(settings.coefficient_steps) if settings.has_fusion else {}
-    if settings.has_mask:
-        names = ["restored share"] if channels == 1 else [f"restored share, channel {i}" for i in range(channels)]
-        colours |= {name: colormaps["autumn"](i / channels) for i, name in enumerate(names)}
-    return colours
+    return _score_colours(settings.num_fusion_classes, channels if settings.has_mask else 0)
+
+
+def _score_colours(classes: int, shares: int) -> dict[str, Any]:
+    colours = class_colours(classes - 1) if classes else {}
+    return colours | {name: colormaps["autumn"](i / shares) for i, name in enumerate(share_names(shares))}
 
 
 def _class_colormap(coefficient_steps: int) -> ListedColormap:

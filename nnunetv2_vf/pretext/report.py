@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from batchgenerators.utilities.file_and_folder_operations import save_json
 from torch import Tensor
 
 from nnunetv2_vf.pretext.masking import restored_share
-from nnunetv2_vf.pretext.pictures import class_names, draw_confusion
+from nnunetv2_vf.pretext.pictures import class_names, draw_report, share_names
 
 _COLLAPSED_SHARE = 0.99  # collapsed: at least this share of the voxels is predicted as one class
 _RESTORED_NOTHING = 0.01  # at most this share of the variance of the hidden voxels
@@ -40,40 +40,41 @@ def dice_per_class(confusion: np.ndarray) -> np.ndarray:
     return np.divide(2 * confusion.diagonal(), sizes, out=np.full(len(sizes), np.nan), where=sizes > 0)
 
 
-def pretext_warning(confusion: np.ndarray, share: np.ndarray) -> str | None:
-    """Return a warning if the network predicts almost only one class or restores nothing, or has nothing left to learn.
+def pretext_warnings(confusion: np.ndarray, share: np.ndarray) -> list[str]:
+    """Return warnings if the network restores nothing, predicts almost only one class, or has nothing left to learn.
 
     Args:
         confusion: number of voxels by (true class, predicted class); without rows if the pretext has no fusion.
         share: the restored share of each channel; empty if the pretext has no mask.
     """
+    warnings = []
     if len(share) and not np.nanmax(share, initial=0) > _RESTORED_NOTHING:
-        return (
+        warnings.append(
             "WARNING: the network restores nothing of the hidden blocks. This is normal in the first epochs; if it "
             "lasts, lower nnUNet_vf_initial_lr, or look at the volumes (nnUNetv2_vf preview)"
         )
     if not len(confusion):
-        return None
+        return warnings
     shares = confusion.sum(axis=0) / confusion.sum()
+    worst = np.nanmin(dice_per_class(confusion))
     if shares.max() >= _COLLAPSED_SHARE:
-        return (
+        warnings.append(
             f"WARNING: the pretext task has collapsed: {shares.max():.1%} of the voxels are predicted as class "
             f"{shares.argmax()}. This is normal in the first epochs; if it lasts, lower nnUNet_vf_initial_lr, or look "
             "at the volumes (nnUNetv2_vf preview)"
         )
-    worst = np.nanmin(dice_per_class(confusion))
-    if worst >= _SOLVED_DICE:
-        return (
+    elif worst >= _SOLVED_DICE:
+        warnings.append(
             f"WARNING: the pretext task is solved: every class has a Dice of at least {worst:.3f}, so the network has "
             "nothing left to learn. End the training, or make the task harder (a larger nnUNet_vf_coefficient_steps)"
         )
-    return None
+    return warnings
 
 
 def write_report(
     confusion: np.ndarray, sums: np.ndarray, samples: int, settings: Mapping[str, Any], folder: Path
 ) -> dict[str, Any]:
-    """Write ``pretext_report.json`` and, with fusion, ``pretext_report.png``; return the content of the former.
+    """Write ``pretext_report.json`` and ``pretext_report.png``; return the content of the former.
 
     Args:
         confusion: number of voxels by (true class, predicted class); without rows if the pretext has no fusion.
@@ -82,7 +83,7 @@ def write_report(
         settings: settings of the training, as plain JSON types.
     """
     dice = dice_per_class(confusion)
-    names = class_names(len(confusion) - 1) if len(confusion) else []
+    names = class_names(len(confusion) - 1)
     share = restored_share(sums)
     report = {
         "mean_dice": float(np.nanmean(dice)) if len(dice) else None,
@@ -93,17 +94,11 @@ def write_report(
         "settings": dict(settings),
     }
     save_json(report, str(folder / "pretext_report.json"), sort_keys=False)
-    picture = folder / "pretext_report.png"
-    if len(confusion):
-        draw_confusion(confusion, dice.tolist(), picture)
-    else:
-        picture.unlink(missing_ok=True)  # of an earlier training with another pretext
+    draw_report(confusion, dice.tolist(), share.tolist(), folder / "pretext_report.png")
     return report
 
 
-def report_lines(report: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scores of a report by what they are called in the log."""
-    lines = {f"{name}: Dice": value for name, value in report["dice_per_class"].items()}
-    if lines:
-        lines["mean: Dice"] = report["mean_dice"]
-    return lines | {f"{name}: restored share": value for name, value in report["restored_share"].items()}
+def name_scores(dice: Sequence[float], share: Sequence[float]) -> dict[str, float]:
+    """Return the Dice of the fusion classes and the restored shares of the channels by their names in the log."""
+    names = [*(f"Dice, {name}" for name in class_names(len(dice) - 1)), *share_names(len(share))]
+    return dict(zip(names, [*dice, *share], strict=True))

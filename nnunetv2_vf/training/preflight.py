@@ -59,7 +59,7 @@ def check_pretraining(
         )
     require_visible_blocks(configuration, settings)
     warnings = (
-        patch_warning(configuration),
+        patch_warning(configuration, settings),
         without_effect_warning(settings),
         _left_out_warning(plans_manager, cases, fold),
     )
@@ -103,7 +103,7 @@ def require_gpu(device: torch.device) -> None:
 
 
 def pretraining_configuration(plans_manager: PlansManager, name: str) -> ConfigurationManager:
-    """Return a configuration of the plans if Volume Fusion can pretrain it.
+    """Return a configuration of the plans if it can be pretrained.
 
     Raises:
         UserError: the plans have no such configuration, or it cannot be read, is 2D, the second stage of a cascade, or
@@ -114,22 +114,22 @@ def pretraining_configuration(plans_manager: PlansManager, name: str) -> Configu
     configuration = require_configuration(plans_manager, name, usable)
     patch = tuple(configuration.patch_size)
     if len(patch) != 3:
-        raise UserError(f"Volume Fusion needs a 3D configuration; {name!r} has the patch {patch}; {hint}")
+        raise UserError(f"pretraining needs a 3D configuration; {name!r} has the patch {patch}; {hint}")
     if configuration.previous_stage_name is not None:
         raise UserError(f"configuration {name!r} needs the segmentations of another stage; {hint}")
     if min(patch) < _MIN_PATCH_SIDE:
         raise UserError(
-            f"configuration {name!r} has the patch {patch}; Volume Fusion needs at least {_MIN_PATCH_SIDE} voxels "
+            f"configuration {name!r} has the patch {patch}; pretraining needs at least {_MIN_PATCH_SIDE} voxels "
             "on each side; set a larger patch_size in the plans, or plan with another target spacing: "
             "nnUNetv2_plan_experiment -d ID -overwrite_target_spacing Z Y X"
         )
     return configuration
 
 
-def patch_warning(configuration: ConfigurationManager) -> str | None:
+def patch_warning(configuration: ConfigurationManager, settings: VFSettings) -> str | None:
     """Return a warning if the patch is as large as the median image.
 
-    Then sub-volumes are padded, and two sub-volumes of one case are often nearly the same.
+    Then sub-volumes are padded, and two sub-volumes of one case, as Volume Fusion uses, are often nearly the same.
     docs/explanation/trials.md says how often.
     """
     patch = configuration.patch_size
@@ -137,10 +137,11 @@ def patch_warning(configuration: ConfigurationManager) -> str | None:
     if median is None or any(side > patch_side for side, patch_side in zip(median, patch, strict=True)):
         return None
     median_text, patch_text = ("x".join(f"{side:g}" for side in sides) for sides in (median, patch))
+    fuses_one_case = settings.subvolumes_per_sample > settings.cases_per_sample
+    alike = ", and two of one case are often nearly the same" if fuses_one_case else ""
     return (
-        f"WARNING: the patch ({patch_text}) is as large as the median image ({median_text}): sub-volumes are padded, "
-        "and two of one case are often nearly the same. Pretrain with a smaller patch_size in a copy of the plans; the "
-        "weights fit both plans"
+        f"WARNING: the patch ({patch_text}) is as large as the median image ({median_text}): sub-volumes are "
+        f"padded{alike}. Pretrain with a smaller patch_size in a copy of the plans; the weights fit both plans"
     )
 
 

@@ -15,6 +15,7 @@ from nnunetv2.training.logging.nnunet_logger import LocalLogger
 # Logged once per epoch beside nnU-Net's own values: samples per second on all ranks together; share of the time spent
 # waiting for data; peak GPU memory in GB (NaN without a GPU); skipped steps of the whole training; cases in quarantine
 # since the last start.
+_DASHED: dict[str, Any] = {"color": "black", "linestyle": "--"}
 MONITORED = ("samples_per_second", "data_wait_share", "gpu_memory_gb", "skipped_steps", "quarantined_cases")
 
 
@@ -57,17 +58,17 @@ class PretrainLogger(PlotLogger):
 
         has_gpu = not np.isnan(curves["gpu_memory_gb"]).all()
         figure = Figure(figsize=(14, 25), layout="constrained")
-        losses, dice, seconds, speed, problems, rate, *memory = figure.subplots(6 + has_gpu, sharex=True)
+        losses, scores, seconds, speed, problems, rate, *memory = figure.subplots(6 + has_gpu, sharex=True)
         losses.plot(epochs, curves["train_losses"], label="training")
         losses.plot(epochs, curves["val_losses"], label="validation (fixed samples)")
         _set_y_axis(losses, "loss")
-        self._draw_dice(dice, epochs, curves)
+        self._draw_scores(scores, epochs, curves)
         seconds.plot(epochs, curves["epoch_end_timestamps"] - curves["epoch_start_timestamps"])
         _set_y_axis(seconds, "seconds per epoch", bottom=0)
         speed.plot(epochs, curves["samples_per_second"], label="samples per second")
         _set_y_axis(speed, "samples per second", bottom=0)
         waiting = speed.twinx()
-        waiting.plot(epochs, 100 * curves["data_wait_share"], "k--", label="waiting for data, %")
+        waiting.plot(epochs, 100 * curves["data_wait_share"], **_DASHED, label="waiting for data, %")
         _set_y_axis(waiting, "% of the time", bottom=0, top=100)
         problems.plot(epochs, curves["skipped_steps"], label="skipped steps (not finite)")
         problems.plot(epochs, curves["quarantined_cases"], label="cases in quarantine\n(since the last start)")
@@ -81,20 +82,19 @@ class PretrainLogger(PlotLogger):
         lowest.set_xlabel("epoch")
         lowest.xaxis.get_major_locator().set_params(integer=True)
 
-        for axes in (losses, dice, problems):
+        for axes in (losses, scores, problems):
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
         waiting.legend(loc="upper left", bbox_to_anchor=(1.05, 1))
-        for axes in (losses, dice, seconds, speed, problems, rate, *memory):
+        for axes in (losses, scores, seconds, speed, problems, rate, *memory):
             axes.grid(alpha=0.3)
         figure.savefig(file, dpi=100)
 
-    def _draw_dice(self, axes: Axes, epochs: np.ndarray, curves: Mapping[str, np.ndarray]) -> None:
+    def _draw_scores(self, axes: Axes, epochs: np.ndarray, curves: Mapping[str, np.ndarray]) -> None:
         scores = curves["dice_per_class_or_region"].T
         for (name, colour), values in zip(self.score_colours.items(), scores, strict=True):
             axes.plot(epochs, values, color=colour, label=name)
-        axes.plot(epochs, curves["ema_fg_dice"], "k--", label="mean (moving average)")
-        is_fusion_only = not any(name.startswith("restored") for name in self.score_colours)
-        _set_y_axis(axes, "pseudo Dice" if is_fusion_only else "pseudo Dice, restored share", bottom=0, top=1)
+        axes.plot(epochs, curves["ema_fg_dice"], **_DASHED, label="mean (moving average)")
+        _set_y_axis(axes, "score", bottom=0, top=1)
 
 
 def _set_y_axis(axes: Axes, name: str, bottom: float | None = None, top: float | None = None) -> None:

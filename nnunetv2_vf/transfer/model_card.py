@@ -48,9 +48,9 @@ def write_model_card(path: Path, metadata: Mapping[str, Any]) -> None:
 
 def _make_card(metadata: Mapping[str, Any]) -> str:
     network = network_name(metadata["architecture"])
-    settings = metadata["settings"]
-    unused = VFSettings.resolve({VFSettings.section: settings}, {}).without_effect
-    settings_rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items() if name not in unused)
+    settings = VFSettings.resolve({VFSettings.section: metadata["settings"]}, {})
+    used = {name: value for name, value in settings.as_dict().items() if name not in settings.without_effect}
+    settings_rows = "\n".join(f"| {name} | {value} |" for name, value in used.items())
     authors_entries = "\n".join(f"- {entry}: {TO_BE_FILLED_IN}" for entry in AUTHORS_ENTRIES)
     return f"""# {network} pretrained with {describe_pretext(metadata)} on {metadata["dataset"]}
 
@@ -91,7 +91,7 @@ nnUNetv2_vf pull USER/NAME -o .     # if these weights are on the Hugging Face H
 
 ## Cite
 
-{_citations(metadata)}
+{_citations(metadata["architecture"], settings)}
 
 {_AUTHORS_SECTION}
 
@@ -118,12 +118,15 @@ def _scores(metadata: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _citations(metadata: Mapping[str, Any]) -> str:
+def _citations(architecture: Mapping[str, Any], settings: VFSettings) -> str:
     """Return the papers of the pretext, of the network and of nnU-Net as a list."""
-    is_fusion, is_masked = bool(metadata["pretext_dice_per_class"]), bool(metadata.get("pretext_restored_share"))
-    is_of_misfm = metadata["architecture"]["network_class_name"] in (PCT_NET_PATH, FMUNET_PATH)
-    papers = [_VOLUME_FUSION] * (is_fusion or is_of_misfm) + [_MASKED_AUTOENCODING] * is_masked + [_NNUNET]
-    return "\n".join(f"- {paper}" for paper in papers)
+    is_of_misfm = architecture["network_class_name"] in (PCT_NET_PATH, FMUNET_PATH)
+    is_cited = {
+        _VOLUME_FUSION: settings.has_fusion or is_of_misfm,
+        _MASKED_AUTOENCODING: settings.has_mask,
+        _NNUNET: True,
+    }
+    return "\n".join(f"- {paper}" for paper, cited in is_cited.items() if cited)
 
 
 def _commands(metadata: Mapping[str, Any]) -> str:

@@ -57,10 +57,11 @@ class PretrainedWeights:
         with malformed_file_errors(file):
             require_fit(file, pretrained, target)
             differences = describe_differences(metadata, target)
+            pretext = read_pretext(metadata)
         record = {
             "file": file.name,  # without its folder, since checkpoints are shared with others
             "hub": metadata.get("hub"),
-            "pretext": read_pretext(metadata),
+            "pretext": pretext,
             "dataset": metadata.get("dataset"),
             "num_cases": metadata.get("num_cases"),
             "adapted": metadata.get("adapted"),

@@ -114,6 +114,15 @@ def test_a_variant_that_does_not_apply_to_the_arm_is_refused_before_anything_run
         experiment.run([cell], tmp_path, on_test_cases=False)
 
 
+def test_a_variant_of_settings_that_the_pretext_does_not_use_is_refused(tmp_path):
+    config = read_experiment("left_atrium_pretexts")
+    experiment = Experiment(config, Workspace(tmp_path / "workspace", processes=1), "cpu", jobs=1)
+    experiment.check(Cell("nnUNetPlansHalfSmall", "fusion", 4, 0, "without_gamma"))
+    experiment.check(Cell("nnUNetPlansHalfSmall", "fusion_masked", 4, 0, "without_gamma"))
+    with pytest.raises(UserError, match="changes nothing in the arm's pretext"):
+        experiment.check(Cell("nnUNetPlansHalfSmall", "masked", 4, 0, "without_gamma"))
+
+
 def test_an_arm_of_nnssl_is_refused_if_neither_nnssl_nor_its_weights_are_there(tmp_path):
     config = read_experiment("hippocampus_pretexts")
     experiment = Experiment(config, Workspace(tmp_path / "workspace", processes=1), "cpu", jobs=1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_vf.pretext.report import count_confusion, dice_per_class, pretext_warning, report_lines, write_report
+from nnunetv2_vf.pretext.report import count_confusion, dice_per_class, name_scores, pretext_warnings, write_report
 from nnunetv2_vf.settings import VFSettings
 
 NO_SHARE = np.zeros(0)  # of a pretext without a mask
@@ -29,27 +29,33 @@ def test_the_dice_of_a_class_that_does_not_occur_is_nan():
 
 
 def test_no_warning_while_the_network_is_learning():
-    assert pretext_warning(np.full((5, 5), 10) + 50 * np.eye(5, dtype=int), NO_SHARE) is None
+    assert pretext_warnings(np.full((5, 5), 10) + 50 * np.eye(5, dtype=int), NO_SHARE) == []
 
 
 def test_a_collapsed_pretext_task_gives_a_warning():
     collapsed = np.zeros((5, 5), int)
     collapsed[:, 3] = 100
-    assert "collapsed: 100.0% of the voxels are predicted as class 3" in pretext_warning(collapsed, NO_SHARE)
+    assert "collapsed: 100.0% of the voxels are predicted as class 3" in pretext_warnings(collapsed, NO_SHARE)[0]
 
 
 def test_a_solved_pretext_task_gives_a_warning_only_if_every_class_is_solved():
     confusion = np.ones((5, 5), int) + 1000 * np.eye(5, dtype=int)
-    assert "solved: every class has a Dice of at least 0.996" in pretext_warning(confusion, NO_SHARE)
+    assert "solved: every class has a Dice of at least 0.996" in pretext_warnings(confusion, NO_SHARE)[0]
     confusion[2, 1] = 500
-    assert pretext_warning(confusion, NO_SHARE) is None
+    assert pretext_warnings(confusion, NO_SHARE) == []
 
 
 @pytest.mark.parametrize("share", [[-0.5], [0.005], [np.nan]])
 def test_a_network_that_restores_nothing_gives_a_warning(share):
     no_fusion = np.zeros((0, 0), int)
-    assert "restores nothing" in pretext_warning(no_fusion, np.array(share))
-    assert pretext_warning(no_fusion, np.array([*share, 0.3])) is None
+    assert "restores nothing" in pretext_warnings(no_fusion, np.array(share))[0]
+    assert pretext_warnings(no_fusion, np.array([*share, 0.3])) == []
+
+
+def test_a_collapse_is_reported_beside_a_failed_restoration():
+    collapsed = np.zeros((5, 5), int)
+    collapsed[:, 3] = 100
+    assert len(pretext_warnings(collapsed, np.array([0.0]))) == 2
 
 
 @pytest.mark.pictures
@@ -58,10 +64,23 @@ def test_the_report_is_written_as_json_and_as_a_picture(tmp_path):
     sums = np.array([[10, 0.0, 10.0, 2.5]])  # a channel of which three quarters of the variance are restored
     report = write_report(confusion, sums, 4, VFSettings().as_dict(), tmp_path)
     assert report["restored_share"] == {"channel_0": 0.75}
-    assert report_lines(report)["channel_0: restored share"] == 0.75
     assert json.loads((tmp_path / "pretext_report.json").read_text()) == json.loads(json.dumps(report))
     assert report["mean_dice"] == np.mean(list(report["dice_per_class"].values()))
     assert (tmp_path / "pretext_report.png").stat().st_size > 1000
 
-    write_report(np.zeros((0, 0), int), sums, 4, VFSettings(pretext="masked").as_dict(), tmp_path)
-    assert not (tmp_path / "pretext_report.png").exists(), "it would show the earlier training"
+
+@pytest.mark.pictures
+def test_the_report_of_a_pretext_without_fusion_has_a_picture_too(tmp_path):
+    sums = np.array([[10, 0.0, 10.0, 25.0], [10, 0.0, 10.0, 1.0], [10, 0.0, 0.0, 1.0]])
+    report = write_report(np.zeros((0, 0), int), sums, 4, VFSettings(pretext="masked").as_dict(), tmp_path)
+    assert [*report["restored_share"].values()] == pytest.approx([-1.5, 0.9, np.nan], nan_ok=True)
+    assert (tmp_path / "pretext_report.png").stat().st_size > 1000
+
+
+def test_scores_have_names():
+    assert name_scores([0.1, 0.2], [0.3]) == {
+        "Dice, a = 0/1": 0.1,
+        "Dice, a = 1/1": 0.2,
+        "restored share, channel 0": 0.3,
+    }
+    assert [*name_scores([], [0.1, 0.2])] == ["restored share, channel 0", "restored share, channel 1"]

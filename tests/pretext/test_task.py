@@ -89,8 +89,7 @@ def test_the_joint_loss_is_the_sum_of_both_with_the_weights_of_the_scales(cases)
     torch.testing.assert_close(PretextLoss(Mean(), (1, 0), settings)(outputs, [], batch.restoration), parts[0] + 3)
 
 
-def test_hidden_intensities_reach_the_loss_of_hidden_voxels_only(cases):
-    """A network that sees only visible voxels has the same restored intensities whatever was hidden."""
+def test_the_masked_loss_has_a_gradient_at_hidden_voxels_only(cases):
     settings = VFSettings(pretext="masked", mask_side=4)
     batch = make_batch(collated(cases, settings)["tensors"], settings, CPU)
     loss = PretextLoss(Mean(), (1,), settings)
@@ -98,6 +97,22 @@ def test_hidden_intensities_reach_the_loss_of_hidden_voxels_only(cases):
     loss(restored + 1, None, batch.restoration).backward()
     assert (restored.grad != 0)[batch.restoration.mask[:, None].expand_as(restored)].all()
     assert (restored.grad == 0)[~batch.restoration.mask[:, None].expand_as(restored)].all()
+
+
+def test_hidden_intensities_reach_neither_the_input_nor_the_loss_of_the_visible_part(cases):
+    settings = VFSettings(pretext="fusion+masked", mask_side=4)
+    batch = make_batch(collated(cases, settings)["tensors"], settings, CPU)
+    hidden = batch.restoration.mask[:, None]
+    other = RestorationTarget(batch.restoration.volume + 7 * hidden, batch.restoration.mask)
+    assert torch.equal(hide(other), batch.data)
+    gradients = []
+    for target in (batch.restoration, other):
+        outputs = torch.zeros(2, 7, *PATCH, requires_grad=True)
+        PretextLoss(Mean(), (1,), settings)([outputs], [], target).backward()
+        gradients.append(outputs.grad[:, 5:])
+    assert torch.equal(gradients[0] * ~hidden, gradients[1] * ~hidden)
+    assert (gradients[0] * ~hidden).any()
+    assert not torch.equal(gradients[0], gradients[1])
 
 
 @pytest.mark.pictures
@@ -108,7 +123,7 @@ def test_the_picture_has_a_column_for_everything_that_the_pretext_uses(cases, tm
     outputs = len(output_names(settings, 2))
     examples = make_examples(batch, settings, CPU, lambda data: torch.zeros(2, outputs, *PATCH))
     (volumes, maps) = examples[0].volumes, examples[0].maps
-    assert ("restored" in volumes) == (pretext != "fusion")
+    assert ("hidden blocks restored" in volumes) == (pretext != "fusion")
     assert len(maps) == (0 if pretext == "masked" else 2)
     assert all(image.shape == PATCH for image in (*volumes.values(), *maps.values()))
     draw_examples(examples, ("z", "y", "x"), settings, tmp_path / "a.png")

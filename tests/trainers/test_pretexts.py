@@ -47,10 +47,10 @@ def test_a_training_reports_what_its_pretext_has_learnt(two_epochs, folder, monk
     np.testing.assert_allclose(last, logged, rtol=1e-5)
     assert checkpoint["logging"]["mean_fg_dice"][-1] == pytest.approx(np.nanmean(logged))
     log = next(folder.glob("training_log*.txt")).read_text()
-    assert f"channel_0: restored share: {report['restored_share']['channel_0']:.4f}" in log
-    first = "a = 0/4: " if classes else "restored share: "
+    first = "Dice, a = 0/4: " if classes else "restored share, channel 0: "
     assert log.count(f"Scores: {first}") == 2  # once per epoch
-    assert log.count(f"restored share: {report['restored_share']['channel_0']:.4f}") == 2  # last epoch, report
+    # in the scores of the last epoch, and in the report
+    assert log.count(f"restored share, channel 0: {report['restored_share']['channel_0']:.4f}") == 2
     assert "Share of the variance of the hidden blocks" in (folder / "MODEL_CARD.md").read_text()
     main(["info", str(folder / ARTIFACT_NAME)])
     output = capsys.readouterr().out
@@ -58,9 +58,13 @@ def test_a_training_reports_what_its_pretext_has_learnt(two_epochs, folder, monk
     assert ("pretext Dice by class" in output) == (classes > 0)
     assert "restored share of the hidden blocks" in output
 
+    before = (folder / "pretext_report.json").read_text()
+    (folder / "pretext_report.json").unlink()
+    pretrain(only_run_validation=True)
+    assert (folder / "pretext_report.json").read_text() == before
     monkeypatch.delenv("nnUNet_vf_pretext")  # --val takes the checkpoint's; its heads are others than this run's
-    values = f"nnUNet_vf_pretext={pretext} nnUNet_vf_coefficient_steps=4"
-    with pytest.raises(SystemExit, match=rf"another pretext; restore it: export {re.escape(values)}$"):
+    values = f"nnUNet_vf_pretext={pretext} nnUNet_vf_coefficient_steps=4 nnUNet_vf_mask_side=4"
+    with pytest.raises(SystemExit, match=rf"has other outputs .*; restore them: export {re.escape(values)}$"):
         pretrain(only_run_validation=True)
 
 
@@ -152,6 +156,7 @@ def test_weights_of_another_pretext_are_not_replaced(two_epochs, folder, monkeyp
     message = r"pretext = masked, and .* pretext = fusion would replace it; .* \(export nnUNet_results=FOLDER\)"
     with pytest.raises(SystemExit, match=message):
         pretrain()
+    pretrain(disable_checkpointing=True)  # replaces nothing
     assert (folder / ARTIFACT_NAME).read_bytes() == before
     monkeypatch.setenv("nnUNet_vf_pretext", "masked")
     monkeypatch.setenv("nnUNet_vf_seed", "1")

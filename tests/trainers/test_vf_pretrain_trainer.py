@@ -103,8 +103,9 @@ def test_stock_pretrained_weights_transfer_everything_but_the_heads(finished, tw
 
 
 def test_val_repeats_the_report_of_the_finished_training(two_epochs, folder, monkeypatch):
+    monkeypatch.setenv("nnUNet_vf_batch_per_gpu", "3")  # the plans have another batch
     pretrain()
-    for name in ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"):
+    for name in ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch", "batch_per_gpu"):
         monkeypatch.delenv(f"nnUNet_vf_{name}")  # --val takes the settings of the checkpoint
     report = (folder / "pretext_report.json").read_text()
     (folder / "pretext_report.json").unlink()

@@ -117,7 +117,7 @@ def test_a_patch_as_large_as_the_median_image_is_reported(copied_dataset, median
     plan = json.loads((copied_dataset / "nnUNetPlans.json").read_text())["configurations"]["3d_fullres"]
     del plan["median_image_size_in_voxels"]
     plan |= {"patch_size": [40, 56, 40], **({"median_image_size_in_voxels": median} if median else {})}
-    warning = patch_warning(ConfigurationManager(plan))
+    warning = patch_warning(ConfigurationManager(plan), VFSettings())
     assert ("(40x56x40) is as large as the median image (35x50x35)" in warning) if is_reported else warning is None
 
 
@@ -146,6 +146,15 @@ def test_log_and_preview_warn_of_settings_without_effect(two_epochs, folder, tmp
     log = next(folder.glob("training_log*")).read_text()
     assert "WARNING: mask_fraction = 0.6: without effect" in log
     assert "\n  without effect: block_side, block_foreground, mask_side, mask_fraction, reconstruction_weight" in log
+
+
+@pytest.mark.parametrize(
+    ("values", "are_alike"), [({}, True), ({"pairing": "different"}, False), ({"pretext": "masked"}, False)]
+)
+def test_only_two_sub_volumes_of_one_case_can_be_alike(copied_dataset, values, are_alike):
+    plan = json.loads((copied_dataset / "nnUNetPlans.json").read_text())["configurations"]["3d_fullres"]
+    plan |= {"median_image_size_in_voxels": plan["patch_size"]}
+    assert ("nearly the same" in patch_warning(ConfigurationManager(plan), VFSettings(**values))) == are_alike
 
 
 def test_the_training_log_warns_of_a_patch_as_large_as_the_median_image(copied_dataset, folder):

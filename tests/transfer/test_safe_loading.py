@@ -113,6 +113,15 @@ def test_malformed_contents_are_reported_in_one_line(
         get_trainer_from_args("7", "3d_fullres", 0, "VFFinetuneTrainer", device=torch.device("cpu"))
 
 
+def test_malformed_settings_are_reported_in_one_line(artifacts, two_epochs, copied_dataset, tmp_path, monkeypatch):
+    content = torch.load(artifacts["U-Net"], weights_only=True)
+    content["vf"]["settings"] = None
+    torch.save(content, tmp_path / "odd.pth")
+    monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", str(tmp_path / "odd.pth")])
+    with pytest.raises(SystemExit, match=r"^nnUNetv2_vf: error: .* has missing or wrong entries"):
+        get_trainer_from_args("7", "3d_fullres", 0, "VFFinetuneTrainer", device=torch.device("cpu"))
+
+
 def test_text_of_a_file_cannot_control_the_terminal(artifacts, tmp_path, capsys):
     content = torch.load(artifacts["U-Net"], weights_only=True)
     content["vf"]["dataset"] = "Dataset\n\x1b[2Kuse: anything else"

@@ -93,14 +93,14 @@ def test_a_model_card_describes_each_artifact(artifacts):
 
 
 def test_a_model_card_cites_the_papers_of_its_pretext_and_network(artifacts, tmp_path):
-    masked = {"pretext_dice_per_class": [], "pretext_restored_share": [0.5]}
     papers = ("2306.16925", "2410.23132", "Isensee")  # Volume Fusion and its networks, masked autoencoding, nnU-Net
-    for network, scores, expected in (
-        ("U-Net", {}, (True, False, True)),
-        ("U-Net", masked, (False, True, True)),
-        ("PCT-Net", masked, (True, True, True)),
+    for network, pretext, expected in (
+        ("U-Net", "fusion", (True, False, True)),
+        ("U-Net", "masked", (False, True, True)),
+        ("PCT-Net", "masked", (True, True, True)),
     ):
-        write_model_card(tmp_path / CARD_NAME, {**read_artifact(artifacts[network])["vf"], **scores})
+        vf = read_artifact(artifacts[network])["vf"]
+        write_model_card(tmp_path / CARD_NAME, {**vf, "settings": {**vf["settings"], "pretext": pretext}})
         card = (tmp_path / CARD_NAME).read_text()
         assert tuple(paper in card for paper in papers) == expected
 
