@@ -273,7 +273,7 @@ class VFPretrainTrainer(ResumableTrainer):
         super().on_validation_epoch_end([{"loss": losses.mean(), **counts}])
         if self.settings.has_mask:  # nnU-Net logs all scores under the name of Dice
             dice = self.logger.get_value("dice_per_class_or_region", step=-1)[: len(hits)]
-            scores = name_scores(dice, raw_share)
+            scores = name_scores([*dice], [*raw_share])
             self.print_to_log_file("Scores: " + ", ".join(f"{name}: {score:.4f}" for name, score in scores.items()))
         for warning in pretext_warnings(sum(self.ranks.gather(confusion)), raw_share):
             self.print_to_log_file(warning)
