@@ -302,6 +302,8 @@ def test_other_fusion_maps_pairings_and_optimizers_train(two_epochs, folder, mon
 )
 def test_residual_encoder_plans_train(copied_dataset, planner, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # the planner sets as many threads
+    monkeypatch.setenv("nnUNet_vf_pretext", "fusion+masked")
+    monkeypatch.setenv("nnUNet_vf_mask_side", "4")
     plans_name = plan_experiments([DATASET_ID], planner)
     plans_file = copied_dataset / f"{plans_name}.json"
     shrink_network(plans_file)

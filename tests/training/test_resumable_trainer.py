@@ -21,13 +21,16 @@ from nnunetv2_vf.training.distributed_trainer import weights_digest
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
 from nnunetv2_vf.training.signals import EXIT_RESUBMIT, StopSignals
 
+JOINT_PRETEXT = {"nnUNet_vf_pretext": "fusion+masked", "nnUNet_vf_mask_side": "4"}  # everything that is drawn
+
 
 @pytest.fixture(scope="module")
 def uninterrupted(nnunet, pct_plans, tmp_path_factory) -> dict[str, dict]:
     """Return the final checkpoint of an uninterrupted training of three epochs, by plans."""
     results = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**THREE_EPOCHS, "nnUNet_results": str(results), "nnUNet_n_proc_DA": "0"}.items():
+        environment = {**THREE_EPOCHS, **JOINT_PRETEXT, "nnUNet_results": str(results), "nnUNet_n_proc_DA": "0"}
+        for name, value in environment.items():
             patch.setenv(name, value)
         for plans in ("nnUNetPlans", pct_plans):
             make_trainer(plans=plans).run_training()
@@ -37,6 +40,12 @@ def uninterrupted(nnunet, pct_plans, tmp_path_factory) -> dict[str, dict]:
 def checkpoint(results: Path, plans: str = "nnUNetPlans") -> dict:
     folder = results / DATASET / f"VFPretrainTrainer__{plans}__3d_fullres" / "fold_0"
     return torch.load(folder / "checkpoint_final.pth", weights_only=False)
+
+
+@pytest.fixture(autouse=True)
+def joint_pretext(monkeypatch) -> None:
+    for name, value in JOINT_PRETEXT.items():
+        monkeypatch.setenv(name, value)
 
 
 # ---------------------------------------------------------------- signals
