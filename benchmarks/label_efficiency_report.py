@@ -98,10 +98,10 @@ def make_tables(folder: Path, config: Mapping[str, Any]) -> dict[str, list[Row]]
 def fill_page(text: str, name: str, tables: Mapping[str, Sequence[Row]]) -> str:
     """Return a page with the tables of an experiment after the comments that name them, in place of older ones."""
     for title, rows in tables.items():
-        comment = f"<!-- {name}: {title} -->\n\n"
-        table = comment + markdown_table(rows) + "\n"
-        text = re.sub(re.escape(comment) + r"(\|.*\n)*", lambda _, table=table: table, text)
-    return text
+        comment = f"<!-- {name}: {title} -->"
+        filled = f"{comment}\n\n{markdown_table(rows)}\n\n"
+        text = re.sub(rf"{re.escape(comment)}\n+(\|.*\n)*\n*", lambda _, filled=filled: filled, text)
+    return text.rstrip() + "\n"
 
 
 def main() -> None:

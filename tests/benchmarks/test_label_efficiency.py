@@ -468,7 +468,11 @@ def test_the_pages_show_the_tables_of_the_committed_results(name):
 def test_a_table_replaces_the_older_one_below_its_comment():
     old = "Text.\n\n<!-- e: Test cases -->\n\n| a |\n| --- |\n| 1 |\n| 2 |\n\n<!-- e: Curves -->\n\n| b |\n"
     new = "Text.\n\n<!-- e: Test cases -->\n\n| a |\n| --- |\n| \\3 |\n\n<!-- e: Curves -->\n\n| b |\n"
-    assert fill_page(old, "e", {"Test cases": [{"a": "\\3"}], "Not there": [{"a": "4"}]}) == new
+    tables = {"Test cases": [{"a": "\\3"}], "Not there": [{"a": "4"}]}
+    assert fill_page(old, "e", tables) == fill_page(new, "e", tables) == new
+    assert fill_page("<!-- e: Test cases -->\nText.\n", "e", tables) == (
+        "<!-- e: Test cases -->\n\n| a |\n| --- |\n| \\3 |\n\nText.\n"
+    )
 
 
 def test_curves_are_tabulated_without_scores_of_test_cases(tmp_path):
