@@ -72,7 +72,6 @@ def test_an_epoch_without_remaining_steps_has_no_speed(three_epochs, folder):
     log = max(folder.glob("training_log*.txt")).read_text()
     assert "all steps of this epoch were complete before the training was continued; 0 steps skipped" in log
     assert "nan" not in log
-    assert log.count("samples/s, ") == 2
 
 
 def test_a_collapsed_pretext_task_is_reported(two_epochs, folder):

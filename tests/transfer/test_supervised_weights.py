@@ -98,7 +98,7 @@ def test_weights_of_total_segmentator_start_a_fine_tuning(
     main(["info", str(total_segmentator)])
     described = capsys.readouterr().out
     assert "Dataset291_TotalSegmentator" in described
-    assert "25 classes" in described
+    assert "25 output channels" in described
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # planning divides by it
     main(["plan", "-d", str(DATASET_ID), "--like", str(total_segmentator), "-overwrite_plans_name", "TotalPlans"])
     assert f"-pretrained_weights {total_segmentator}" in capsys.readouterr().out
