@@ -22,6 +22,7 @@ from nnunetv2_vf.errors import UserError
 if TYPE_CHECKING:  # it imports torch, which an import of volumes does not need
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+FOLDS = 5  # folds into which nnU-Net splits the cases of a dataset
 _DATASET_NAME = re.compile(r"Dataset\d{3}_[^/]+")
 _NO_DATASET = "{!r} is not a dataset; legal: an id such as 7, or a full name such as Dataset007_Liver"
 # Errors of nnU-Net if entries of a configuration are missing, or if it inherits from itself or from an unknown one.

@@ -17,6 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_folders import (
+    FOLDS,
     describe_left_out_cases,
     legal_configurations,
     read_splits,
@@ -27,7 +28,6 @@ from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.settings.legal_values import format_value
 
 _MIN_PATCH_SIDE = 8  # voxels: the shortest side of a fusion box
-_FOLDS = 5
 _MAX_COMPARED_CASES = 10  # tried until one can be read and has the shape that follows from the plans
 # nnU-Net's own classes and functions that give a case the plans' spacing, so that its shape can be predicted.
 _PREPROCESSOR = "DefaultPreprocessor"
@@ -233,9 +233,9 @@ def _cases_or_counts_of_fold(
     splits = read_splits(plans_manager.dataset_name)
     if int(fold) < len(splits):
         return splits[int(fold)]["train"], splits[int(fold)]["val"]
-    if len(cases) < _FOLDS:
+    if len(cases) < FOLDS:
         raise UserError(
-            f"the dataset has {len(cases)} preprocessed cases; {_FOLDS} folds need at least {_FOLDS}; use fold 'all'"
+            f"the dataset has {len(cases)} preprocessed cases; {FOLDS} folds need at least {FOLDS}; use fold 'all'"
         )
-    num_validation = len(cases) // _FOLDS
+    num_validation = len(cases) // FOLDS
     return cases[num_validation:], cases[:num_validation]

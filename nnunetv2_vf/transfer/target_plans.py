@@ -12,11 +12,9 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.nnunet_folders import legal_configurations, plans_file
+from nnunetv2_vf.nnunet_folders import FOLDS, legal_configurations, plans_file
 from nnunetv2_vf.transfer.architectures import canonical_architecture
 from nnunetv2_vf.transfer.metadata import read_channel_names
-
-_FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class TargetPlans:
     @property
     def first_fold(self) -> int | str:
         """The fold that suggested commands train: 0, or "all" with too few cases for nnU-Net's five folds."""
-        return 0 if self.dataset_json.get("numTraining", _FOLDS) >= _FOLDS else "all"
+        return 0 if self.dataset_json.get("numTraining", FOLDS) >= FOLDS else "all"
 
     def __str__(self) -> str:
         return f"{self.configuration_name} of {self.plans_manager.plans_name} of {self.plans_manager.dataset_name}"
