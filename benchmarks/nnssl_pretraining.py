@@ -10,7 +10,7 @@ IMAGES is a folder of NIfTI images with one channel, PLANS a plans file of nnU-N
 and optimizer are those of nnssl's BaseMAETrainer (masked) or VolumeFusionTrainer (fusion), with its own values. Set
 here, because nnssl's trainers are made for a ResEnc-L and patches of 160x160x160:
 
-- network, patch and batch of the plans; the number of iterations; the side of a hidden block;
+- network, spacing, patch and batch of the plans; the number of iterations; the side of a hidden block;
 - VolumeFusionTrainer takes crops from anywhere, not only from the centre: a small patch would never see the rest;
 - all images are used for training: nnssl would hold five out for a validation loss, which nothing depends on.
 
@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 DATASET, DATASET_ID = "Dataset001_Images", 1
-CONFIGURATION = "median"  # nnssl's name for images at the median spacing of the dataset
+CONFIGURATION = "median"  # of nnssl; it would have the median spacing of the images, and gets that of the plans
 CHECKPOINT = "checkpoint_final.pth"
 
 
@@ -71,8 +71,8 @@ def main() -> None:
     os.environ["nnUNet_n_proc_DA"] = "0"  # noqa: SIM112  samples are drawn in this process, whose seed is set here
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(args.seed)
-    plan, images = preprocess(sorted(args.images.glob("*.nii.gz")), args.folder)
-    require_same_images(plan.configurations[CONFIGURATION], planned)
+    plan, images = preprocess(sorted(args.images.glob("*.nii.gz")), args.folder, planned["spacing"])
+    require_same_normalization(plan.configurations[CONFIGURATION], planned)
     trainer_class = {"masked": make_masked_trainer, "fusion": make_fusion_trainer}[args.pretext](training)
     trainer = trainer_class(plan, CONFIGURATION, "all", images, torch.device(args.device))
     trainer.run_training()
@@ -98,11 +98,14 @@ def parse_arguments() -> argparse.Namespace:
 # ---------------------------------------------------------------- images
 
 
-def preprocess(files: list[Path], folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Run nnssl's fingerprint, planning and preprocessing; return its plan and its description of the images."""
+def preprocess(files: list[Path], folder: Path, spacing: list[float]) -> tuple[Any, dict[str, Any]]:
+    """Run nnssl's fingerprint, planning and preprocessing; return its plan and its description of the images.
+
+    Args:
+        spacing: in mm, in the axis order of the plans.
+    """
     from nnssl.data.raw_dataset import Collection, Dataset, Image, Session, Subject
     from nnssl.experiment_planning import plan_and_preprocess_api as nnssl_commands
-    from nnssl.experiment_planning.experiment_planners.plan import Plan
 
     names = {file.name.removesuffix("_0000.nii.gz"): file.resolve() for file in files}
     if not files or any(not file.name.endswith("_0000.nii.gz") for file in files):
@@ -116,23 +119,23 @@ def preprocess(files: list[Path], folder: Path) -> tuple[Any, dict[str, Any]]:
     collection = Collection(DATASET_ID, DATASET, {"0": Dataset("0", subjects=subjects)})
     (raw / "pretrain_data.json").write_text(json.dumps(collection.to_dict()))
     nnssl_commands.extract_fingerprints([DATASET_ID], num_processes=1)
-    nnssl_commands.plan_experiments([DATASET_ID])
+    (plan,) = nnssl_commands.plan_experiments([DATASET_ID])
+    plan.configurations[CONFIGURATION].spacing = spacing
+    plan.save_to_file(overwrite=True)
     nnssl_commands.preprocess([DATASET_ID], configurations=[CONFIGURATION], num_processes=[1])
     usable = len(json.loads((preprocessed / "valid_imgs.json").read_text()))
     if usable < len(files):  # nnssl only prints which ones
         raise SystemExit(f"nnssl could preprocess {usable} of {len(files)} images; its messages are above")
     everything = [f"{DATASET}__0__{name}" for name in names]
     (preprocessed / "splits_final.json").write_text(json.dumps({"train": everything, "val": everything[:5]}))
-    plan = Plan.load_from_file(str(preprocessed / "nnsslPlans.json"))
     return plan, json.loads((preprocessed / f"pretrain_data__{CONFIGURATION}.json").read_text())
 
 
-def require_same_images(configuration: Any, planned: dict[str, Any]) -> None:
-    """Exit unless nnssl and the plans resample and normalize the images alike."""
-    for name in ("spacing", "normalization_schemes"):
-        own, of_plans = getattr(configuration, name), planned[name]
-        if list(own) != list(of_plans):
-            raise SystemExit(f"{name}: nnssl has {own}, the plans have {of_plans}; such images cannot be compared")
+def require_same_normalization(configuration: Any, planned: dict[str, Any]) -> None:
+    """Exit unless nnssl and the plans normalize the images alike."""
+    own, of_plans = configuration.normalization_schemes, planned["normalization_schemes"]
+    if list(own) != list(of_plans):
+        raise SystemExit(f"nnssl normalizes by {own}, the plans by {of_plans}; such images cannot be compared")
 
 
 # ---------------------------------------------------------------- trainers

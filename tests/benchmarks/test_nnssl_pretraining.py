@@ -34,7 +34,7 @@ def test_nnssl_pretrains_the_network_of_plans(tmp_path, artifacts, pretext, clas
         "architecture": architecture,
         "patch_size": [32, 32, 32],
         "batch_size": 2,
-        "spacing": [1.0, 1.0, 1.0],
+        "spacing": [0.8, 1.0, 1.25],
         "normalization_schemes": ["ZScoreNormalization"],
     }
     (tmp_path / "plans.json").write_text(json.dumps({"configurations": {"3d_fullres": configuration}}))
@@ -45,10 +45,13 @@ def test_nnssl_pretrains_the_network_of_plans(tmp_path, artifacts, pretext, clas
         subprocess.run(command, check=True)
         split = json.loads((folder / "preprocessed" / "Dataset001_Images" / "splits_final.json").read_text())
         assert len(split["train"]) == 3
+        plan = json.loads((folder / "preprocessed" / "Dataset001_Images" / "nnsslPlans.json").read_text())
+        assert plan["configurations"]["median"]["spacing"] == [0.8, 1.0, 1.25], "that of the plans"
         main(["convert", str(folder / "checkpoint_final.pth"), "-o", str(folder / "out.pth")])
         artifact = read_artifact(folder / "out.pth")
         weights.append(artifact["network_weights"])
         metadata = artifact["vf"]
         assert metadata["architecture"]["arch_kwargs"] == architecture["arch_kwargs"]
         assert (metadata["num_classes"], metadata["patch_size"]) == (classes, [32, 32, 32])
+        assert metadata["spacing"] == [0.8, 1.0, 1.25]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]), "the seed decides"
