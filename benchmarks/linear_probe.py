@@ -5,6 +5,8 @@
 
 FOLDER is the ``--work`` folder that ``label_efficiency.py`` has prepared. The features of a voxel are the outputs of
 all stages of the encoder, of the decoder, or of the decoder's last stage alone, interpolated to the image voxels.
+(The classifier is applied before the interpolation. Both are linear, so the result is the same, and no image needs all
+its features at once.)
 A logistic regression learns from the labelled cases of the experiment with these labels and seeds and segments
 ``--cases`` of its validation cases. Test cases are not used. Prints the mean Dice of the classes, beside that of a
 network with new weights; writes ``linear_probe_PLANS.json``.
@@ -19,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +45,26 @@ from nnunetv2_vf.transfer.weight_transfer import RANDOM, transfer_weights, trans
 NEW = "new weights"
 VOXELS = 2500  # per class and labelled case
 DEPTHS = ("encoder", "decoder", "last stage")
+
+
+class Outputs(NamedTuple):
+    """What the stages of a network make of an image (C, D, H, W).
+
+    Args:
+        stages: for every depth, tensors (1, features, d, h, w).
+        padded: shape of the padded image, voxels.
+        shape: of the image itself.
+    """
+
+    stages: dict[str, list[Tensor]]
+    padded: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def to_voxels(self, maps: Tensor) -> np.ndarray:
+        """Interpolate maps (1, N, d, h, w) to the voxels of the image; return (D * H * W, N)."""
+        depth, height, width = self.shape
+        of_voxels = F.interpolate(maps, size=self.padded, mode="trilinear")[0, :, :depth, :height, :width]
+        return of_voxels.flatten(1).T.numpy()
 
 
 def main() -> None:
@@ -139,7 +162,12 @@ def labelled_voxels(
     image, labels = load(cases, case)
     by_class = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     chosen = np.concatenate([rng.choice(voxels, min(VOXELS, len(voxels)), replace=False) for voxels in by_class])
-    return {depth: x[chosen] for depth, x in features(network, image).items()}, labels.ravel()[chosen]
+    outputs = run(network, image)
+    features = {
+        depth: np.concatenate([outputs.to_voxels(stage)[chosen] for stage in stages], axis=1)
+        for depth, stages in outputs.stages.items()
+    }
+    return features, labels.ravel()[chosen]
 
 
 def dice_of(
@@ -147,11 +175,22 @@ def dice_of(
 ) -> dict[str, float]:
     """Segment a case with the classifier of every depth; return the mean Dice of the classes."""
     image, labels = load(cases, case)
-    image_features = features(network, image)
-    return {
-        depth: mean_dice(labels, classifier.predict(image_features[depth]).reshape(labels.shape))
-        for depth, classifier in classifiers.items()
-    }
+    outputs = run(network, image)
+    return {depth: mean_dice(labels, segment(classifier, outputs, depth)) for depth, classifier in classifiers.items()}
+
+
+def segment(classifier: Pipeline, outputs: Outputs, depth: str) -> np.ndarray:
+    """Return the class that the classifier of a depth predicts for every voxel, (D, H, W)."""
+    stages = outputs.stages[depth]
+    scaler, regression = classifier
+    weights = regression.coef_ / scaler.scale_
+    score = regression.intercept_ - weights @ scaler.mean_  # (voxels, classes), or (voxels, 1) with two classes
+    ends = np.cumsum([stage.shape[1] for stage in stages])
+    for stage, of_stage in zip(stages, np.split(weights, ends[:-1], axis=1), strict=True):
+        kernel = torch.from_numpy(of_stage.astype(np.float32))[:, :, None, None, None]
+        score = score + outputs.to_voxels(F.conv3d(stage, kernel))
+    chosen = score.argmax(1) if score.shape[1] > 1 else (score[:, 0] > 0).astype(int)
+    return np.asarray(regression.classes_[chosen].reshape(outputs.shape))
 
 
 def mean_dice(labels: np.ndarray, prediction: np.ndarray) -> float:
@@ -167,25 +206,19 @@ def load(cases: nnUNetBaseDataset, case: str) -> tuple[Tensor, np.ndarray]:
 
 
 @torch.no_grad()
-def features(network: nn.Module, image: Tensor) -> dict[str, np.ndarray]:
-    """Return the outputs of the stages by depth (voxels, features), interpolated to the voxels of the image."""
+def run(network: nn.Module, image: Tensor) -> Outputs:
+    """Run the network on an image, padded at the ends of its axes until all strides divide it."""
     encoder, decoder = (list(part.stages) for part in (network.encoder, network.decoder))
-    shape = image.shape[1:]
-    padding = [end for side in reversed(shape) for end in (0, -side % 2 ** (len(encoder) - 1))]
-    padded = F.pad(image[None], padding)
+    largest_stride = 2 ** (len(encoder) - 1)
+    padded = F.pad(image, [end for side in reversed(image.shape[1:]) for end in (0, -side % largest_stride)])
     outputs: list[Tensor] = []
     with ExitStack() as hooks:
         for stage in [*encoder, *decoder]:
             hook = stage.register_forward_hook(lambda _module, _input, output: outputs.append(output))
             hooks.callback(hook.remove)
-        network(padded)
-    maps = [F.interpolate(output, size=padded.shape[2:], mode="trilinear")[0] for output in outputs]
-    inside = [each[:, : shape[0], : shape[1], : shape[2]].flatten(1).T.numpy() for each in maps]
-    return {
-        "encoder": np.concatenate(inside[: len(encoder)], 1),
-        "decoder": np.concatenate(inside[len(encoder) :], 1),
-        "last stage": inside[-1],
-    }
+        network(padded[None])
+    stages = {"encoder": outputs[: len(encoder)], "decoder": outputs[len(encoder) :], "last stage": outputs[-1:]}
+    return Outputs(stages, padded.shape[1:], image.shape[1:])
 
 
 if __name__ == "__main__":

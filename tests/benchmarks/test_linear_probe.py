@@ -6,9 +6,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATASET
-from linear_probe import DEPTHS, VOXELS, build_network, features, labelled_voxels, load, main, mean_dice, probe
+from linear_probe import (
+    DEPTHS,
+    VOXELS,
+    build_network,
+    labelled_voxels,
+    load,
+    main,
+    mean_dice,
+    probe,
+    run,
+    segment,
+)
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.transfer.artifact import read_artifact
@@ -25,14 +39,31 @@ def cases(nnunet):
     return infer_dataset_class(folder)(folder)
 
 
+def voxel_features(network, image):
+    outputs = run(network, image)
+    return {
+        depth: np.concatenate([outputs.to_voxels(stage) for stage in stages], 1)
+        for depth, stages in outputs.stages.items()
+    }
+
+
 def test_every_voxel_has_features_for_any_image_shape(plan):
     network = build_network(plan, None)
     image = torch.randn(1, 17, 13, 21)
-    found = features(network, image)
+    found = voxel_features(network, image)
     counts = plan.network_arch_init_kwargs["features_per_stage"]
     expected = {"encoder": sum(counts), "decoder": sum(counts[:-1]), "last stage": counts[0]}
     assert {depth: x.shape for depth, x in found.items()} == {d: (17 * 13 * 21, n) for d, n in expected.items()}
     np.testing.assert_array_equal(found["decoder"][:, -counts[0] :], found["last stage"])
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_segmentation_is_that_of_the_classifier_on_the_features_of_every_voxel(plan, classes):
+    network, image = build_network(plan, None), torch.randn(1, 17, 13, 21)
+    for depth, x in voxel_features(network, image).items():
+        classifier = make_pipeline(StandardScaler(), LogisticRegression()).fit(x, np.arange(len(x)) % classes)
+        found = segment(classifier, run(network, image), depth)
+        assert (found.ravel() == classifier.predict(x)).mean() > 0.999, "but for rounding"
 
 
 def test_pretrained_weights_are_loaded_and_weights_of_another_network_refused(plan, artifacts):
