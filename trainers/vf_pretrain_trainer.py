@@ -378,7 +378,8 @@ class VFPretrainTrainer(ResumableTrainer):
         """Raise UserError if a checkpoint's network has other outputs than this run's."""
         if _heads(recorded) != _heads(self.settings):
             names = ("pretext", "coefficient_steps", "mask_side")  # mask_side: the default may not fit the patch
-            values = " ".join(f"{recorded.prefix}{name}={getattr(recorded, name)}" for name in names)
+            used = [name for name in names if name not in recorded.without_effect]
+            values = " ".join(f"{recorded.prefix}{name}={getattr(recorded, name)}" for name in used)
             raise UserError(
                 f"the network of {file} has other outputs than that of these settings; restore them: export {values}"
             )

@@ -63,7 +63,8 @@ def test_a_training_reports_what_its_pretext_has_learnt(two_epochs, folder, monk
     pretrain(only_run_validation=True)
     assert (folder / "pretext_report.json").read_text() == before
     monkeypatch.delenv("nnUNet_vf_pretext")  # --val takes the checkpoint's; its heads are others than this run's
-    values = f"nnUNet_vf_pretext={pretext} nnUNet_vf_coefficient_steps=4 nnUNet_vf_mask_side=4"
+    steps = "nnUNet_vf_coefficient_steps=4 " if classes else ""
+    values = f"nnUNet_vf_pretext={pretext} {steps}nnUNet_vf_mask_side=4"
     with pytest.raises(SystemExit, match=rf"has other outputs .*; restore them: export {re.escape(values)}$"):
         pretrain(only_run_validation=True)
 
