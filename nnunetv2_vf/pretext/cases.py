@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -11,6 +14,7 @@ import numpy as np
 from nnunetv2_vf.errors import printable
 
 _RETRY_PAUSES = (1.0, 10.0)  # seconds before the second and the third attempt to read
+_IMAGE_ENDINGS = (".b2nd", ".npy", ".npz")  # of nnU-Net's dataset classes
 _Result = TypeVar("_Result")
 
 
@@ -18,6 +22,7 @@ class PreprocessedCases(Protocol):
     """The part of nnU-Net's ``nnUNetBaseDataset`` that pretraining uses."""
 
     identifiers: list[str]
+    source_folder: str
 
     def load_case(self, identifier: str) -> Sequence[Any]:
         """Return the image (C, D, H, W), opened but not read, followed by items that pretraining ignores."""
@@ -54,7 +59,7 @@ def open_image(cases: PreprocessedCases, case: str, channels: int | None) -> np.
     Raises:
         RejectedCaseError: the image cannot be opened, or has another shape.
     """
-    image: np.ndarray = read_with_retries(lambda: cases.load_case(case)[0])
+    image: np.ndarray = read_with_retries(lambda: cases.load_case(case)[0], cases, case)
     shape = image.shape
     if len(shape) != 4 or min(shape) == 0 or channels not in (None, shape[0]):
         expected = f"({channels or 'channels'}, depth, height, width)"
@@ -62,8 +67,8 @@ def open_image(cases: PreprocessedCases, case: str, channels: int | None) -> np.
     return image
 
 
-def read_with_retries(read: Callable[[], _Result]) -> _Result:
-    """Return ``read()``; if the file system fails, try again after a pause.
+def read_with_retries(read: Callable[[], _Result], cases: PreprocessedCases, case: str) -> _Result:
+    """Return ``read()``, which reads a case; while the file system fails, try again after a pause.
 
     Raises:
         RejectedCaseError: the file is damaged or missing, or the last attempt failed.
@@ -74,20 +79,29 @@ def read_with_retries(read: Callable[[], _Result]) -> _Result:
             return read()
         except MemoryError:
             raise
-        except Exception as error:  # the reader may raise any exception for a damaged file
-            is_temporary = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-            if not pauses or not is_temporary:
+        except Exception as error:  # blosc2 raises the same errors for a damaged file and for a failing file system
+            if not pauses:
                 reason = f"cannot be read ({type(error).__name__}: {printable(str(error), 200)})"
                 raise RejectedCaseError(reason, unusable=True) from error
-        time.sleep(pauses.pop(0))
+        if _file_system_works(cases.source_folder, case):
+            pauses = []  # the next attempt decides
+        else:
+            time.sleep(pauses.pop(0))
+
+
+def _file_system_works(folder: str, case: str) -> bool:
+    """Return True if all bytes of a case's image can be read, or it has surely been deleted."""
+    try:
+        for ending in _IMAGE_ENDINGS:
+            with contextlib.suppress(FileNotFoundError):
+                Path(folder, case + ending).read_bytes()
+    except OSError:
+        return False
+    return os.path.isdir(folder)  # if not, the files may be on a disk that is not mounted
 
 
 def has_contrast(image: np.ndarray) -> bool:
-    """Return True if a channel of an image (C, D, H, W) has two different finite values. Reads the whole image.
-
-    Raises:
-        RejectedCaseError: the image cannot be read.
-    """
-    channels = read_with_retries(lambda: [np.asarray(image[channel]) for channel in range(image.shape[0])])
+    """Return True if a channel of an image (C, D, H, W) has two different finite values. Reads the whole image."""
+    channels = (np.asarray(image[channel]) for channel in range(image.shape[0]))
     finite_values = (channel[np.isfinite(channel)] for channel in channels)
     return any(values.size > 0 and values.min() < values.max() for values in finite_values)

@@ -59,7 +59,7 @@ class SubvolumeSampler:
         for attempt in range(_MAX_CROPS):
             if attempt == _CROPS_BEFORE_FULL_READ and not crops:
                 self._require_contrast(case, image)
-            crop, extremes = self._draw_crop(image, rng)
+            crop, extremes = self._draw_crop(case, image, rng)
             if not extremes.isfinite().all():  # a NaN or infinite voxel is always an extreme
                 self._require_contrast(case, image)
                 raise RejectedCaseError("has voxels that are not finite (NaN or infinite)", unusable=False)
@@ -72,12 +72,12 @@ class SubvolumeSampler:
             unusable=False,
         )
 
-    def _draw_crop(self, image: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _draw_crop(self, case: str, image: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Return a crop (C, d, h, w) and the minimum and maximum (C, 2) of its channels, padding excluded."""
         shape = image.shape[1:]
         box = draw_box(shape, self.patch_size, self.settings.crop_scale, rng)
         is_flipped = rng.random(3) < self.settings.flip_probability
-        voxels = read_with_retries(lambda: crop_and_pad_nd(image, box, 0))
+        voxels = read_with_retries(lambda: crop_and_pad_nd(image, box, 0), self.cases, case)
         flipped = np.flip(voxels, tuple(1 + np.flatnonzero(is_flipped)))
         # np.flip returns a view: this copy flips and converts in a single pass over the voxels.
         crop = torch.from_numpy(np.array(flipped, np.float32, order="C"))
@@ -87,7 +87,7 @@ class SubvolumeSampler:
     def _require_contrast(self, case: str, image: np.ndarray) -> None:
         """Raise RejectedCaseError unless a channel of the whole image has two different finite values."""
         if case not in self._has_contrast:
-            self._has_contrast[case] = has_contrast(image)
+            self._has_contrast[case] = read_with_retries(lambda: has_contrast(image), self.cases, case)
         if not self._has_contrast[case]:
             raise RejectedCaseError("has no image content: all voxels are equal, NaN or infinite", unusable=True)
 

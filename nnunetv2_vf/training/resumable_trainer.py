@@ -84,6 +84,7 @@ class ResumableTrainer(DistributedTrainer):
                 raise
 
     def on_train_start(self) -> None:
+        self.continue_training = self._is_resumed  # False with --c if there was no checkpoint yet
         super().on_train_start()
         self.stop_signals.report_dead_workers_at_next_batch()
         if self.ranks.rank < len(self._saved_random_states):

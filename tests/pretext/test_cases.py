@@ -2,52 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from preprocessed_cases import noise, save_cases
 
 from nnunetv2_vf.pretext import cases as cases_module
-from nnunetv2_vf.pretext.cases import RejectedCaseError, has_contrast, open_image, read_with_retries
+from nnunetv2_vf.pretext.cases import RejectedCaseError, has_contrast, open_image
 
 
-class FailingRead:
-    """A read that raises the given errors, one in each call, before it succeeds."""
+class Pauses:
+    """Replaces the pauses between two attempts to read: records them, and may mend the file system during one."""
 
-    def __init__(self, *errors: Exception):
-        self.errors = list(errors)
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.mend_during: dict[int, Callable[[], object]] = {}
 
-    def __call__(self) -> str:
-        if self.errors:
-            raise self.errors.pop(0)
-        return "data"
-
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch):
-    monkeypatch.setattr(cases_module, "_RETRY_PAUSES", (0.0, 0.0))
+    def sleep(self, seconds: float) -> None:
+        self.seconds.append(seconds)
+        self.mend_during.get(len(self.seconds), lambda: None)()
 
 
-def test_a_read_that_fails_twice_because_of_the_file_system_is_tried_a_third_time():
-    assert read_with_retries(FailingRead(OSError("stale"), TimeoutError())) == "data"
+@pytest.fixture
+def pauses(monkeypatch) -> Pauses:
+    pauses = Pauses()
+    monkeypatch.setattr(cases_module.time, "sleep", pauses.sleep)
+    return pauses
 
 
-def test_a_case_is_rejected_after_three_failed_reads():
-    read = FailingRead(*[OSError("stale file handle")] * 3)
-    with pytest.raises(RejectedCaseError, match=r"^cannot be read \(OSError: stale file handle\)$") as error:
-        read_with_retries(read)
+@pytest.fixture
+def cases(tmp_path):
+    (tmp_path / "folder").mkdir()
+    return save_cases(tmp_path / "folder", case=noise(1, 8, 9, 10))
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_a_folder_that_is_away_for_a_while_does_not_reject_its_cases(cases, tmp_path, pauses, attempt):
+    (tmp_path / "folder").rename(tmp_path / "away")
+    pauses.mend_during[attempt] = lambda: (tmp_path / "away").rename(tmp_path / "folder")
+    assert open_image(cases, "case", channels=1).shape == (1, 8, 9, 10)
+    assert pauses.seconds == [1, 10][:attempt]
+
+
+def test_a_file_that_cannot_be_opened_for_a_while_does_not_reject_its_case(cases, tmp_path, pauses):
+    file, away = tmp_path / "folder" / "case.b2nd", tmp_path / "away"
+    file.rename(away)
+    file.mkdir()  # opening a folder is an OSError, for blosc2 a RuntimeError
+
+    def mend():
+        file.rmdir()
+        away.rename(file)
+
+    pauses.mend_during[1] = mend
+    assert open_image(cases, "case", channels=1).shape == (1, 8, 9, 10)
+    assert pauses.seconds == [1]
+
+
+def test_a_case_is_rejected_after_three_attempts_if_the_file_system_fails(cases, tmp_path, pauses):
+    (tmp_path / "folder").rename(tmp_path / "away")
+    with pytest.raises(RejectedCaseError, match=r"^cannot be read \(FileNotFoundError: .*case.b2nd\)$") as error:
+        open_image(cases, "case", channels=1)
     assert error.value.unusable
-    assert not read.errors
+    assert pauses.seconds == [1, 10]
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("gone"), RuntimeError("corrupt"), ValueError("corrupt")])
-def test_missing_and_damaged_files_are_not_read_again(error):
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(b"no image")])
+def test_missing_and_damaged_files_are_rejected_without_a_pause(cases, tmp_path, pauses, damage):
+    damage(tmp_path / "folder" / "case.b2nd")
     with pytest.raises(RejectedCaseError, match="cannot be read"):
-        read_with_retries(FailingRead(error))
+        open_image(cases, "case", channels=1)
+    assert not pauses.seconds
 
 
-def test_lack_of_memory_does_not_reject_the_case():
+def test_lack_of_memory_does_not_reject_the_case(cases):
+    def read():
+        raise MemoryError
+
     with pytest.raises(MemoryError):
-        read_with_retries(FailingRead(MemoryError()))
+        cases_module.read_with_retries(read, cases, "case")
 
 
 def test_a_case_with_another_number_of_channels_is_rejected(tmp_path):

@@ -319,13 +319,14 @@ def test_disable_checkpointing_writes_no_checkpoint_at_a_signal_either(three_epo
 
 
 def test_val_best_after_c_loads_the_best_checkpoint(three_epochs, folder, monkeypatch):
-    trainer = make_trainer()
-    trainer.run_training()
+    first = make_trainer(continue_training=True)  # there is nothing to continue from
+    first.run_training()
     resumed = make_trainer(continue_training=True)
     best = torch.load(folder / "checkpoint_best.pth", weights_only=False)
-    best["network_weights"]["decoder.seg_layers.1.bias"] += 1
+    bias = best["network_weights"]["decoder.seg_layers.1.bias"]
+    bias += 1
+    best["current_epoch"] = 1  # the final one is further
     torch.save(best, folder / "checkpoint_best.pth")
-    resumed.load_checkpoint(str(folder / "checkpoint_best.pth"))
-    assert torch.equal(
-        resumed.network.state_dict()["decoder.seg_layers.1.bias"], best["network_weights"]["decoder.seg_layers.1.bias"]
-    )
+    for trainer in (first, resumed):
+        trainer.load_checkpoint(str(folder / "checkpoint_best.pth"))
+        assert torch.equal(trainer.network.state_dict()["decoder.seg_layers.1.bias"], bias)
