@@ -12,6 +12,7 @@ import torch
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
@@ -80,12 +81,13 @@ def require_visible_blocks(configuration: ConfigurationManager, settings: VFSett
 def check_fold(plans_manager: PlansManager, cases: list[str], fold: int | str) -> tuple[list[str], list[str]]:
     """Return the training and validation cases of a fold.
 
-    If nnU-Net has not made the split yet, the lists have the right lengths; which cases they hold does not matter.
+    For a fold that the split does not have, nnU-Net draws four fifths of the cases for training. Then the lists have
+    the right lengths, but not all the right cases.
 
     Raises:
         UserError: the split cannot be read, a case of it is not preprocessed, or there are too few cases for a split.
     """
-    training, validation = _cases_or_counts_of_fold(plans_manager, cases, fold)
+    training, validation = _cases_of_fold(plans_manager, cases, fold)
     missing = sorted({*training, *validation} - {*cases})
     if missing:
         splits_file = Path(nnUNet_preprocessed) / plans_manager.dataset_name / "splits_final.json"
@@ -225,17 +227,16 @@ def _left_out_warning(plans_manager: PlansManager, cases: list[str], fold: int |
     return f"WARNING: {message}" if message else None
 
 
-def _cases_or_counts_of_fold(
-    plans_manager: PlansManager, cases: list[str], fold: int | str
-) -> tuple[list[str], list[str]]:
+def _cases_of_fold(plans_manager: PlansManager, cases: list[str], fold: int | str) -> tuple[list[str], list[str]]:
     if fold == "all":
         return cases, cases
     splits = read_splits(plans_manager.dataset_name)
-    if int(fold) < len(splits):
-        return splits[int(fold)]["train"], splits[int(fold)]["val"]
-    if len(cases) < FOLDS:
+    if not splits and len(cases) < FOLDS:
         raise UserError(
             f"the dataset has {len(cases)} preprocessed cases; {FOLDS} folds need at least {FOLDS}; use fold 'all'"
         )
-    num_validation = len(cases) // FOLDS
-    return cases[num_validation:], cases[:num_validation]
+    splits = splits or generate_crossval_split(sorted(cases), n_splits=FOLDS)  # as nnU-Net will
+    if int(fold) < len(splits):
+        return splits[int(fold)]["train"], splits[int(fold)]["val"]
+    num_training = len(cases) * 4 // 5
+    return cases[:num_training], cases[num_training:]

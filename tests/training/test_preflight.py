@@ -13,7 +13,7 @@ from trainings import make_trainer
 
 from nnunetv2_vf.cli import main
 from nnunetv2_vf.settings import VFSettings
-from nnunetv2_vf.training.preflight import patch_warning, without_effect_warning
+from nnunetv2_vf.training.preflight import check_fold, patch_warning, preprocessed_cases, without_effect_warning
 
 
 def assert_refused(folder: Path, *parts: str, **kwargs) -> None:
@@ -73,6 +73,23 @@ def test_too_few_cases_are_refused(copied_dataset, tmp_path, trainer):
     ):
         make_trainer(trainer)
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("fold", [0, 4, 5])
+def test_the_cases_of_a_fold_are_known_before_nnunet_makes_the_split(copied_dataset, two_epochs, fold):
+    (copied_dataset / "splits_final.json").unlink(missing_ok=True)
+    for file in (copied_dataset / "nnUNetPlans_3d_fullres").glob("torso_0009*"):
+        file.unlink()  # of nine cases, nnU-Net puts two into the first four folds and one into the last
+    trainer = make_trainer(fold=fold)
+    trainer.initialize()
+    cases = preprocessed_cases(trainer.plans_manager, "3d_fullres")
+    assert len(cases) == 9
+    expected = check_fold(trainer.plans_manager, cases, fold)
+    assert not (copied_dataset / "splits_final.json").exists()
+    split = trainer.do_split()
+    if fold < 5:
+        assert expected == split
+    assert [len(part) for part in expected] == [len(part) for part in split]
 
 
 def test_pairing_different_needs_two_training_and_two_validation_cases(copied_dataset, folder, monkeypatch):
