@@ -8,10 +8,11 @@ import io
 import os
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from nnunetv2.configuration import default_num_processes
@@ -71,6 +72,7 @@ def examine(
             yield Finding(FAIL, str(error))
         else:
             yield from _errors_as_findings(_check_dataset(target))
+            yield from _errors_as_findings(_check_settings_in_plans(target.plans_manager.plans))
     if weights is not None:
         yield from _errors_as_findings(_check_weights(weights, target))
 
@@ -140,6 +142,13 @@ def _check_settings() -> Iterator[Finding]:
     FinetuneSettings.resolve({}, os.environ)
     names = sorted(name for name in os.environ if name.lower().startswith(VFSettings.prefix.lower()))
     yield Finding(OK, f"settings from the environment: {', '.join(names) or 'none'}")
+
+
+def _check_settings_in_plans(plans: Mapping[str, Any]) -> Iterator[Finding]:
+    for settings in (VFSettings, FinetuneSettings):
+        settings.resolve(plans, {})
+        if settings.section in plans:
+            yield Finding(OK, f"settings in the plans: {settings.section}: {', '.join(plans[settings.section])}")
 
 
 def _check_devices() -> Iterator[Finding]:

@@ -85,6 +85,18 @@ def test_an_illegal_setting_is_a_failure(healthy, capsys, monkeypatch):
     assert any(line.startswith("FAIL setting nnUNet_vf_num_epochs = 'many'") for line in lines)
 
 
+@pytest.mark.parametrize("section", ["volume_fusion", "volume_fusion_finetune"])
+def test_settings_in_the_plans_are_checked(healthy, capsys, section):
+    edit_json(healthy / "nnUNetPlans.json", lambda plans: plans.update({section: {"num_epochs": 5}}))
+    code, lines = examined(capsys, "-d", "7")
+    assert code == 0
+    assert f"ok   settings in the plans: {section}: num_epochs" in lines
+    edit_json(healthy / "nnUNetPlans.json", lambda plans: plans.update({section: {"epochs": 5}}))
+    code, lines = examined(capsys, "-d", "7")
+    assert code == 1
+    assert any(line.startswith("FAIL ") and "'epochs'" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
