@@ -20,6 +20,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
+from nnunetv2_vf.durable_files import write_durably
 from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.pretext.cases import RejectedCase
 from nnunetv2_vf.pretext.dataset import TRAINING, VALIDATION, PretextDataset
@@ -303,16 +304,20 @@ class VFPretrainTrainer(ResumableTrainer):
 
     @contextmanager
     def _save_samples_of_non_finite_steps(self) -> Iterator[None]:
-        """If too many steps in a row were not finite, save their samples and end the training with a UserError."""
+        """If too many steps in a row were not finite, save what they saw and end the training with a UserError."""
         try:
             yield
         except NotFiniteError as error:
             file = Path(self.output_folder) / f"not_finite_{self.ranks.rank}.pth"
             batches = describe_batches(self._samples(TRAINING), self._share.batches(error.steps))
-            torch.save({"steps": error.steps, **batches}, file)
+            saved = f"{file} has the cases of these steps and the samples of the first"
+            try:
+                write_durably({"steps": error.steps, **batches}, file)
+            except OSError as write_error:
+                saved = f"{file} was not written ({write_error})"
             raise UserError(
-                f"{error}, from step {error.steps[0]} on; {file} has their samples. Continue from the last checkpoint "
-                "(--c) with nnUNet_vf_precision=fp32, or train again with a lower nnUNet_vf_initial_lr"
+                f"{error}, from step {error.steps[0]} on; {saved}. Continue from the last checkpoint (--c) with "
+                "nnUNet_vf_precision=fp32, or train again with a lower nnUNet_vf_initial_lr"
             ) from error
 
     def _log_monitored(self) -> None:
@@ -449,11 +454,11 @@ class VFPretrainTrainer(ResumableTrainer):
             lines = "\n".join(f"  {name}: {value:.4f}" for name, value in scores.items())
             mean = f"\n  mean Dice: {report['mean_dice']:.4f}" if report["dice_per_class"] else ""
             self.print_to_log_file(f"Pretext report, fixed validation samples:\n{lines}{mean}")
-            self.log_picture(Path(self.output_folder) / "pretext_report.png")
             for name, value in report["dice_per_class"].items():
                 self.logger.log_summary(f"final_val/{name}_dice", value)
             for name, value in report["restored_share"].items():
                 self.logger.log_summary(f"final_val/{name}_share", value)
+            self.log_picture(Path(self.output_folder) / "pretext_report.png")
 
 
 def _with_pretext_labels(dataset_json: dict, settings: VFSettings) -> dict:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from nnunetv2_vf.pretext.dataset import PretextDataset
 
-_PREFETCHED_BATCHES = 6  # batches that all workers together prepare in advance
+_PREFETCHED_BATCHES = 6  # that all workers together prepare in advance, if they are six or fewer; else one for each
 
 
 class RankShare(NamedTuple):

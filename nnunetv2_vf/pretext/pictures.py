@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,10 +88,11 @@ def draw_examples(examples: Sequence[Example], views: Sequence[str], settings: V
     num_rows = len(views) * len(examples)
     figure = Figure(figsize=(2.6 * len(titles), 2.4 * num_rows + 0.8), layout="constrained")
     grid = figure.subplots(num_rows, len(titles), squeeze=False)
-    rows = [(example, axis) for example in examples for axis in range(3)]
-    for row, (example, axis) in zip(grid, rows, strict=True):
-        _draw_row(row, example, axis, _class_colormap(settings.coefficient_steps))
-        row[0].set_ylabel(f"{example.title}\n{views[axis]}" if axis == 0 else views[axis])
+    for example, rows in zip(examples, np.split(grid, len(examples)), strict=True):
+        grey = _grey_scale(example)
+        for axis, row in enumerate(rows):
+            _draw_row(row, example, axis, grey, _class_colormap(settings.coefficient_steps))
+            row[0].set_ylabel(f"{example.title}\n{views[axis]}" if axis == 0 else views[axis])
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=9)
     for axes in grid.flat:
@@ -106,14 +107,20 @@ def draw_examples(examples: Sequence[Example], views: Sequence[str], settings: V
     figure.savefig(path, dpi=80, format="png")
 
 
-def _draw_row(row: Sequence[Axes], example: Example, axis: int, colormap: ListedColormap) -> None:
+def _grey_scale(example: Example) -> dict[str, Any]:
+    """Return one grey scale for all volumes of an example. A prediction may have any values, so it does not count."""
+    low, high = np.percentile(np.stack([v for k, v in example.volumes.items() if k != _RESTORED]), (0.5, 99.5))
+    return {"cmap": "gray", "vmin": low, "vmax": high}
+
+
+def _draw_row(
+    row: Sequence[Axes], example: Example, axis: int, grey: Mapping[str, Any], colormap: ListedColormap
+) -> None:
     """Draw the middle slices of an example along one axis, one slice in each of the axes."""
     volumes, maps = [*example.volumes.values()], [*example.maps.values()]
-    # The same grey scale for all. A prediction may have any values, so it does not count.
-    low, high = np.percentile(np.stack([v for k, v in example.volumes.items() if k != _RESTORED]), (0.5, 99.5))
     class_borders = BoundaryNorm(np.arange(colormap.N + 1) - 0.5, colormap.N)
     for axes, volume in zip(row[: len(volumes)], volumes, strict=True):
-        axes.imshow(_middle_slice(volume, axis), cmap="gray", vmin=low, vmax=high)
+        axes.imshow(_middle_slice(volume, axis), **grey)
     for axes, classes in zip(row[len(volumes) :], maps, strict=True):
         axes.imshow(_middle_slice(classes, axis), cmap=colormap, norm=class_borders, interpolation="nearest")
 

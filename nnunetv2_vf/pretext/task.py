@@ -37,7 +37,7 @@ def make_batch(tensors: Mapping[str, Tensor], settings: VFSettings, device: torc
     """
     tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
     if settings.has_fusion:
-        volume, fusion_map = fuse_batch(tensors, settings.coefficient_steps, device)
+        volume, fusion_map = fuse_batch(tensors, settings.coefficient_steps), tensors["fusion_map"]
     else:
         volume, fusion_map = tensors["volume"], None
     if not settings.has_mask:

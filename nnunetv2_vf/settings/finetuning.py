@@ -53,7 +53,10 @@ class FinetuneSettings(TrainingSettings):
     initial_lr: float = setting(1e-2, "highest learning rate; it decays during the training", low=1e-12, high=10)
     weight_decay: float = setting(3e-5, "weight decay", low=0, high=1)
     seed: int = setting(
-        0, "seed of the initial weights, dropout and, without worker processes, nnU-Net's augmentation", low=0
+        0,
+        "seed of the initial weights, dropout and, without worker processes, nnU-Net's augmentation",
+        low=0,
+        high=2**32 - 1,
     )
     schedule: str = setting(
         "full", _SCHEDULE_DESCRIPTION, choices=("full", "sawtooth", "encoder_only", "frozen_encoder")

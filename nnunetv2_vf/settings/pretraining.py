@@ -12,8 +12,14 @@ from nnunetv2_vf.settings.shared import OPTIMIZER_DESCRIPTION, OPTIMIZERS, Train
 PRETEXTS = ("fusion", "masked", "fusion+masked")
 JOINT_MASK_FRACTION = 0.3  # where three quarters of the voxels are hidden, few coefficients can be recognised
 _OF_FUSION = (
-    *("coefficient_steps", "fusion_map", "pairing"),
-    *("contrast_probability", "contrast_lower", "contrast_upper", "gamma", "invert_probability"),
+    "coefficient_steps",
+    "fusion_map",
+    "pairing",
+    "contrast_probability",
+    "contrast_lower",
+    "contrast_upper",
+    "gamma",
+    "invert_probability",
 )
 _OF_BOXES = ("box_count", "box_min_side", "box_max_fraction")
 _OF_BLOCKS = ("block_side", "block_foreground")
@@ -50,6 +56,7 @@ class VFSettings(TrainingSettings):
         0,
         "seed of the initial weights, the training samples and dropout; validation samples do not depend on it",
         low=0,
+        high=2**32 - 1,
     )
     batch_per_gpu: int = setting(
         0, "samples per batch on each rank; 0: the batch size of the plans, split among the ranks", low=0, high=4096

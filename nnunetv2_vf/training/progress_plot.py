@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
+_DASHED: dict[str, Any] = {"color": "black", "linestyle": "--"}
 # Logged once per epoch beside nnU-Net's own values: samples per second on all ranks together; share of the time spent
 # waiting for data; peak GPU memory in GB (NaN without a GPU); skipped steps of the whole training; cases in quarantine
 # since the last start.
-_DASHED: dict[str, Any] = {"color": "black", "linestyle": "--"}
 MONITORED = ("samples_per_second", "data_wait_share", "gpu_memory_gb", "skipped_steps", "quarantined_cases")
 
 

@@ -45,9 +45,12 @@ class Quarantine:
         """Raise UserError, and write the list, if too many of a dataset's cases are in quarantine."""
         if len(self.cases) > self.limit * num_cases:
             reasons = "; ".join(f"{case} {reason}" for case, reason in sorted(self.cases.items()))
-            self.file.write_text(json.dumps(self.cases, indent=1, sort_keys=True))
+            listed = f"listed in {self.file}"
+            try:
+                self.file.write_text(json.dumps(self.cases, indent=1, sort_keys=True))
+            except OSError as error:
+                listed = f"below ({self.file} was not written: {error})"
             raise UserError(
                 f"{len(self.cases)} of {num_cases} cases cannot be used, more than {self.limit:.0%}; repair the cases "
-                f"listed in {self.file} and preprocess again, or raise the limit "
-                f"(nnUNet_vf_quarantine_limit=0.5): {reasons}"
+                f"{listed} and preprocess again, or raise the limit (nnUNet_vf_quarantine_limit=0.5): {reasons}"
             )

@@ -80,6 +80,18 @@ def test_an_interrupted_training_is_one_run_with_every_epoch_once(both, tmp_path
     assert runs[0].info.status == "FINISHED"
 
 
+def test_a_later_validation_goes_on_with_the_run_and_hides_nothing(both, tmp_path):
+    make_trainer().run_training()
+    validation = make_trainer()
+    validation.load_checkpoint(str(fold_folder(tmp_path / "results") / "checkpoint_final.pth"))
+    validation.perform_actual_validation()
+    assert {"preview", "progress", "pretext_report"} <= set(
+        read_tensorboard(fold_folder(tmp_path / "results")).Tags()["images"]
+    )
+    client, (run,) = read_mlflow(tmp_path / "results")
+    assert "pretext_report.png" in {file.path for file in client.list_artifacts(run.info.run_id)}
+
+
 @pytest.fixture
 def fold(tmp_path, monkeypatch) -> Path:
     """The output folder of a training that logs to local files."""
