@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -97,7 +96,7 @@ def _file_system_works(folder: str, case: str) -> bool:
                 Path(folder, case + ending).read_bytes()
     except OSError:
         return False
-    return os.path.isdir(folder)  # if not, the files may be on a disk that is not mounted
+    return Path(folder).is_dir()  # if not, the files may be on a disk that is not mounted
 
 
 def has_contrast(image: np.ndarray) -> bool:

@@ -12,6 +12,7 @@ uint8, axes (D, H, W) in nnU-Net's order.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
