@@ -94,9 +94,9 @@ def _file_system_works(folder: str, case: str) -> bool:
         for ending in _IMAGE_ENDINGS:
             with contextlib.suppress(FileNotFoundError):
                 Path(folder, case + ending).read_bytes()
+        return Path(folder).is_dir()  # if not, the files may be on a disk that is not mounted
     except OSError:
         return False
-    return Path(folder).is_dir()  # if not, the files may be on a disk that is not mounted
 
 
 def has_contrast(image: np.ndarray) -> bool:
