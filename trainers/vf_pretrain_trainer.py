@@ -21,7 +21,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
 from nnunetv2_vf.durable_files import write_durably
-from nnunetv2_vf.errors import UserError, one_line_errors
+from nnunetv2_vf.errors import UserError, one_line_errors, printable
 from nnunetv2_vf.pretext.cases import RejectedCase
 from nnunetv2_vf.pretext.dataset import TRAINING, VALIDATION, PretextDataset
 from nnunetv2_vf.pretext.loader import RankShare, collate, describe_batches, make_loader
@@ -45,7 +45,7 @@ from nnunetv2_vf.transfer.architectures import refusal_warning
 from nnunetv2_vf.transfer.metadata import describe_pretraining, read_channel_names, read_pretext
 from nnunetv2_vf.transfer.model_card import CARD_NAME, write_model_card
 from nnunetv2_vf.transfer.network_fit import require_trainable
-from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights
+from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights, describe_origin
 from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 from nnunetv2_vf.transfer.target_plans import TargetPlans
 
@@ -87,6 +87,8 @@ class VFPretrainTrainer(ResumableTrainer):
         target = TargetPlans(PlansManager(plans), configuration, dataset_json)
         require_trainable(target)
         self.pretrained_weights = PretrainedWeights.from_command_line(sys.argv, target)
+        # A resumed training takes the record from its checkpoint.
+        self.pretrained_record = self.pretrained_weights.record if self.pretrained_weights else None
         refusal = refusal_warning(target.architecture, artifact.ARTIFACT_NAME)
         self._preflight_warnings = warnings if refusal is None else [*warnings, refusal]
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -94,6 +96,8 @@ class VFPretrainTrainer(ResumableTrainer):
         self.logger.local_logger = PretrainLogger(score_colours(settings, target.input_channels))
         self.quarantine = Quarantine(settings.quarantine_limit, Path(self.output_folder) / "quarantine.json")
         self._step_finished = torch.cuda.Event() if self.device.type == "cuda" else None
+        # How many more samples the steps so far have used than they would have with the batch of this start.
+        self._extra_samples = 0
 
     # ------------------------------------------------------------------ the pretext task
 
@@ -170,13 +174,25 @@ class VFPretrainTrainer(ResumableTrainer):
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """Return iterators over all remaining batches: new training samples, and the same validation samples again."""
-        steps_per_epoch = self.settings.iterations_per_epoch
-        next_step = self.current_epoch * steps_per_epoch + len(self.epoch_losses)
-        training = self._loader(TRAINING, range(next_step, self.num_epochs * steps_per_epoch))
+        self._unpack_cases()
+        all_steps = self.num_epochs * self.settings.iterations_per_epoch
+        training = self._loader(TRAINING, range(self._complete_steps, all_steps))
         remaining_epochs = self.num_epochs - self.current_epoch
         validation = self._loader(VALIDATION, list(range(self.num_val_iterations_per_epoch)) * remaining_epochs)
         is_idle = {} if self._step_finished is None else {"is_device_idle": self._step_finished.query}
         return DataWaitTimer(training, **is_idle), iter(validation)
+
+    @property
+    def _complete_steps(self) -> int:
+        """Number of training steps that are complete, in all epochs."""
+        return self.current_epoch * self.settings.iterations_per_epoch + len(self.epoch_losses)
+
+    def _unpack_cases(self) -> None:
+        """Let nnU-Net unpack ``.npz`` cases now: it would do so after the workers have begun to read them."""
+        with self.ranks.rank_0_first():
+            if self.ranks.rank == 0:
+                processes = max(1, get_allowed_n_proc_DA() // 2)
+                self.dataset_class.unpack_dataset(self.preprocessed_dataset_folder, False, processes, verify=True)
 
     @functools.cached_property
     def _cases(self) -> tuple[nnUNetBaseDataset, nnUNetBaseDataset]:
@@ -192,7 +208,12 @@ class VFPretrainTrainer(ResumableTrainer):
         if stream == VALIDATION:
             workers = (workers + 1) // 2
         pin_memory = self.device.type == "cuda"
-        return make_loader(self._samples(stream), self._share.batches(steps), workers, pin_memory=pin_memory)
+        return make_loader(self._samples(stream), self._batches(stream, steps), workers, pin_memory=pin_memory)
+
+    def _batches(self, stream: int, steps: Iterable[int]) -> Iterator[range]:
+        """Yield the indices of this rank's samples for each step."""
+        extra = self._extra_samples if stream == TRAINING else 0
+        return self._share._replace(first=self._share.first + extra).batches(steps)
 
     @property
     def _share(self) -> RankShare:
@@ -220,6 +241,8 @@ class VFPretrainTrainer(ResumableTrainer):
         super().on_train_start()
         self.print_to_log_file(f"Pretraining settings:\n{self.settings}\n", add_timestamp=False)
         self.print_to_log_file(f"Precision: {self.precision.name} on {self.device}\n", add_timestamp=False)
+        if self.pretrained_record is not None:
+            self.print_to_log_file(printable(f"Pretrained weights: {describe_origin(self.pretrained_record)}"))
         for warning in self._preflight_warnings:
             self.print_to_log_file(warning)
 
@@ -295,7 +318,7 @@ class VFPretrainTrainer(ResumableTrainer):
         self.dataloader_train = self.dataloader_val = None  # ends the workers
 
     def _record_step(self, loss: Tensor, is_finite: Tensor) -> None:
-        step = self.current_epoch * self.settings.iterations_per_epoch + len(self.epoch_losses)
+        step = self._complete_steps
         self.epoch_losses.append(loss)
         with self._save_samples_of_non_finite_steps():
             self.step_monitor.add(step, is_finite)
@@ -309,7 +332,7 @@ class VFPretrainTrainer(ResumableTrainer):
             yield
         except NotFiniteError as error:
             file = Path(self.output_folder) / f"not_finite_{self.ranks.rank}.pth"
-            batches = describe_batches(self._samples(TRAINING), self._share.batches(error.steps))
+            batches = describe_batches(self._samples(TRAINING), self._batches(TRAINING, error.steps))
             saved = f"{file} has the cases of these steps and the samples of the first"
             try:
                 write_durably({"steps": error.steps, **batches}, file)
@@ -355,12 +378,26 @@ class VFPretrainTrainer(ResumableTrainer):
     def state(self) -> dict[str, Any]:
         with self._save_samples_of_non_finite_steps():
             self.step_monitor.check()
-        monitor = self.step_monitor
-        return {**super().state(), "skipped": monitor.skipped, "in_a_row": monitor.in_a_row}
+        return {
+            **super().state(),
+            "skipped": self.step_monitor.skipped,
+            "in_a_row": self.step_monitor.in_a_row,
+            "pretrained": self.pretrained_record,
+            "batch": self._share.batch,
+            "extra_samples": self._extra_samples,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
         self.step_monitor.restore(state.get("skipped", 0), state.get("in_a_row", []))
+        self.pretrained_record = state.get("pretrained")
+        batch, earlier_batch = self._share.batch, state.get("batch", self._share.batch)
+        self._extra_samples = state.get("extra_samples", 0) + self._complete_steps * (earlier_batch - batch)
+        if earlier_batch != batch:
+            self.print_to_log_file(
+                f"WARNING: the batch has {batch} samples, before it had {earlier_batch} (batch_per_gpu, another number "
+                "of ranks); validation has other samples too, so scores before and after cannot be compared"
+            )
 
     def require_same_run(self, checkpoint: dict[str, Any], file: Path) -> None:
         """Raise UserError if the checkpoint has another trainer, other settings or other plans than this run.
@@ -429,6 +466,8 @@ class VFPretrainTrainer(ResumableTrainer):
             self.settings,
             self.fold,
             len(self._cases[TRAINING].identifiers),
+            self._share.batch,
+            self.pretrained_record,
             self.logger.get_value("dice_per_class_or_region", step=-1),
         )
         artifact.write_artifact(folder / artifact.ARTIFACT_NAME, self.bare_network().state_dict(), metadata)

@@ -106,7 +106,8 @@ def _make_page(card: str, metadata: dict[str, Any], name: HubName, pictures: Seq
 
     pretext_tags = {"fusion": ["volume-fusion"], "masked": ["masked-image-modeling"]}
     pretext = metadata["settings"].get("pretext", "fusion").split("+") if "settings" in metadata else []
-    origin = metadata.get("hub", "").partition("@")[0]  # of weights that were pulled
+    started_from = metadata.get("pretrained") or {}
+    origin = (metadata.get("hub") or started_from.get("hub") or "").partition("@")[0]  # of weights that were pulled
     data = ModelCardData(
         **_describe_licence(_entry(card, LICENCE)),
         library_name="nnunetv2-vf",

@@ -61,6 +61,8 @@ def _describe_artifact(path: Path, content: Mapping[str, Any]) -> list[str]:
         training = f"converted from {origin['project']}, {origin['file']}"
     elif "trainer" in metadata:
         training = f"trained with {metadata['trainer']}"
+    if metadata.get("pretrained"):
+        training += f", starting from {describe_origin(metadata['pretrained'])}"
     if "hub" in metadata:
         training += f", from {metadata['hub']} on the Hugging Face Hub"
     if adapted:

@@ -8,7 +8,8 @@ All values are plain data that JSON can hold. Which keys a file has depends on t
     normalization_schemes    of that configuration, for each channel
     spacing, patch_size      of that configuration, in mm and voxels, in the order of its axes
     dataset, channel_names, fold, num_cases
-    settings                 of pretraining
+    settings, batch_size     of pretraining; samples in a batch, of all ranks together
+    pretrained               what pretraining started from, see PretrainedWeights.record; None: new weights
     pretext_dice_per_class, pretext_restored_share    Dice of each fusion class; restored share of each channel
     trainer                  only for checkpoints of nnU-Net
     converted_from, adapted  what nnUNetv2_vf convert and adapt did
@@ -41,11 +42,15 @@ def describe_pretraining(
     settings: VFSettings,
     fold: int | str,
     num_cases: int,
+    batch_size: int,
+    pretrained: Mapping[str, Any] | None,
     scores: Sequence[float],
 ) -> dict[str, Any]:
     """Return the metadata of a pretraining.
 
     Args:
+        batch_size: samples in a batch, of all ranks together.
+        pretrained: the record of the weights that it started from; None: new weights.
         scores: of each output of the network: Dice of the fusion classes, then the restored shares of the channels.
     """
     classes = settings.num_fusion_classes
@@ -58,6 +63,8 @@ def describe_pretraining(
         "settings": settings.as_dict(),
         "fold": fold,
         "num_cases": num_cases,
+        "batch_size": batch_size,
+        "pretrained": None if pretrained is None else {**pretrained},
         "pretext_dice_per_class": [float(dice) for dice in scores[:classes]],
         "pretext_restored_share": [float(share) for share in scores[classes:]],
         "versions": package_versions(),

@@ -12,6 +12,7 @@ from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.transfer.architectures import can_be_planned, network_name
 from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME
 from nnunetv2_vf.transfer.metadata import describe_pretext, format_spacing
+from nnunetv2_vf.transfer.pretrained_weights import describe_origin
 from nnunetv2_vf.transfer.suggested_commands import finetune_command
 
 CARD_NAME = "MODEL_CARD.md"
@@ -55,7 +56,7 @@ def _make_card(metadata: Mapping[str, Any]) -> str:
     return f"""# {network} pretrained with {describe_pretext(metadata)} on {metadata["dataset"]}
 
 Self-supervised weights of encoder and decoder for 3D segmentation with nnU-Net v2, trained without labels.
-
+{_origin(metadata)}
 | | |
 |---|---|
 | network | {network} |
@@ -97,6 +98,15 @@ nnUNetv2_vf pull USER/NAME -o .     # if these weights are on the Hugging Face H
 
 {authors_entries}
 """
+
+
+def _origin(metadata: Mapping[str, Any]) -> str:
+    """Return a sentence about the weights that the pretraining started from; nothing for new weights."""
+    pretrained = metadata.get("pretrained")  # older files do not have it
+    if pretrained is None:
+        return ""
+    origin = describe_origin(pretrained)
+    return f"The training started from other weights, whose licence and data count too: {origin}.\n"
 
 
 def _scores(metadata: Mapping[str, Any]) -> str:

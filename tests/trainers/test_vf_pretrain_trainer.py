@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,13 @@ from conftest import DATASET_ID, NUM_CASES, edit_json, fold_folder, pretrain, sh
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args, run_training
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from trainings import make_trainer
+from trainings import make_trainer, run_before_step, run_until_signal, sender_of
 
+from nnunetv2_vf.pretext.dataset import TRAINING
+from nnunetv2_vf.pretext.loader import collate
+from nnunetv2_vf.training.checkpoints import STATE
 from nnunetv2_vf.training.ranks import Ranks
 from nnunetv2_vf.training.step import Precision
 from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, read_artifact
@@ -221,6 +225,44 @@ def test_the_network_learns_the_pretext_task(two_epochs, monkeypatch):
     trainer.run_training()
     losses = trainer.logger.get_value("train_losses", step=None)
     assert losses[-1] < losses[0]
+
+
+def test_with_another_number_of_ranks_the_samples_go_on_where_they_stopped(two_epochs, folder, monkeypatch):
+    monkeypatch.setenv("nnUNet_vf_batch_per_gpu", "2")
+    trainer = make_trainer()
+    run_before_step(trainer, 3, sender_of(signal.SIGTERM))  # two steps of training and one of validation are complete
+    assert run_until_signal(trainer)
+    file = folder / "checkpoint_latest.pth"
+    checkpoint = torch.load(file, weights_only=False)
+    assert checkpoint[STATE]["batch"] == 2
+    checkpoint[STATE]["batch"] = 6  # as if three ranks had trained
+    torch.save(checkpoint, file)
+    resumed = make_trainer(continue_training=True)
+    batch = next(resumed.get_dataloaders()[0])
+    samples = resumed._samples(TRAINING)
+    expected = collate([samples[12], samples[13]])
+    assert batch["cases"] == expected["cases"]
+    assert torch.equal(batch["tensors"]["foreground"], expected["tensors"]["foreground"])
+    log = "".join(path.read_text() for path in folder.glob("training_log*.txt"))
+    assert "WARNING: the batch has 2 samples, before it had 6" in log
+    resumed.run_training()
+    final = torch.load(folder / "checkpoint_final.pth", weights_only=False)
+    assert final[STATE]["extra_samples"] == 2 * (6 - 2)
+    assert read_artifact(folder / ARTIFACT_NAME)["vf"]["batch_size"] == 2
+
+
+def test_cases_are_unpacked_before_workers_read_them(two_epochs, copied_dataset):
+    folder = copied_dataset / "nnUNetPlans_3d_fullres"
+    compressed = nnUNetDatasetBlosc2(str(folder))
+    for case in compressed.identifiers:
+        image, labels, _, properties = compressed.load_case(case)
+        nnUNetDatasetNumpy.save_case(np.asarray(image[:]), np.asarray(labels[:]), properties, str(folder / case))
+    for file in folder.glob("*.b2nd"):
+        file.unlink()
+    trainer = make_trainer()
+    trainer.initialize()
+    trainer.get_dataloaders()
+    assert {f"{case}.npy" for case in compressed.identifiers} <= {file.name for file in folder.iterdir()}
 
 
 @pytest.mark.parametrize(

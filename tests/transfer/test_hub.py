@@ -267,6 +267,14 @@ def test_weights_that_were_pulled_name_their_origin_when_they_are_pushed_again(p
     assert "base_model" not in pushed.repositories[NAME].files["README.md"].decode()
 
 
+def test_a_pretraining_that_started_from_weights_of_the_hub_names_them(hub, file):
+    content = torch.load(file, weights_only=True)
+    content["vf"]["pretrained"] = {"hub": "someone-else/lung-ct@v1", "file": "w.pth", "dataset": None}
+    torch.save(content, file)
+    main(["push", str(file), NAME])
+    assert "base_model: someone-else/lung-ct\n" in hub.repositories[NAME].files["README.md"].decode()
+
+
 def test_pictures_and_emphasis_of_the_author_are_kept(hub, file):
     card = file.with_name(CARD_NAME)
     text = card.read_text().replace("- Licence of the weights: CC BY 4.0", "**Licence of the weights:** MIT")

@@ -11,8 +11,9 @@ from conftest import DATASET, DATASET_ID
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
+from nnunetv2_vf.cli import main
 from nnunetv2_vf.transfer.architectures import build_network
-from nnunetv2_vf.transfer.artifact import read_artifact
+from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, read_artifact
 from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights, pretrained_weights_argument
 
 COMMAND = ["nnUNetv2_train", str(DATASET_ID), "3d_fullres", "0", "-tr", "VFFinetuneTrainer"]
@@ -45,12 +46,12 @@ def test_weights_are_copied_as_nnunet_copies_them(artifact):
         assert torch.equal(network.state_dict()[name], tensor), name
 
 
-def make_trainer(monkeypatch, *options: str, continue_training: bool = False):
-    """Return a VFFinetuneTrainer for a command line with these options, as nnUNetv2_train makes it."""
+def make_trainer(monkeypatch, *options: str, continue_training: bool = False, name: str = "VFFinetuneTrainer"):
+    """Return a trainer for a command line with these options, as nnUNetv2_train makes it."""
     monkeypatch.setattr(sys, "argv", [*COMMAND, *options])
     weights = options[1] if "-pretrained_weights" in options else None
     cpu = torch.device("cpu")
-    run = (str(DATASET_ID), "3d_fullres", 0, "VFFinetuneTrainer", "nnUNetPlans")
+    run = (str(DATASET_ID), "3d_fullres", 0, name, "nnUNetPlans")
     trainer = get_trainer_from_args(*run, continue_training=continue_training, device=cpu)
     maybe_load_checkpoint(trainer, continue_training, False, weights)
     return trainer
@@ -102,3 +103,22 @@ def test_a_continued_training_keeps_the_record(artifact, copied_dataset, monkeyp
     final = torch.load(folder / "checkpoint_final.pth", weights_only=False)
     assert final["volume_fusion"]["pretrained"]["file"] == "vf_pretrained.pth"
     assert final["current_epoch"] == 2
+
+
+def test_a_pretraining_from_other_weights_names_them_also_after_it_was_continued(
+    artifact, two_epochs, monkeypatch, capsys
+):
+    name = "VFPretrainTrainer"
+    trainer = make_trainer(monkeypatch, "-pretrained_weights", str(artifact), name=name)
+    trainer.on_train_start()
+    folder = Path(trainer.output_folder)
+    trainer.save_checkpoint(str(folder / "checkpoint_latest.pth"))
+    make_trainer(monkeypatch, "--c", continue_training=True, name=name).run_training()
+    origin = f"vf_pretrained.pth, pretext fusion, trained on {DATASET}"
+    logs = "".join(log.read_text() for log in folder.glob("training_log_*.txt"))
+    assert logs.count(f"Pretrained weights: {origin}") == 2
+    assert read_artifact(folder / ARTIFACT_NAME)["vf"]["pretrained"]["dataset"] == DATASET
+    started = "The training started from other weights, whose licence and data count too"
+    assert f"{started}: {origin}." in (folder / "MODEL_CARD.md").read_text()
+    main(["info", str(folder / ARTIFACT_NAME)])
+    assert f"starting from {origin}" in capsys.readouterr().out
