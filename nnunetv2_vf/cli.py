@@ -326,11 +326,10 @@ def _run_plan(args: argparse.Namespace) -> None:
 
     from nnunetv2_vf.planners.five_level_planner import plan_network
     from nnunetv2_vf.planners.fmunet_planner import FMUNetPlanner
-    from nnunetv2_vf.planners.like_planner import plan_like
+    from nnunetv2_vf.planners.like_planner import plan_like, read_for_planning
     from nnunetv2_vf.planners.pct_net_planner import PCTNetPlanner
     from nnunetv2_vf.planners.topology_planner import check_options
     from nnunetv2_vf.preparation.fingerprint import make_missing_fingerprint
-    from nnunetv2_vf.transfer.artifact import read_with_architecture
     from nnunetv2_vf.transfer.hub import local_file
 
     options = {
@@ -347,7 +346,7 @@ def _run_plan(args: argparse.Namespace) -> None:
     like = None if args.like is None else local_file(args.like)
     # Raise errors before a fingerprint is made, which may take hours.
     if like is not None:
-        read_with_architecture(like)
+        read_for_planning(like, args.spacing, args.normalization, args.overwrite_target_spacing)
     check_options(args.gpu_memory_target, args.overwrite_target_spacing)
     for dataset in args.d:
         make_missing_fingerprint(dataset, default_num_processes)

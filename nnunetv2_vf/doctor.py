@@ -32,6 +32,8 @@ from nnunetv2_vf.transfer.differences import find_differences
 from nnunetv2_vf.transfer.hub import local_file
 from nnunetv2_vf.transfer.network_fit import require_fit, require_trainable
 from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
+from nnunetv2_vf.transfer.safetensors_files import SAFETENSORS_ENDING
+from nnunetv2_vf.transfer.suggested_commands import convert_command
 from nnunetv2_vf.transfer.target_plans import TargetPlans, load_target
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"
@@ -202,6 +204,8 @@ def _check_weights(weights: str | Path, target: TargetPlans | None) -> Iterator[
     file = local_file(weights)
     pretrained = read_pretrained(file)
     yield Finding(OK, f"{file} can be read")
+    if file.suffix == SAFETENSORS_ENDING:
+        yield Finding(NOTE, f"nnU-Net reads no safetensors; convert the file first: {convert_command(file)}")
     if target is None:
         yield Finding(NOTE, "no plans to compare the weights with; name them: -d ID -p PLANS")
         return

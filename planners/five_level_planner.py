@@ -11,6 +11,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_t
 from nnunetv2_vf.five_level_network import MODES
 from nnunetv2_vf.planners.topology_planner import TopologyPlanner, describe_plans, plan_datasets
 from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME
+from nnunetv2_vf.transfer.target_plans import load_target
 
 
 def plan_network(datasets: Sequence[str], planner: type[FiveLevelPlanner], **options: Any) -> Iterator[str]:
@@ -88,9 +89,11 @@ def _describe_plans(plans: dict[str, Any], name: str) -> str:
     fold = f"$nnUNet_results/{plans['dataset_name']}/VFPretrainTrainer__{name}__3d_fullres/fold_all"
     train = f"nnUNetv2_train {dataset_id} 3d_fullres"
     weights = f"{fold}/{ARTIFACT_NAME}"  # not quoted: the shell replaces $nnUNet_results
+    has_3d = "3d_fullres" in plans["configurations"]
+    first_fold = load_target(plans["dataset_name"], name, "3d_fullres").first_fold if has_3d else 0
     commands = [
         f"{train} all -p {name} -tr VFPretrainTrainer      # pretrain on this dataset",
-        f"{train} 0 -p {name} -tr VFFinetuneTrainer -pretrained_weights {weights}"
+        f"{train} {first_fold} -p {name} -tr VFFinetuneTrainer -pretrained_weights {weights}"
         "      # fine-tune on the labels of this dataset; for another one: nnUNetv2_vf plan --like",
     ]
     return describe_plans(plans, name, remark, commands)

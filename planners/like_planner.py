@@ -55,12 +55,10 @@ def plan_like(
         for each dataset a description of its plans, the next commands, and the differences to the pretraining.
 
     Raises:
-        UserError: the file cannot be read or lacks required metadata; see also :class:`LikePlanner` and
+        UserError: as :func:`read_for_planning`; see also :class:`LikePlanner` and
             :func:`~nnunetv2_vf.planners.topology_planner.plan_datasets`.
     """
-    if spacing == "pretrained" and options.get("target_spacing") is not None:
-        raise UserError("--spacing pretrained and -overwrite_target_spacing exclude each other; leave one out")
-    pretrained = read_with_architecture(file)["vf"]
+    pretrained = read_for_planning(file, spacing, normalization, options.get("target_spacing"))
     planner = functools.partial(
         LikePlanner, pretrained=pretrained, file=file, spacing=spacing, normalization=normalization
     )
@@ -71,20 +69,54 @@ def plan_like(
             yield "\n  ".join(["Pretraining and these plans:", *describe_differences(pretrained, target)])
 
 
+def read_for_planning(
+    file: Path, spacing: str, normalization: str, target_spacing: Sequence[float] | None
+) -> dict[str, Any]:
+    """Return the ``vf`` metadata of weights, after checking them and the options against each other.
+
+    Args:
+        spacing, normalization: see :class:`LikePlanner`.
+        target_spacing: of ``-overwrite_target_spacing``, mm.
+
+    Raises:
+        UserError: the file cannot be read; it lacks the requested spacing or normalisation; its network is 2D or has
+            no strides; or two options exclude each other.
+    """
+    if spacing == "pretrained" and target_spacing is not None:
+        raise UserError("--spacing pretrained and -overwrite_target_spacing exclude each other; leave one out")
+    pretrained: dict[str, Any] = read_with_architecture(file)["vf"]
+    architecture = pretrained["architecture"]
+    if not can_be_planned(architecture):
+        raise UserError(
+            f"{file} holds weights of {architecture['network_class_name']}, which is two-dimensional or takes patches "
+            "of one size only; legal: 3D U-Nets, residual encoder U-Nets, PCT-Net and FMUNet"
+        )
+    for option, value, key in (
+        ("--spacing", spacing, "spacing"),
+        ("--normalization", normalization, "normalization_schemes"),
+    ):
+        if value == "pretrained" and not pretrained.get(key):
+            raise UserError(f"{option} pretrained, but {file} does not hold its {key}; legal: target")
+    schemes = pretrained.get("normalization_schemes") or []
+    if normalization == "pretrained" and _CT in schemes and "plans" not in pretrained:
+        raise UserError(f"--normalization pretrained, but {file} does not hold its intensity statistics; legal: target")
+    return pretrained
+
+
 class LikePlanner(TopologyPlanner):
     """nnU-Net's planner with the network of pretrained weights in the 3D configurations.
 
     Args:
-        pretrained: the ``vf`` metadata of the weights.
+        pretrained: the ``vf`` metadata of the weights, from :func:`read_for_planning`.
         file: the file of the weights; the plans record its name.
         spacing: "target": nnU-Net's choice for the dataset; "pretrained": the spacing of the pretraining.
         normalization: "target": nnU-Net's choice for the dataset; "pretrained": the schemes of the pretraining and,
             for a scheme that uses intensity statistics, its statistics too, so that a voxel value means the same as
             in pretraining; "auto": "pretrained" if both are CT, which is normalised with the statistics of a dataset,
-            and the file records those of the pretraining, else "target".
+            the file records those of the pretraining, and they can be given to the target's channels; else "target".
 
     Raises:
-        UserError: the metadata lacks the requested spacing or normalisation, or the network is 2D or has no strides.
+        UserError: normalisation "pretrained", but its channels differ and the target has another number of them.
     """
 
     def __init__(
@@ -103,7 +135,6 @@ class LikePlanner(TopologyPlanner):
     ):
         self.pretrained = pretrained
         self.file, self.spacing, self.normalization = file, spacing, normalization
-        self._require_metadata()
         super().__init__(
             dataset_name_or_id,
             gpu_memory_target_in_gb,
@@ -115,28 +146,12 @@ class LikePlanner(TopologyPlanner):
         if normalization == "auto":
             self.normalization = self._choose_normalization()
         if self.normalization == "pretrained" and _CT in pretrained["normalization_schemes"]:
-            statistics = PlansManager(pretrained["plans"]).foreground_intensity_properties_per_channel
-            every_channel = self._one_per_channel([statistics[str(i)] for i in range(len(statistics))])
+            every_channel = self._one_per_channel(self._pretrained_statistics())
             self.dataset_fingerprint[_STATISTICS] = {str(i): entry for i, entry in enumerate(every_channel)}
 
-    def _require_metadata(self) -> None:
-        architecture = self.pretrained["architecture"]
-        if not can_be_planned(architecture):
-            raise UserError(
-                f"{self.file} holds weights of {architecture['network_class_name']}, which is two-dimensional or takes "
-                "patches of one size only; legal: 3D U-Nets, residual encoder U-Nets, PCT-Net and FMUNet"
-            )
-        for option, value, key in (
-            ("--spacing", self.spacing, "spacing"),
-            ("--normalization", self.normalization, "normalization_schemes"),
-        ):
-            if value == "pretrained" and not self.pretrained.get(key):
-                raise UserError(f"{option} pretrained, but {self.file} does not hold its {key}; legal: target")
-        schemes = self.pretrained.get("normalization_schemes") or []
-        if self.normalization == "pretrained" and _CT in schemes and "plans" not in self.pretrained:
-            raise UserError(
-                f"--normalization pretrained, but {self.file} does not hold its intensity statistics; legal: target"
-            )
+    def _pretrained_statistics(self) -> list[dict[str, float]]:
+        statistics = PlansManager(self.pretrained["plans"]).foreground_intensity_properties_per_channel
+        return [statistics[str(channel)] for channel in range(len(statistics))]
 
     def _choose_normalization(self) -> str:
         """Return "pretrained" if each channel has the same scheme in both, and one uses recorded statistics of CT.
@@ -146,8 +161,10 @@ class LikePlanner(TopologyPlanner):
         """
         schemes = self.pretrained.get("normalization_schemes") or []
         own_schemes, _ = super().determine_normalization_scheme_and_whether_mask_is_used_for_norm()
-        are_equal = list(schemes) == own_schemes or {*schemes} == {*own_schemes} == {_CT}
-        return "pretrained" if are_equal and _CT in schemes and "plans" in self.pretrained else "target"
+        if _CT not in schemes or "plans" not in self.pretrained:
+            return "target"
+        are_all_ct = {*schemes} == {*own_schemes} == {_CT} and _are_equal(self._pretrained_statistics())
+        return "pretrained" if list(schemes) == own_schemes or are_all_ct else "target"
 
     def choose_architecture(self, spacing: Sequence[float]) -> dict[str, Any]:
         architecture: dict[str, Any] = self.pretrained["architecture"]
@@ -160,8 +177,9 @@ class LikePlanner(TopologyPlanner):
             return target
         coarsest = int(np.argmax(target))
         axes = [coarsest, *(axis for axis in range(3) if axis != coarsest)]
+        coarsest_mm, *others_mm = np.roll(self.pretrained["spacing"], -int(np.argmax(self.pretrained["spacing"])))
         spacing = np.empty(3)
-        spacing[axes] = self.pretrained["spacing"]  # nnU-Net's plans list the coarsest axis first
+        spacing[axes] = coarsest_mm, *others_mm
         return spacing
 
     def determine_normalization_scheme_and_whether_mask_is_used_for_norm(self) -> tuple[list[str], list[bool]]:
@@ -178,7 +196,7 @@ class LikePlanner(TopologyPlanner):
         channels = self.number_of_channels
         if len(pretrained) == channels:
             return list(pretrained)
-        if any(entry != pretrained[0] for entry in pretrained):
+        if not _are_equal(pretrained):
             raise UserError(
                 f"--normalization pretrained: {len(pretrained)} channels that differ cannot become {channels}; "
                 "legal: target"
@@ -190,6 +208,10 @@ class LikePlanner(TopologyPlanner):
         origin = {"file": self.file.name, "hub": self.pretrained.get("hub"), "dataset": self.pretrained.get("dataset")}
         plans[_RECORD] = {**origin, **options}
         super().save_plans(plans)
+
+
+def _are_equal(entries: Sequence[Any]) -> bool:
+    return all(entry == entries[0] for entry in entries)
 
 
 def _default_plans_name(pretrained: Mapping[str, Any]) -> str:

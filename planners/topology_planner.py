@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
@@ -22,12 +22,13 @@ from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_folders import dataset_name, require_variables
 from nnunetv2_vf.planners.memory_fitting import Patch, candidate_patches, fit_batch_size, fit_patch, patch_divisor
 from nnunetv2_vf.planners.step_memory import GIB, StepMemory, measure_architecture
-from nnunetv2_vf.transfer.architectures import canonical_architecture
+from nnunetv2_vf.transfer.architectures import canonical_architecture, complete_arguments
 from nnunetv2_vf.transfer.metadata import format_spacing, read_channel_names
 from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 
 # Arguments of networks that change no weights.
 _WITHOUT_WEIGHTS = {"channels_last", "activation_checkpointing", "dropout_per_stage", "drop_path"}
+_OPTIONAL = ("3d_lowres", "3d_cascade_fullres")  # configurations that nnU-Net plans for large images only
 _PRETEXT_CLASSES = 5  # of Volume Fusion's default settings; pretraining with these plans must fit as well
 
 
@@ -93,7 +94,15 @@ class TopologyPlanner(ExperimentPlanner):
             UserError: folds are trained with plans of this name and another network. The next fold would write its
                 plans into their results folder, and they could no longer predict.
         """
-        self._require_same_network_as_trained(plans)
+        file = Path(nnUNet_preprocessed) / self.dataset_name / f"{self.plans_identifier}.json"
+        old = load_json(str(file)) if file.is_file() else {"configurations": {}}
+        # nnU-Net keeps what the old file has besides the new configurations. Those of the user's own may stay, but
+        # not a 3d_lowres and a cascade with the network of the old plans.
+        outdated = [name for name in _OPTIONAL if name in old["configurations"] and name not in plans["configurations"]]
+        kept = {name: entry for name, entry in old["configurations"].items() if name not in outdated}
+        self._require_same_network_as_trained({**plans, "configurations": {**kept, **plans["configurations"]}})
+        if outdated:
+            save_json({**old, "configurations": kept}, str(file), sort_keys=False)
         super().save_plans(plans)
 
     def _require_same_network_as_trained(self, plans: Mapping[str, Any]) -> None:
@@ -116,13 +125,13 @@ class TopologyPlanner(ExperimentPlanner):
 
 
 def _network_of(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
-    """Return the entry ``architecture`` of a configuration, without arguments that change no weights; empty if none."""
+    """Return the entry ``architecture`` of a configuration with the arguments that change weights; empty if none."""
     if configuration not in plans["configurations"]:
         return {}
     entry = PlansManager(dict(plans)).get_configuration(configuration).configuration["architecture"]
     architecture: dict[str, Any] = json.loads(json.dumps(canonical_architecture(entry)))
     architecture["arch_kwargs"] = {
-        name: value for name, value in architecture["arch_kwargs"].items() if name not in _WITHOUT_WEIGHTS
+        name: value for name, value in complete_arguments(architecture).items() if name not in _WITHOUT_WEIGHTS
     }
     return architecture
 

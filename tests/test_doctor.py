@@ -10,6 +10,8 @@ from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnunetv2_vf import doctor
 from nnunetv2_vf.cli import main
+from nnunetv2_vf.transfer.artifact import read_artifact
+from nnunetv2_vf.transfer.safetensors_files import write_safetensors
 
 
 def examined(capsys, *arguments: str) -> tuple[int, list[str]]:
@@ -135,6 +137,15 @@ def test_weights_without_a_dataset_are_only_read(healthy, artifacts, capsys):
     code, lines = examined(capsys, "-w", str(artifacts["PCT-Net"]))
     assert code == 0
     assert lines[-1] == "note no plans to compare the weights with; name them: -d ID -p PLANS"
+
+
+def test_weights_that_nnunet_does_not_read_are_a_note(healthy, artifacts, tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    file = tmp_path / "model.safetensors"
+    write_safetensors(file, read_artifact(artifacts["U-Net"]))
+    _, lines = examined(capsys, "-d", "7", "-w", str(file))
+    command = f"nnUNetv2_vf convert {file} -o model.pth"
+    assert f"note nnU-Net reads no safetensors; convert the file first: {command}" in lines
 
 
 def test_missing_preprocessed_cases_are_a_note(healthy, capsys):

@@ -12,6 +12,7 @@ from torch import nn
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.transfer.architectures import build_network, can_be_planned
 from nnunetv2_vf.transfer.artifact import read_with_architecture, require_writable, write_artifact
+from nnunetv2_vf.transfer.differences import layers_without_shape
 from nnunetv2_vf.transfer.metadata import package_versions
 from nnunetv2_vf.transfer.suggested_commands import plan_like_command
 from nnunetv2_vf.transfer.target_plans import TargetPlans
@@ -79,6 +80,7 @@ def _describe_adaptation(
             "plans": target.plans_manager.plans_name,
             "configuration": target.configuration_name,
         },
+        "pretrained_layers": earlier.get("pretrained_layers", layers_without_shape(metadata["architecture"])),
         "pretrained_input_channels": earlier.get("pretrained_input_channels", metadata["num_input_channels"]),
         "encoder_only": encoder_only or earlier.get("encoder_only", False),
         "transferred_share": transferred_share(outcomes),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,6 +38,7 @@ _OTHER_NAMES = {
     "dynamic_network_architectures.architectures.residual_unet.ResidualEncoderUNet": _RESIDUAL_ENCODER_UNET,
     **{name.rpartition(".")[2]: name for name in (PLAIN_UNET, _RESIDUAL_ENCODER_UNET, _PRIMUS)},
 }
+_GIVEN_BY_NNUNET = ("input_channels", "num_classes", "deep_supervision")  # arguments of networks that plans lack
 _LAYER = re.compile(
     r"torch\.nn\.(modules\.(conv|batchnorm|instancenorm|dropout|activation)\.)?"
     r"(Conv[123]d|BatchNorm[123]d|InstanceNorm[123]d|Dropout[123]?d?|LeakyReLU|ReLU|PReLU|ELU|SELU|GELU|SiLU|Mish)"
@@ -46,6 +48,25 @@ _LAYER = re.compile(
 def canonical_architecture(architecture: Mapping[str, Any]) -> dict[str, Any]:
     """Return an entry ``architecture`` in which a known network has the name that nnU-Net's plans now give it."""
     return {**architecture, "network_class_name": canonical_network(architecture["network_class_name"])}
+
+
+def complete_arguments(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a network, with short names of layers, and with the defaults of PCT-Net and FMUNet.
+
+    A file may hold a default that plans leave out. Both describe the same network.
+    """
+    arguments = {name: canonical_layer(value) for name, value in architecture["arch_kwargs"].items()}
+    if architecture["network_class_name"] not in (PCT_NET_PATH, FMUNET_PATH):
+        return arguments
+    parameters = inspect.signature(locate(architecture["network_class_name"])).parameters  # type: ignore[arg-type]
+    defaults = {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if parameter.default is not parameter.empty and name not in _GIVEN_BY_NNUNET
+    }
+    layers = {name: f"torch.nn.{value.__name__}" for name, value in defaults.items() if isinstance(value, type)}
+    plain: dict[str, Any] = json.loads(json.dumps({**defaults, **layers}))  # lists, as in plans
+    return {**plain, **arguments}
 
 
 def canonical_network(name: str) -> str:
@@ -79,9 +100,9 @@ def require_known_architecture(architecture: Any, file: Path | str) -> None:
 def _find_unknown(architecture: Mapping[str, Any]) -> str | None:
     """Return what an entry ``architecture`` names that is not listed here, for a message after the name of a file."""
     name, kwargs = canonical_network(architecture["network_class_name"]), architecture["arch_kwargs"]
-    layers = {key: kwargs.get(key) for key in architecture["_kw_requires_import"]}
     if name not in _NETWORKS:
         return f"names the network {name!r}; legal: {', '.join(_NETWORKS)}"
+    layers = {key: kwargs.get(key) for key in architecture["_kw_requires_import"]}
     for key, layer in layers.items():
         if layer is not None and not (isinstance(layer, str) and _LAYER.fullmatch(layer)):
             return (
@@ -90,7 +111,8 @@ def _find_unknown(architecture: Mapping[str, Any]) -> str | None:
             )
     if not str(kwargs.get("conv_op", "3d")).endswith("3d"):
         return f"holds weights of a network with {kwargs['conv_op']}; legal: 3D networks"
-    return None
+    missing = layers.keys() - kwargs.keys()
+    return f"lacks the argument {min(missing)} of its network" if missing else None
 
 
 def is_known(architecture: Mapping[str, Any]) -> bool:
@@ -166,6 +188,9 @@ def build_network(
         raise UserError(
             f"cannot build the network {architecture['network_class_name']}: {error}; legal: {_legal_arguments(name)}"
         ) from error
+    except KeyError as error:
+        message = f"its entry _kw_requires_import names {error}, which is no argument in arch_kwargs"
+        raise UserError(f"cannot build the network {architecture['network_class_name']}: {message}") from error
     except (ImportError, ValueError, AssertionError) as error:
         raise UserError(f"cannot build the network {architecture['network_class_name']}: {error}") from error
 
@@ -173,8 +198,7 @@ def build_network(
 def _legal_arguments(name: str) -> str:
     """Return the arguments that plans may give to the network of this dotted path."""
     network: Any = locate(name)
-    given_by_nnunet = ("input_channels", "num_classes", "deep_supervision")
-    return ", ".join(key for key in inspect.signature(network).parameters if key not in given_by_nnunet)
+    return ", ".join(key for key in inspect.signature(network).parameters if key not in _GIVEN_BY_NNUNET)
 
 
 def _build_on_meta_or_cpu(build: Callable[..., nn.Module]) -> nn.Module:

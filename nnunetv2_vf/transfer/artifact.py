@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
 from nnunetv2_vf.durable_files import write_durably
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.transfer.architectures import canonical_architecture, require_known_architecture
+from nnunetv2_vf.transfer.architectures import build_network, canonical_architecture, require_known_architecture
 from nnunetv2_vf.transfer.metadata import describe_nnunet_checkpoint, is_nnunet_checkpoint
 from nnunetv2_vf.transfer.nnssl_plan import NNSSL_PLAN_KEY, architecture_of_nnssl_plan, make_nnssl_plan
 from nnunetv2_vf.transfer.safe_loading import load_safely, malformed_file_errors
@@ -102,11 +103,16 @@ def read_checked_artifact(path: Path) -> dict[str, Any]:
     with malformed_file_errors(path):
         metadata = artifact["vf"]
         require_known_architecture(metadata["architecture"], path)
-        if not isinstance(metadata.get("plans", {}), dict):  # nnU-Net would open a path
-            raise TypeError("plans that are no dict")
+        _require_own_plans(metadata)
         if NNSSL_PLAN_KEY in artifact:
             require_known_architecture(architecture_of_nnssl_plan(artifact[NNSSL_PLAN_KEY]), path)
     return artifact
+
+
+def _require_own_plans(metadata: Mapping[str, Any]) -> None:
+    """Raise TypeError if the plans are a path, which nnU-Net would open: a file must not choose what is opened."""
+    if not isinstance(metadata.get("plans", {}), dict):
+        raise TypeError("plans that are no dict")
 
 
 def read_pretrained(path: Path) -> dict[str, Any]:
@@ -131,6 +137,7 @@ def read_pretrained(path: Path) -> dict[str, Any]:
     with malformed_file_errors(path):
         is_checkpoint = is_nnunet_checkpoint(content)
         metadata = describe_nnunet_checkpoint(content) if is_checkpoint else dict(content.get("vf", {}))
+        _require_own_plans(metadata)
         if "architecture" in metadata:
             metadata["architecture"] = canonical_architecture(metadata["architecture"])
     return {"network_weights": weights, "vf": metadata}
@@ -140,13 +147,37 @@ def read_with_architecture(path: Path) -> dict[str, Any]:
     """Read pretrained weights as :func:`read_pretrained` does, and require that the file records a known network.
 
     Raises:
-        UserError: as :func:`read_pretrained`; or the file records no network, or one that may not be built.
+        UserError: as :func:`read_pretrained`; or the file records no network, one that may not be built, another one
+            than that of its weights, or the second stage of a cascade.
     """
     content = read_pretrained(path)
-    if not content["vf"].keys() >= {"architecture", "num_input_channels", "num_classes"}:
+    metadata = content["vf"]
+    if not metadata.keys() >= {"architecture", "num_input_channels", "num_classes"}:
         raise UserError(
             f"{path} does not record which network its weights are for; legal: a {ARTIFACT_NAME} or a checkpoint of "
             f"nnU-Net; convert a checkpoint of nnssl: nnUNetv2_vf convert {shlex.quote(str(path))} -o OUT.pth"
         )
-    require_known_architecture(content["vf"]["architecture"], path)
+    require_known_architecture(metadata["architecture"], path)
+    if "previous_stage" in metadata:
+        raise UserError(
+            f"{path} is the second stage of a cascade, whose input has labels beside the images; legal: the checkpoint "
+            f"of {metadata['previous_stage']} or of 3d_fullres"
+        )
+    with malformed_file_errors(path):
+        if "plans" in metadata:
+            PlansManager(metadata["plans"]).get_configuration(metadata["configuration"])
+        if "trainer" in metadata:
+            _require_network_of_plans(path, content["network_weights"], metadata)
     return content
+
+
+def _require_network_of_plans(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Raise UserError if the weights of a checkpoint have tensors that the network of its plans lacks."""
+    network = build_network(metadata["architecture"], metadata["num_input_channels"], metadata["num_classes"] or 1)
+    unknown = weights.keys() - network.state_dict().keys()
+    if unknown:
+        raise UserError(
+            f"{path} has {len(unknown)} tensors that the network of its plans does not have, for example "
+            f"{min(unknown)}: {metadata['trainer']} trained another network; write that network into plans, and train "
+            "with them"
+        )

@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.errors import printable
 from nnunetv2_vf.settings import VFSettings
-from nnunetv2_vf.transfer.architectures import can_be_planned
+from nnunetv2_vf.transfer.architectures import can_be_planned, complete_arguments
 from nnunetv2_vf.transfer.metadata import format_spacing
 from nnunetv2_vf.transfer.network_fit import network_differences
 from nnunetv2_vf.transfer.suggested_commands import plan_like_command
@@ -221,7 +221,18 @@ def _compare_axes(metadata: Mapping[str, Any], target: TargetPlans) -> Differenc
     return Difference("axis order", str(pretrained), str(current), consequence)
 
 
+def layers_without_shape(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a network that change what it computes, but not the shapes of its weights."""
+    arguments = complete_arguments(architecture)
+    return {name: arguments[name] for name in _LAYERS_WITHOUT_SHAPE if name in arguments}
+
+
 def _compare_layers(metadata: Mapping[str, Any], target: TargetPlans) -> list[Difference]:
+    pretrained_layers = metadata.get("adapted", {}).get("pretrained_layers")
+    if pretrained_layers:  # the file now records the network of the target
+        architecture = metadata["architecture"]
+        arguments = {**architecture["arch_kwargs"], **pretrained_layers}
+        metadata = {**metadata, "architecture": {**architecture, "arch_kwargs": arguments}}
     hint = "use plans with the layers of pretraining"
     if _can_be_planned(metadata):
         hint = f"plan with the pretrained network: {plan_like_command('FILE', target)}"

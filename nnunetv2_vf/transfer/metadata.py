@@ -12,6 +12,7 @@ All values are plain data that JSON can hold. Which keys a file has depends on t
     pretrained               what pretraining started from, see PretrainedWeights.record; None: new weights
     pretext_dice_per_class, pretext_restored_share    Dice of each fusion class; restored share of each channel
     trainer                  only for checkpoints of nnU-Net
+    previous_stage           of a cascade, only for its second stage, whose input has labels beside the images
     converted_from, adapted  what nnUNetv2_vf convert and adapt did
     versions                 of the packages that wrote the file
 """
@@ -100,7 +101,7 @@ def describe_nnunet_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     arguments = checkpoint["init_args"]
     plans_manager = PlansManager(arguments["plans"])
     configuration_manager = plans_manager.get_configuration(arguments["configuration"])
-    dataset_json = arguments["dataset_json"]
+    dataset_json, previous_stage = arguments["dataset_json"], configuration_manager.previous_stage_name
     return {
         **_describe_plans(plans_manager, configuration_manager, arguments["configuration"]),
         "num_input_channels": determine_num_input_channels(plans_manager, configuration_manager, dataset_json),
@@ -108,6 +109,7 @@ def describe_nnunet_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         "channel_names": read_channel_names(dataset_json),
         "fold": arguments["fold"],
         "trainer": checkpoint["trainer_name"],
+        **({"previous_stage": previous_stage} if previous_stage else {}),
     }
 
 

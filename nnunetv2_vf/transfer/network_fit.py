@@ -16,6 +16,7 @@ from nnunetv2_vf.transfer.architectures import (
     build_network,
     can_be_planned,
     canonical_layer,
+    complete_arguments,
     is_known,
     network_name,
 )
@@ -54,6 +55,12 @@ def require_fit(file: Path, pretrained: Mapping[str, Any], target: TargetPlans) 
         file: for the message.
         pretrained: the content of the file, from :func:`nnunetv2_vf.transfer.artifact.read_pretrained`.
     """
+    previous_stage = pretrained["vf"].get("previous_stage")
+    if previous_stage and target.configuration.previous_stage_name is None:
+        raise UserError(
+            f"{file} is the second stage of a cascade, whose input has labels beside the images, and does not fit "
+            f"{target}; legal: the checkpoint of {previous_stage} or of 3d_fullres"
+        )
     network = build_network(target.architecture, target.input_channels, target.num_classes)
     mismatched = mismatched_tensors(pretrained["network_weights"], network)
     if not mismatched:
@@ -89,8 +96,9 @@ def network_differences(metadata: Mapping[str, Any], target: TargetPlans) -> dic
         _INPUT_CHANNELS: (metadata["num_input_channels"], target.input_channels),
     }
     if pretrained["network_class_name"] == planned["network_class_name"]:
-        names = sorted({*pretrained["arch_kwargs"], *planned["arch_kwargs"]})
-        pairs |= {name: (pretrained["arch_kwargs"].get(name), planned["arch_kwargs"].get(name)) for name in names}
+        old_arguments, new_arguments = complete_arguments(pretrained), complete_arguments(planned)
+        names = sorted({*old_arguments, *new_arguments})
+        pairs |= {name: (old_arguments.get(name), new_arguments.get(name)) for name in names}
     return {name: (old, new) for name, (old, new) in pairs.items() if canonical_layer(old) != canonical_layer(new)}
 
 

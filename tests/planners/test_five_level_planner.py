@@ -145,7 +145,27 @@ def test_plans_with_which_a_network_was_trained_are_not_replaced_by_those_of_ano
     with pytest.raises(SystemExit, match=r"has folds of another network.* -overwrite_plans_name PCTNetPlans2"):
         main(["plan", "-d", "42"])
     assert plans_file.read_text() == before
+    folder.rename(folder.with_name("VFFinetuneTrainer__PCTNetPlans__own"))  # trained with a configuration of the user's
+    for file in (plans_file, folder.with_name("VFFinetuneTrainer__PCTNetPlans__own") / "plans.json"):
+        plans = json.loads(file.read_text())
+        plans["configurations"]["own"] = {"inherits_from": "3d_fullres"}
+        file.write_text(json.dumps(plans))
+    with pytest.raises(SystemExit, match=r"has folds of another network"):
+        main(["plan", "-d", "42"])
     main(["plan", "-d", "42", "-overwrite_plans_name", "PCTNetPlans2"])
+
+
+def test_a_default_argument_that_is_written_out_makes_no_other_network(empty_dataset, tmp_path):
+    plans_file = empty_dataset((1.0, 1.0, 1.0), (40, 60, 60))
+    main(["plan", "-d", "42"])
+    planned = json.loads(plans_file.read_text())
+    arguments = planned["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    assert "num_heads" not in arguments
+    arguments |= {"num_heads": [4, 8, 16], "norm_op": "torch.nn.BatchNorm3d"}
+    folder = tmp_path / "results" / "Dataset042_Made" / "VFFinetuneTrainer__PCTNetPlans__3d_fullres"
+    folder.mkdir(parents=True)
+    (folder / "plans.json").write_text(json.dumps(planned))
+    main(["plan", "-d", "42"])
 
 
 def test_a_missing_fingerprint_is_made(copied_dataset, monkeypatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import DATASET_ID
 from networks import unet
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -54,8 +55,8 @@ CT = {"mean": 99.0, "std": 333.0}
 def pretrained(tmp_path):
     """A function that writes an artifact of a network without weights and returns its path."""
 
-    def write(network="U-Net", schemes=("CTNormalization",), spacing=(4.0, 0.9, 0.8), **vf) -> Path:
-        properties = {str(i): CT for i in range(len(schemes))}
+    def write(network="U-Net", schemes=("CTNormalization",), spacing=(4.0, 0.9, 0.8), means=(99.0,), **vf) -> Path:
+        properties = {str(i): {**CT, "mean": means[i % len(means)]} for i in range(len(schemes))}
         configuration = {"use_mask_for_norm": [False] * len(schemes), "architecture": NETWORKS[network]}
         metadata = {
             "architecture": NETWORKS[network],
@@ -162,6 +163,31 @@ def test_the_coarsest_pretrained_spacing_is_used_along_the_targets_coarsest_axis
     assert plans.transpose_forward[0] == int(np.argmax(own))
 
 
+def test_the_largest_pretrained_spacing_is_that_of_the_slice_axis_wherever_it_is_recorded(empty_dataset, pretrained):
+    plans_file = empty_dataset((0.7, 0.7, 5.0), (100, 100, 40))
+    path = pretrained(spacing=(0.9, 0.8, 4.0))
+    main(["plan", "-d", "42", "--like", str(path), "--spacing", "pretrained"])
+    assert plans_of(plans_file, "VFPlans")["configurations"]["3d_fullres"]["spacing"] == [4.0, 0.9, 0.8]
+
+
+def test_a_smaller_network_leaves_no_low_resolution_of_the_network_before(empty_dataset, pretrained):
+    plans_file = empty_dataset(*TARGETS["large"])
+    main(["plan", "-d", "42", "--like", str(pretrained()), "-gpu_memory_target", "1"])
+    plans = plans_of(plans_file, "VFPlans")
+    assert "3d_lowres" in plans["configurations"]
+    plans["configurations"]["own"] = {"inherits_from": "3d_fullres", "batch_size": 1}
+    plans_file.with_name("VFPlans.json").write_text(json.dumps(plans))
+    main(["plan", "-d", "42", "--like", str(pretrained()), "-gpu_memory_target", "200"])
+    assert [*plans_of(plans_file, "VFPlans")["configurations"]] == ["2d", "3d_fullres", "own"]
+
+
+def test_options_that_the_file_does_not_allow_are_refused_before_a_fingerprint_is_made(copied_dataset, pretrained):
+    (copied_dataset / "dataset_fingerprint.json").unlink()
+    with pytest.raises(SystemExit, match="does not hold its spacing"):
+        main(["plan", "-d", str(DATASET_ID), "--like", str(pretrained(spacing=None)), "--spacing", "pretrained"])
+    assert not (copied_dataset / "dataset_fingerprint.json").exists()
+
+
 def test_an_isotropic_pretrained_spacing_is_used(empty_dataset, pretrained):
     plans_file = empty_dataset((0.7, 0.7, 5.0), (100, 100, 100))
     path = pretrained(spacing=(1.0, 1.0, 1.0))
@@ -189,6 +215,8 @@ def test_the_pretrained_normalisation_comes_with_its_statistics(empty_dataset, p
         (("CT",), {"plans": None}, "target"),  # the statistics are not recorded
         (("CT",), {"normalization_schemes": None}, "target"),
         (("CT",), {"schemes": ("CTNormalization", "NoNormalization")}, "target"),  # two channels cannot become one
+        (("CT",), {"schemes": ("CTNormalization",) * 2}, "pretrained"),
+        (("CT",), {"schemes": ("CTNormalization",) * 2, "means": (99.0, 9.0)}, "target"),  # nor can two statistics
         (("T1",), {"schemes": ("RescaleTo01Normalization",), "channel_names": {"0": "MR"}}, "target"),
         (("CT",), {"schemes": ("ZScoreNormalization",)}, "target"),
     ],

@@ -109,6 +109,16 @@ def test_other_features_are_rejected_unless_partial_is_given(artifact, copied_da
     assert 0 < adapt(artifact, output, "--partial")["transferred_share"] < 1
 
 
+def test_layers_of_pretraining_stay_recorded_and_are_compared(artifact, copied_dataset, output, capsys):
+    content = torch.load(artifact, weights_only=True)
+    content["vf"]["architecture"]["arch_kwargs"]["nonlin"] = "torch.nn.ReLU"
+    torch.save(content, output.with_name("relu.pth"))
+    assert adapt(output.with_name("relu.pth"), output)["pretrained_layers"]["nonlin"] == "torch.nn.ReLU"
+    assert "nonlin: torch.nn.ReLU in pretraining" in capsys.readouterr().out
+    adapt(output, output.with_name("again.pth"))
+    assert "nonlin: torch.nn.ReLU in pretraining" in capsys.readouterr().out
+
+
 def test_random_tensors_are_the_same_every_time_and_the_random_state_is_kept(artifact, copied_dataset, output):
     state = torch.get_rng_state()
     again = output.with_name("again.pth")

@@ -12,8 +12,8 @@ from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnunetv2_vf.cli import main
 from nnunetv2_vf.errors import UserError, printable
-from nnunetv2_vf.transfer.architectures import can_be_planned, require_known_architecture
-from nnunetv2_vf.transfer.artifact import read_artifact
+from nnunetv2_vf.transfer.architectures import build_network, can_be_planned, require_known_architecture
+from nnunetv2_vf.transfer.artifact import read_artifact, read_pretrained, read_with_architecture
 from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 
 
@@ -140,3 +140,28 @@ def test_printable_makes_one_short_line_without_control_characters():
 def test_errors_of_the_system_are_not_blamed_on_the_file():
     with pytest.raises(OSError, match="disk"), malformed_file_errors("w.pth"):
         raise OSError("disk")
+
+
+def test_a_file_does_not_choose_which_plans_are_opened(artifacts, tmp_path):
+    content = torch.load(artifacts["U-Net"], weights_only=True)
+    content["vf"]["plans"] = "/dev/zero"
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="has missing or wrong entries: TypeError plans that are no dict"):
+        read_pretrained(tmp_path / "w.pth")
+
+
+def test_plans_without_the_recorded_configuration_are_refused_in_one_line(artifacts, tmp_path):
+    content = torch.load(artifacts["U-Net"], weights_only=True)
+    del content["vf"]["configuration"]
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="has missing or wrong entries: KeyError 'configuration'"):
+        read_with_architecture(tmp_path / "w.pth")
+
+
+def test_an_argument_that_the_network_lacks_is_named(artifacts):
+    architecture = read_artifact(artifacts["U-Net"])["vf"]["architecture"]
+    needs_more = {**architecture, "_kw_requires_import": [*architecture["_kw_requires_import"], "lost_op"]}
+    with pytest.raises(UserError, match=r"w\.pth lacks the argument lost_op of its network"):
+        require_known_architecture(needs_more, "w.pth")
+    with pytest.raises(UserError, match="_kw_requires_import names 'lost_op', which is no argument"):
+        build_network(needs_more, 1, 2)

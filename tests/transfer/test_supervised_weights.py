@@ -13,6 +13,10 @@ from torch import nn
 from trainings import make_trainer
 
 from nnunetv2_vf.cli import main
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.transfer.artifact import read_pretrained
+from nnunetv2_vf.transfer.network_fit import require_fit
+from nnunetv2_vf.transfer.target_plans import load_target
 
 STAGES = 6
 pytestmark = pytest.mark.filterwarnings("ignore:Detected old nnU-Net plans format")
@@ -113,6 +117,33 @@ def test_weights_of_total_segmentator_start_a_fine_tuning(
     for name, tensor in trainer.network.state_dict().items():
         if ".seg_layers." not in name:
             torch.testing.assert_close(tensor, pretrained[name], rtol=0, atol=0)
+
+
+def test_the_second_stage_of_a_cascade_is_no_source_of_weights(total_segmentator, copied_dataset):
+    checkpoint = torch.load(total_segmentator, weights_only=False)
+    arguments = checkpoint["init_args"]
+    cascade = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    arguments["plans"]["configurations"]["3d_cascade_fullres"] = cascade
+    arguments["configuration"] = "3d_cascade_fullres"
+    torch.save(checkpoint, total_segmentator)
+    problem = "is the second stage of a cascade.*legal: the checkpoint of 3d_lowres or of 3d_fullres"
+    for command in ("plan", "--like"), ("adapt", "-o", "out.pth"):
+        with pytest.raises(SystemExit, match=f"^nnUNetv2_vf: error: .* {problem}"):
+            main([*command, str(total_segmentator), "-d", str(DATASET_ID)])
+    with pytest.raises(UserError, match=problem):
+        require_fit(
+            total_segmentator, read_pretrained(total_segmentator), load_target("7", "nnUNetPlans", "3d_fullres")
+        )
+
+
+def test_a_checkpoint_of_another_network_than_that_of_its_plans_is_refused(total_segmentator, copied_dataset):
+    """nnUNetTrainerBN trains batch norms, but its plans name instance norms."""
+    checkpoint = torch.load(total_segmentator, weights_only=False)
+    checkpoint["network_weights"]["encoder.stages.0.0.convs.0.norm.running_mean"] = torch.zeros(4)
+    checkpoint["trainer_name"] = "nnUNetTrainerBN"
+    torch.save(checkpoint, total_segmentator)
+    with pytest.raises(SystemExit, match=r"has 1 tensors .*running_mean: nnUNetTrainerBN trained another network"):
+        main(["plan", "-d", str(DATASET_ID), "--like", str(total_segmentator)])
 
 
 @pytest.mark.parametrize(
