@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from inspect import signature
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
 from nnunetv2_vf.errors import UserError
+
+# Newer versions of filelock would else use a soft lock, a file that survives a kill, where the system has no locks.
+_NO_SOFT_LOCK: dict[str, Any] = {
+    name: False for name in ("fallback_to_soft",) if name in signature(FileLock.__init__).parameters
+}
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def check_parts(num_parts: int, part_id: int, processes: int) -> None:
@@ -64,6 +72,8 @@ class PartJournals:
     def lock_part(self) -> Iterator[None]:
         """Lock this part. The system releases the lock when the process ends, even if it is killed.
 
+        Nothing is locked if the file system has no locks: starting a part twice only repeats its work.
+
         Raises:
             UserError: another process works on this part.
         """
@@ -114,9 +124,12 @@ class PartJournals:
 
 @contextmanager
 def _locked(path: Path, timeout: float) -> Iterator[None]:
-    lock = FileLock(path)
-    with suppress(NotImplementedError):  # the file system has no locks; starting a part twice only repeats its work
+    lock = FileLock(path, **_NO_SOFT_LOCK)
+    try:
         lock.acquire(timeout)
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, Timeout) or getattr(error, "errno", errno.ENOSYS) not in _NO_LOCKS:
+            raise
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk  # noqa: N813  the package's own convention
 
@@ -112,6 +113,56 @@ def write_dicom(
         writer.Execute(one_slice)
         _set_rescale_slope(path, slopes[number % len(slopes)])
         path.rename(path.with_suffix(ending))
+
+
+def write_enhanced_dicom(
+    file: Path,
+    array: np.ndarray,
+    positions: Sequence[float],
+    slopes: Sequence[float] = (1,),
+    states_positions: bool = True,
+) -> None:
+    """Write an enhanced MR: one file with all frames.
+
+    Args:
+        positions: of the frames along z, mm.
+        slopes: rescale slopes of the frames, used in turn.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = pydicom.uid.EnhancedMRImageStorage
+    meta.MediaStorageSOPInstanceUID = f"{STUDY_UID}.9"
+    content = pydicom.Dataset()
+    content.file_meta = meta
+    content.SOPClassUID, content.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    content.StudyInstanceUID, content.SeriesInstanceUID = STUDY_UID, f"{STUDY_UID}.8"
+    content.Modality, content.PatientName, content.PatientID = "MR", PATIENT_NAME, PATIENT_ID
+    content.NumberOfFrames, content.Rows, content.Columns = array.shape
+    content.SamplesPerPixel, content.PhotometricInterpretation = 1, "MONOCHROME2"
+    content.BitsAllocated, content.BitsStored, content.HighBit, content.PixelRepresentation = 16, 16, 15, 1
+    content.PixelData = array.astype("<i2").tobytes()
+
+    def group(**values: object) -> pydicom.Sequence:
+        entry = pydicom.Dataset()
+        for name, value in values.items():
+            setattr(entry, name, value)
+        return pydicom.Sequence([entry])
+
+    shared = pydicom.Dataset()
+    shared.PixelMeasuresSequence = group(PixelSpacing=list(SPACING[1:]), SliceThickness=SPACING[0])
+    shared.PlaneOrientationSequence = group(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])
+    content.SharedFunctionalGroupsSequence = pydicom.Sequence([shared])
+    frames = []
+    for number, z in enumerate(positions):
+        frame = pydicom.Dataset()
+        if states_positions:
+            frame.PlanePositionSequence = group(ImagePositionPatient=[0, 0, z])
+        slope = slopes[number % len(slopes)]
+        frame.PixelValueTransformationSequence = group(RescaleSlope=slope, RescaleIntercept=0, RescaleType="US")
+        frames.append(frame)
+    content.PerFrameFunctionalGroupsSequence = pydicom.Sequence(frames)
+    content.save_as(file, enforce_file_format=True)
 
 
 def _set_rescale_slope(path: Path, slope: str) -> None:

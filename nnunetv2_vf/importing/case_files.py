@@ -57,9 +57,9 @@ class CaseFiles:
         return f"{case}{self.file_ending}"
 
     def complete_cases(self) -> set[str]:
-        """Return the cases whose files all exist. A broken link does not count as a file."""
+        """Return the cases whose files all exist. Broken links and empty files (after a power failure) do not count."""
         images, labels = (
-            {entry.name for entry in os.scandir(folder) if entry.is_file()}
+            {entry.name for entry in os.scandir(folder) if entry.is_file() and entry.stat().st_size > 0}
             for folder in (self.images_folder, self.labels_folder)
         )
         cases = (name.removesuffix(self.file_ending) for name in labels)

@@ -8,9 +8,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pydicom
 import SimpleITK as sitk  # noqa: N813  the package's own convention
+from pydicom.errors import InvalidDicomError
 
 from nnunetv2_vf.importing.images import error_line
 from nnunetv2_vf.importing.settings import Selection
@@ -66,6 +69,34 @@ def check_dicom_header(path: str) -> None:
         raise RejectedError("spacing: the file states none")
 
 
+def check_frames(path: str, selection: Selection, notes: list[str]) -> None:
+    """Check the positions and the rescaling of the frames of a file, which SimpleITK does not.
+
+    It reads the frames in the order of the file, and takes distances that differ for 1 mm.
+
+    Raises:
+        RejectedError: frames are missing, doubled, unevenly spaced or without a position, or are rescaled differently.
+    """
+    header = pydicom.dcmread(path, stop_before_pixels=True)
+    num_frames = int(header.get("NumberOfFrames") or 1)
+    if num_frames == 1:
+        return
+    frames = header.get("PerFrameFunctionalGroupsSequence", ())
+    positions = [_of_frame(frame, "PlanePositionSequence", "ImagePositionPatient") for frame in frames]
+    if len(positions) != num_frames or None in positions:
+        raise RejectedError(f"slices: the file does not state the positions of its {num_frames} frames")
+    group, names = "PixelValueTransformationSequence", ("RescaleSlope", "RescaleIntercept")
+    if any(len({_of_frame(frame, group, name) for frame in frames}) > 1 for name in names):
+        raise RejectedError("slices: the frames have different rescale slopes or intercepts")
+    _check_slice_distances(np.array(positions, dtype=float), selection, notes)
+
+
+def _of_frame(frame: pydicom.Dataset, group: str, name: str) -> Any:
+    """Return a value of one frame; None if the file does not state it."""
+    values = frame.get(group)
+    return values[0].get(name) if values else None
+
+
 def _dicom_files(folder: str) -> list[str]:
     files = [path.name for path in Path(folder).iterdir() if path.is_file() and not path.name.startswith(".")]
     return [name for name in files if not volume_ending(name) and may_be_dicom(folder, name)]
@@ -104,44 +135,61 @@ def _read_series(files: Sequence[str], selection: Selection, notes: list[str]) -
     try:
         check_dicom_header(files[0])
         if len(files) == 1:  # a single slice, or all frames of an enhanced CT or MR
+            check_frames(files[0], selection, notes)
             return sitk.ReadImage(files[0])
         reader = sitk.ImageSeriesReader()
         reader.SetFileNames(files)
         reader.MetaDataDictionaryArrayUpdateOn()
         reader.ForceOrthogonalDirectionOff()  # a tilted scanner shears the volume; the direction check must see it
         image = reader.Execute()
-        if _has_fractional_rescaling(reader, len(files)):
-            # The first file alone decides the voxel type, and later slices lose their fractions (PET, some MR).
+        if _needs_float(*(_read_numbers(reader, len(files), tag) for tag in (_RESCALE_SLOPE, _RESCALE_INTERCEPT))):
             reader.SetOutputPixelType(sitk.sitkFloat32)
             image = reader.Execute()
-        _check_slice_distances(reader, len(files), selection, notes)
-    except (RuntimeError, ValueError) as error:  # ValueError: a number in the header is no number
+        _check_slices(reader, len(files), selection, notes)
+    except (RuntimeError, ValueError, InvalidDicomError) as error:  # ValueError: a number in the header is no number
         raise RejectedError(f"unreadable: {error_line(error)}") from error
     return image
 
 
-def _has_fractional_rescaling(reader: sitk.ImageSeriesReader, num_slices: int) -> bool:
-    stated = (
-        float(reader.GetMetaData(number, tag))
-        for number in range(num_slices)
-        for tag in (_RESCALE_INTERCEPT, _RESCALE_SLOPE)
-        if reader.HasMetaDataKey(number, tag)
-    )
-    return any(not value.is_integer() for value in stated)
+def _read_numbers(reader: sitk.ImageSeriesReader, num_slices: int, tag: str) -> list[tuple[float, ...]]:
+    """Return the numbers in an entry of the slices that have it."""
+    stated = [reader.GetMetaData(number, tag) for number in range(num_slices) if reader.HasMetaDataKey(number, tag)]
+    return [tuple(map(float, text.split("\\"))) for text in stated]
 
 
-def _check_slice_distances(
-    reader: sitk.ImageSeriesReader, num_slices: int, selection: Selection, notes: list[str]
-) -> None:
-    """Raise RejectedError if slices are missing, doubled or unevenly spaced. Does nothing if positions are missing."""
-    if not all(reader.HasMetaDataKey(number, _POSITION) for number in range(num_slices)):
-        return
-    positions = [reader.GetMetaData(number, _POSITION).split("\\") for number in range(num_slices)]
-    distances = np.linalg.norm(np.diff(np.array(positions, dtype=float), axis=0), axis=1)
+def _needs_float(slopes: list[tuple[float, ...]], intercepts: list[tuple[float, ...]]) -> bool:
+    """True if the voxel type of the first slice, which SimpleITK takes for all, may not hold the others' values.
+
+    Later slices would lose their fractions (PET, some MR) or overflow.
+    """
+    has_fractions = any(not value.is_integer() for values in (*slopes, *intercepts) for value in values)
+    return has_fractions or len({*slopes}) > 1 or len({*intercepts}) > 1
+
+
+def _check_slices(reader: sitk.ImageSeriesReader, num_slices: int, selection: Selection, notes: list[str]) -> None:
+    """Raise RejectedError if slices lack a position or differ in their pixel spacing; check their distances."""
+    positions = _read_numbers(reader, num_slices, _POSITION)
+    if len(positions) < num_slices:
+        raise RejectedError(f"slices: {num_slices - len(positions)} of {num_slices} files state no position")
+    spacings = np.array(_read_numbers(reader, num_slices, _PIXEL_SPACING))
+    if spacings.size and (np.ptp(spacings, axis=0) > _MAX_UNEVENNESS * spacings.max(axis=0)).any():
+        raise RejectedError("slices: their pixel spacings differ")
+    _check_slice_distances(np.array(positions), selection, notes)
+
+
+def _check_slice_distances(positions: np.ndarray, selection: Selection, notes: list[str]) -> None:
+    """Raise RejectedError if slices are missing, doubled or unevenly spaced.
+
+    Args:
+        positions: of the slices in the order of the volume, (slices, 3), mm.
+    """
+    steps = np.diff(positions, axis=0)
+    distances = np.linalg.norm(steps, axis=1)
     smallest, largest = float(distances.min()), float(distances.max())
-    if largest - smallest <= _MAX_UNEVENNESS * largest:
+    goes_back = bool((steps @ steps[0] < 0).any())
+    if largest - smallest <= _MAX_UNEVENNESS * largest and not goes_back:
         return
-    has_doubled_slices = smallest < _MAX_UNEVENNESS * largest  # several phases at the same positions
+    has_doubled_slices = smallest < _MAX_UNEVENNESS * largest or goes_back  # several phases at the same positions
     if "slices" not in selection.keep or has_doubled_slices:
         raise RejectedError(f"slices: missing, doubled or uneven, {smallest:.3g} to {largest:.3g} mm apart")
     notes.append(f"slices: {smallest:.3g} to {largest:.3g} mm apart, treated as even")

@@ -55,9 +55,10 @@ def _merge(job: ImportJob, state: ImportState) -> None:
     job.journal.write_merged(state.records.keys())
     _write_description(job, make_description(cases, channel_names, job.case_files, job.settings, job.channel))
     job.case_files.remove_other_cases(cases)
-    _draw_picture(job, cases)
+    picture = _draw_picture(job, cases)
     summary = summarize(job.folder.name, rows, channel_names, job.channel, job.found)
-    print("\n".join([*summary, *_next_steps(job.folder, cases)]))
+    report = f"  the result for every volume: {job.folder / REPORT}"
+    print("\n".join([*summary, report, picture, *_next_steps(job.folder, cases)]))
 
 
 def _report_rows(state: ImportState) -> list[ReportRow]:
@@ -84,7 +85,8 @@ def _write_description(job: ImportJob, text: str) -> None:
         temporary.write_text(text)
 
 
-def _draw_picture(job: ImportJob, cases: Sequence[str]) -> None:
+def _draw_picture(job: ImportJob, cases: Sequence[str]) -> str:
+    """Draw some cases; return a line for the summary."""
     chosen = sorted({*np.linspace(0, len(cases) - 1, _MAX_DRAWN_CASES).round().astype(int)})
     files = job.case_files
     drawn = [
@@ -95,15 +97,13 @@ def _draw_picture(job: ImportJob, cases: Sequence[str]) -> None:
         with job.journal.replacing(job.folder / PICTURE) as temporary:
             draw_bodies(drawn, temporary)
     except RuntimeError as error:
-        print(f"no picture: {error_line(error)}")
+        return f"  no picture: {error_line(error)}"
+    return f"  some of the volumes, with the body outlined: {job.folder / PICTURE}"
 
 
 def _next_steps(folder: Path, cases: Sequence[str]) -> list[str]:
-    """Return the lines that name the files to look at and the commands to run next."""
-    lines = [
-        f"  the result for every volume: {folder / REPORT}",
-        f"  some of the volumes, with the body outlined: {folder / PICTURE}",
-    ]
+    """Return the lines that name the commands to run next."""
+    lines = []
     clean = ""
     fingerprint = Path(nnUNet_preprocessed or "") / folder.name / "dataset_fingerprint.json"
     if fingerprint.is_file() and fingerprint.stat().st_mtime < (folder / DESCRIPTION).stat().st_mtime:

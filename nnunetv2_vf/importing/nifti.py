@@ -22,6 +22,7 @@ from nnunetv2_vf.importing.settings import Selection
 from nnunetv2_vf.importing.sources import data_files
 from nnunetv2_vf.importing.volumes import RejectedError, orthonormalize
 
+_MM_OF_UNITS = {"meter": 1e3, "micron": 1e-3}
 _PERMISSIVE = "ITK_NIFTI_SFORM_PERMISSIVE"
 
 
@@ -76,8 +77,9 @@ def _read_nifti2(path: str) -> sitk.Image:
     """Read a NIfTI-2 file with 3 or 4 axes."""
     content = nibabel.load(path)
     array = np.asanyarray(content.dataobj).T  # (volumes,) slices, rows, columns
-    array = array.reshape(-1, *array.shape[-3:])
-    volumes = [_make_image(volume, content.affine) for volume in array]
+    array = array.reshape(-1, *array.shape[-3:]).astype(array.dtype.newbyteorder("="), copy=False)
+    unit_mm = _MM_OF_UNITS.get(content.header.get_xyzt_units()[0], 1.0)
+    volumes = [_make_image(volume, np.diag([unit_mm, unit_mm, unit_mm, 1]) @ content.affine) for volume in array]
     return volumes[0] if len(volumes) == 1 else sitk.JoinSeries(volumes)
 
 

@@ -29,7 +29,8 @@ from nnunetv2_vf.parts import check_parts, part_name
 from nnunetv2_vf.process_pool import run_in_processes
 
 # A source that was rejected for one of these reasons is tried again: the next attempt may succeed on the same file.
-_RETRIED_KINDS = ("unreadable", "memory", "error")
+# The number of channels that is expected depends on the other sources.
+_RETRIED_KINDS = ("unreadable", "memory", "error", "channels")
 
 
 def import_volumes(

@@ -15,14 +15,19 @@ import SimpleITK as sitk  # noqa: N813  the package's own convention
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
+from pydicom.errors import InvalidDicomError
 
-from nnunetv2_vf.importing.dicom import check_dicom_header, read_dicom_folder
+from nnunetv2_vf.importing.dicom import check_dicom_header, check_frames, read_dicom_folder
 from nnunetv2_vf.importing.images import error_line
 from nnunetv2_vf.importing.nifti import read_nifti
 from nnunetv2_vf.importing.settings import Selection
 from nnunetv2_vf.importing.sources import Source, case_name, volume_ending
 from nnunetv2_vf.importing.volumes import RejectedError, Volume
 
+_FORMAT_ERRORS = (
+    *(OSError, EOFError, zlib.error),
+    *(HeaderDataError, ImageFileError, WrapStructError, InvalidDicomError),
+)
 _NIFTI_ENDINGS = (".nii", ".nii.gz", ".hdr", ".hdr.gz")
 _NRRD_SPACING = re.compile(rb"^(?:spacings|space directions):(.*)$", re.MULTILINE)
 _METAIMAGE_SPACING = re.compile(rb"^\s*Element(?:Spacing|Size)\s*=(.*)$", re.MULTILINE)
@@ -71,8 +76,9 @@ def _read_file(path: str, selection: Selection, notes: list[str]) -> sitk.Image:
             _check_text_header(path, _NRRD_SPACING if ending in (".nrrd", ".nhdr") else _METAIMAGE_SPACING)
         else:
             check_dicom_header(path)
+            check_frames(path, selection, notes)
         return sitk.ReadImage(path)
-    except (OSError, EOFError, zlib.error, HeaderDataError, ImageFileError, WrapStructError) as error:
+    except _FORMAT_ERRORS as error:
         raise RejectedError(f"unreadable: {error_line(error)}") from error
     except RuntimeError as error:
         kind = "spacing" if "Refusing to change spacing" in str(error) else "unreadable"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
+from nnunetv2_vf.errors import printable
 from nnunetv2_vf.importing.channels import AUTO, count_hu_like
 from nnunetv2_vf.importing.journal import ReportRow
 from nnunetv2_vf.importing.search import FoundSources
@@ -38,8 +39,8 @@ def describe_left_out(found: FoundSources) -> list[str]:
     phrases = []
     if found.num_labels:
         phrases.append(
-            f"left out {found.num_labels} volumes with names of labels or derivatives, such as {found.label_example} "
-            "(to import them: --keep labels)"
+            f"left out {found.num_labels} volumes with names of labels or derivatives, such as "
+            f"{printable(found.label_example)} (to import them: --keep labels)"
         )
     if found.num_not_selected:
         phrases.append(f"left out {found.num_not_selected} volumes that --select does not name")

@@ -32,6 +32,7 @@ _UNREAD_ENDINGS = (
     *(".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip", ".nrrd.gz", ".mha.gz", ".mgh.gz", ".mnc.gz", ".dcm.gz"),
     *(".img", ".img.gz", ".tif", ".tiff", ".h5", ".hdf5"),
 )
+_UNREADABLE_NAME = "name: not UTF-8; rename the file or folder"
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def find_sources(
         found += search.find_among_files(folder, names, below="")
     if not found:
         raise UserError(search.describe_failure(paths))
-    by_key = {source.key: source for source in found}
+    # A file that is given beside its folder may be one channel of a case of the folder.
+    by_key = {source.key: source for source in sorted(found, key=lambda source: len(source.paths))}
     ignored = +search.ignored  # + drops the kinds without files
     return FoundSources(
         [by_key[key] for key in sorted(by_key)],
@@ -170,8 +172,12 @@ class _Search:
             others = [name for name in others if not is_slice[name]]
         elif any(may_be_dicom(folder, name) for name in others):
             if self._is_selected(above or os.path.basename(folder)):
-                yield Source((folder,), f"{len(others)} files {os.stat(folder).st_mtime_ns}")
-            others = [name for name in others if is_other_file(name) or name.lower().endswith(_UNREAD_ENDINGS)]
+                is_readable = all(_is_readable_name(os.path.join(folder, name)) for name in others)
+                rejection = "" if is_readable else _UNREADABLE_NAME
+                yield Source((folder,), f"{len(others)} files {os.stat(folder).st_mtime_ns}", rejection)
+            unread = [name for name in others if name.lower().endswith(_UNREAD_ENDINGS)]
+            slices = {name for name in unread if may_be_dicom(folder, name)}  # a slice may have any name
+            others = [name for name in others if is_other_file(name) or name in {*unread} - slices]
         for name in others:
             if not name.lower().endswith(_UNREAD_ENDINGS):
                 self.ignored[os.path.splitext(name)[1].lower() or "no ending"] += 1
@@ -232,6 +238,15 @@ def _header_of(path: str) -> str:
     return header if ending.lower() == ".img" and os.path.isfile(header) else path
 
 
+def _is_readable_name(path: str) -> bool:
+    """True if a path is UTF-8: others, from old systems, make SimpleITK abort the process."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _describe_unread_format(name: str) -> str:
     ending = next(ending for ending in sorted(_UNREAD_ENDINGS, key=len, reverse=True) if name.lower().endswith(ending))
     if ending.startswith(".img"):
@@ -275,6 +290,8 @@ def _files_by_channel(names: list[str]) -> dict[str, dict[int, str]]:
 
 
 def _file_source(paths: tuple[str, ...], rejection: str = "") -> Source:
+    if not all(map(_is_readable_name, paths)):
+        return Source(paths, "", _UNREADABLE_NAME)
     data = [file for path in paths for file in data_files(path) if os.path.isfile(file)]
     try:
         stats = [os.stat(path) for path in (*paths, *data)]

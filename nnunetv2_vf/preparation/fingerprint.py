@@ -6,7 +6,7 @@ import contextlib
 import io
 import random
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,6 @@ class _Task:
         line = {
             "case": case.name,
             "stamp": stamp,
-            "intensities_per_case": self.intensities_per_case,
             "shape": [int(voxels) for voxels in shape],
             "spacing": [float(mm) for mm in spacing],
             "relative_size": float(relative_size),
@@ -70,10 +69,9 @@ class Results:
         arrays = [[channel.dtype.str, len(channel)] for channel in intensities]
         self.journals.append_line({**line, "file": self._file.name, "begin": begin, "arrays": arrays})
 
-    def read_lines(self, intensities_per_case: int) -> dict[str, dict[str, Any]]:
-        """Return the newest line of each case with this number of intensities."""
-        lines = self.journals.read_newest("case")
-        return {case: line for case, line in lines.items() if line["intensities_per_case"] == intensities_per_case}
+    def read_lines(self) -> dict[str, dict[str, Any]]:
+        """Return the newest line of each case."""
+        return self.journals.read_newest("case")
 
     def read_intensities(self, line: Mapping[str, Any], channel: int) -> np.ndarray:
         sizes = [np.dtype(dtype).itemsize * count for dtype, count in line["arrays"]]
@@ -132,16 +130,19 @@ def extract_fingerprint(
     before = _version(file)
     task = _Task(_choose_reader(description, next(iter(cases.values()))), _intensities_per_case(name, len(cases)))
     with continuable_errors(file.parent):
-        results = Results(file.parent / "journals" / "fingerprint", part_name(num_parts, part_id))
+        # Intensities depend on the number of cases, so a sample and the whole dataset have journals of their own.
+        journals = file.parent / "journals" / f"fingerprint_{task.intensities_per_case}"
+        results = Results(journals, part_name(num_parts, part_id))
         with results.journals.lock_part():
             failures = _analyze(task, list(cases.values())[part_id::num_parts], results, processes)
             with results.journals.lock_merge():
                 is_written = _version(file) != before  # by another part
-                lines = results.read_lines(task.intensities_per_case)
+                lines = results.read_lines()
                 unfinished = (cases.keys() - lines.keys()) | {failure.case for failure in failures}
                 if not unfinished:  # cases of other parts may have changed since
                     unfinished = {case.name for case in cases.values() if _has_changed(case, lines[case.name])}
                 if not is_written and not unfinished:
+                    _require_intensities(lines.values())
                     fingerprint = merge(results, [lines[case] for case in cases], len(_channels(description)))
                     with results.journals.replacing(file) as temporary:
                         save_json({**fingerprint, **record}, str(temporary))
@@ -171,7 +172,10 @@ def choose_cases(cases: Mapping[str, RawCase], sample: int | None, seed: int) ->
 
 
 def _describe_existing(file: Path, num_cases: int, record: Mapping[str, Any]) -> str:
-    existing = load_json(str(file))
+    try:
+        existing = load_json(str(file))
+    except ValueError as error:  # no JSON: a run was killed while it wrote the file
+        raise UserError(f"{file} is damaged: {error}; make it again: --clean") from error
     is_the_same = len(existing["spacings"]) == num_cases and existing.get(_SAMPLE) == record.get(_SAMPLE)
     change = "" if is_the_same else f", made from {len(existing['spacings'])} cases; this would be {num_cases}"
     return f"{file} exists already{change}; to make it again: --clean"
@@ -202,7 +206,7 @@ def _intensities_per_case(name: str, num_cases: int) -> int:
 
 def _analyze(task: _Task, cases: Sequence[RawCase], results: Results, processes: int) -> list[Failure]:
     """Analyze the cases that are not finished; return those that fail."""
-    lines = results.read_lines(task.intensities_per_case)
+    lines = results.read_lines()
     unfinished = [case for case in cases if case.name not in lines or _has_changed(case, lines[case.name])]
     failures: list[Failure] = []
     for _, result in work_on_cases(task.analyze, unfinished, len(cases), processes):
@@ -231,6 +235,14 @@ def merge(results: Results, lines: Sequence[Mapping[str, Any]], num_channels: in
         },
         "median_relative_size_after_cropping": float(np.median([line["relative_size"] for line in lines])),
     }
+
+
+def _require_intensities(lines: Iterable[Mapping[str, Any]]) -> None:
+    """Raise UserError if no case has a labelled voxel: nnU-Net's statistics are those of the foreground."""
+    if not any(count for line in lines for _, count in line["arrays"]):
+        raise UserError(
+            "the labels of all cases are empty, so there are no intensities to analyze; import makes labels"
+        )
 
 
 def _describe_intensities(intensities: np.ndarray) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,26 @@ def test_after_a_refused_mixture_a_part_of_it_can_be_imported(dataset, data):
     assert_consistent(dataset)
     assert channel_names(dataset) == {"0": "CT"}
     assert read_outcomes(dataset) == {"a.nii.gz": "accepted"}
+
+
+def test_after_a_refused_mixture_the_cases_with_more_channels_can_be_imported(dataset, data):
+    for number, make in enumerate((ct, mr, ct)):
+        write_volume(data / "one" / f"{number}.nii.gz", make(number))
+    for case, channel in itertools.product("ab", range(2)):
+        write_volume(data / "two" / f"{case}_000{channel}.nii.gz", mr(ord(case) + channel))
+    import_error(data)
+    run_import(data / "two")
+    assert_consistent(dataset)
+    assert len(read_description(dataset)["dataset"]) == 2
+
+
+def test_a_channel_that_is_given_beside_its_folder_does_not_replace_the_case(dataset, data):
+    for channel in range(2):
+        write_volume(data / f"a_000{channel}.nii.gz", mr(channel))
+    run_import(data)
+    run_import(data, data / "a_0000.nii.gz")
+    assert_consistent(dataset)
+    assert len(read_description(dataset)["dataset"]) == 1
 
 
 def test_a_refused_addition_leaves_the_dataset_unchanged_until_it_is_given_again(dataset, data):

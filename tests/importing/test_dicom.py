@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk  # noqa: N813
 from unlabelled_data import (
@@ -12,6 +13,7 @@ from unlabelled_data import (
     ct,
     read_all,
     write_dicom,
+    write_enhanced_dicom,
 )
 
 from nnunetv2_vf.importing.settings import Selection
@@ -74,6 +76,59 @@ def test_two_phases_at_the_same_positions_are_always_rejected(tmp_path):
         path.rename(tmp_path / "1" / f"second_{path.name}")
     for keep in ((), ("slices",)):
         assert check_only_volume(tmp_path / "1", keep=keep).startswith("slices: missing, doubled or uneven")
+
+
+def test_whole_rescale_slopes_that_differ_do_not_overflow(tmp_path):
+    write_dicom(tmp_path, ct(0) * 4, slopes=("1", "20"))
+    (volume,) = read_all(tmp_path)
+    stored = [sitk.GetArrayFromImage(sitk.ReadImage(str(path)))[0] for path in sorted(tmp_path.iterdir())]
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(volume.images[0]), np.stack(stored))
+    assert np.stack(stored).min() < np.iinfo(np.int16).min
+
+
+POSITIONS = [2.0 * number for number in range(20)]
+
+
+def test_an_enhanced_file_with_evenly_spaced_frames_is_a_volume(tmp_path):
+    write_enhanced_dicom(tmp_path / "scan.dcm", ct(0), POSITIONS)
+    for path in (tmp_path, tmp_path / "scan.dcm"):
+        (volume,) = read_all(path)
+        assert not volume.rejection
+        assert volume.images[0].GetSpacing() == pytest.approx(SPACING[::-1])
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(volume.images[0]), ct(0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"positions": POSITIONS[:10] * 2}, "slices: missing, doubled or uneven"),
+        ({"positions": [z for z in POSITIONS for _ in range(2)][:20]}, "slices: missing, doubled or uneven"),
+        ({"positions": [*POSITIONS[:-1], 60]}, "slices: missing, doubled or uneven"),
+        ({"positions": POSITIONS[::2] + POSITIONS[1::2]}, "slices: missing, doubled or uneven"),
+        ({"slopes": (1, 3)}, "slices: the frames have different rescale slopes"),
+        ({"states_positions": False}, "slices: the file does not state the positions of its 20 frames"),
+    ],
+)
+def test_an_enhanced_file_with_other_frames_is_rejected(tmp_path, changes, reason):
+    write_enhanced_dicom(tmp_path / "scan.dcm", ct(0), **{"positions": POSITIONS, **changes})
+    for path in (tmp_path, tmp_path / "scan.dcm"):
+        (volume,) = read_all(path)
+        assert volume.rejection.startswith(reason)
+
+
+@pytest.mark.parametrize(("without", "reason"), [(20, "20 of 20"), (1, "1 of 20")])
+def test_a_series_whose_slices_state_no_position_is_rejected(tmp_path, without, reason):
+    write_dicom(tmp_path, ct(0))
+    for path in sorted(tmp_path.iterdir())[:without]:
+        content = pydicom.dcmread(path)
+        del content.ImagePositionPatient
+        content.save_as(path)
+    assert check_only_volume(tmp_path) == f"slices: {reason} files state no position"
+
+
+def test_slices_named_like_voxel_files_are_reported_once(tmp_path):
+    write_dicom(tmp_path, ct(0), ending=".img")
+    assert check_only_volume(tmp_path) == "fine"
 
 
 def test_hidden_files_and_folders_beside_a_series_are_ignored(tmp_path):

@@ -51,6 +51,19 @@ def test_nifti_2_is_read_like_nifti_1(tmp_path, name, affine):
     assert check_only_volume(tmp_path / "2").startswith("unreadable")
 
 
+@pytest.mark.parametrize(("unit", "factor"), [("mm", 1), ("micron", 1000), ("meter", 0.001)])
+@pytest.mark.parametrize("endianness", ["<", ">"])
+def test_nifti_2_of_any_unit_and_byte_order_is_read_like_nifti_1(tmp_path, unit, factor, endianness):
+    for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image):
+        header = kind.header_class(endianness=endianness)
+        image = kind(ct(0).T, np.diag([factor, 1.5 * factor, 2 * factor, 1]), header)
+        image.header.set_xyzt_units(unit)
+        (tmp_path / "a.nii").write_bytes(image.to_bytes())
+        (volume,) = read_all(tmp_path)
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(volume.images[0]), ct(0))
+        assert volume.images[0].GetSpacing() == pytest.approx((1, 1.5, 2), rel=1e-5)
+
+
 def test_nifti_2_of_several_volumes_is_split(tmp_path):
     nibabel.save(nibabel.Nifti2Image(np.stack([ct(0).T, ct(1).T], axis=-1), np.eye(4)), tmp_path / "a.nii.gz")
     for volume, expected in zip(read_all(tmp_path), (ct(0), ct(1)), strict=True):

@@ -103,6 +103,16 @@ def test_removed_files_of_the_dataset_are_imported_again(dataset, data):
     assert read_user_files(dataset) == before
 
 
+def test_an_image_that_a_power_failure_has_emptied_is_imported_again(dataset, data):
+    write_volume(data / "a.nii.gz", ct(0))
+    run_import(data)
+    (image,) = (dataset / "imagesTr").iterdir()
+    whole = image.read_bytes()
+    image.write_bytes(b"")
+    run_import(data)
+    assert image.read_bytes() == whole
+
+
 def test_an_unreadable_source_is_tried_again(dataset, data):
     write_volume(data / "1.nii.gz", ct(1))
     path = write_volume(data / "2.nii.gz", ct(2))

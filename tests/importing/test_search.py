@@ -57,6 +57,17 @@ def test_a_volume_in_such_a_format_beside_dicom_files_is_a_source_too(tmp_path):
     assert [rejections[name][:7] for name in sorted(rejections)] == ["format:", "format:"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no such names")
+def test_names_that_are_not_utf_8_are_rejected_sources(tmp_path):
+    for name in (b"M\xfcller.nrrd", b"B\xf6hm/a.nii.gz", b"K\xf6nig/slice.dcm"):
+        path = tmp_path / os.fsdecode(name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"\0" * 128 + b"DICM")
+    create_files(tmp_path, "fine.nii.gz")
+    rejections = [source.rejection for source in find(tmp_path).sources]
+    assert sorted(rejections) == ["", *["name: not UTF-8; rename the file or folder"] * 3]
+
+
 def test_a_given_dicom_file_is_a_source_without_its_folder(tmp_path):
     write_dicom(tmp_path, ct(0))
     given = sorted(tmp_path.iterdir())[:2]

@@ -82,9 +82,9 @@ def test_each_channel_gets_the_statistics_of_its_own_intensities(tmp_path):
     intensities = [[generator.normal(channel, 10, 100).astype(types[channel]) for channel in (0, 1)] for _ in range(5)]
     results = [Results(tmp_path, f"part_{part}_of_2") for part in (0, 1)]
     for number, channels in enumerate(intensities):
-        line = {"case": str(number), "intensities_per_case": 100, "shape": [1], "spacing": [1.0], "relative_size": 1.0}
+        line = {"case": str(number), "shape": [1], "spacing": [1.0], "relative_size": 1.0}
         results[number % 2].append(line, channels)
-    lines = results[0].read_lines(intensities_per_case=100)
+    lines = results[0].read_lines()
     properties = merge(results[0], [lines[case] for case in "01234"], 2)["foreground_intensity_properties_per_channel"]
     for channel in (0, 1):
         expected = np.concatenate([channels[channel] for channels in intensities])
@@ -97,7 +97,7 @@ def test_each_channel_gets_the_statistics_of_its_own_intensities(tmp_path):
 
 def test_a_line_that_a_kill_has_cut_off_and_its_intensities_do_not_count(fingerprint, expected):
     run("-num_parts", 2, "-part_id", 0)
-    folder = fingerprint.parent / "journals" / "fingerprint"
+    (folder,) = (fingerprint.parent / "journals").glob("fingerprint_*")
     journal = folder / "part_0_of_2.jsonl"
     (intensities,) = folder.glob("part_0_of_2_*.intensities")
     journal.write_bytes(journal.read_bytes()[:-20])
@@ -105,6 +105,28 @@ def test_a_line_that_a_kill_has_cut_off_and_its_intensities_do_not_count(fingerp
     run("-num_parts", 2, "-part_id", 0)
     run("-num_parts", 2, "-part_id", 1)
     assert fingerprint.read_bytes() == expected
+
+
+def test_a_sample_leaves_the_finished_parts_of_the_whole_dataset(fingerprint, expected):
+    run("-num_parts", 2, "-part_id", 0)
+    run("--sample", 2)
+    run("-num_parts", 2, "-part_id", 1, "--clean")
+    assert fingerprint.read_bytes() == expected
+
+
+def test_a_damaged_fingerprint_is_named(fingerprint):
+    fingerprint.parent.mkdir(parents=True, exist_ok=True)
+    fingerprint.write_text('{"spacings": [')
+    with pytest.raises(SystemExit, match=f"{fingerprint} is damaged: .*--clean"):
+        run()
+
+
+def test_labels_that_are_all_empty_are_an_error_in_one_line(raw, fingerprint):
+    for file in (raw / "labelsTr").iterdir():
+        sitk.WriteImage(sitk.ReadImage(str(file)) * 0, str(file))
+    with pytest.raises(SystemExit, match="labels of all cases are empty"):
+        run()
+    assert not fingerprint.exists()
 
 
 def test_an_existing_fingerprint_stays(fingerprint, capsys):
