@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -57,21 +58,32 @@ def read_description(dataset_folder: Path) -> Description | None:
 
 
 def make_description(
-    cases: Sequence[str], channel_names: Sequence[str], case_files: CaseFiles, settings: ImportSettings, channel: str
+    hashes: Mapping[str, str],
+    channel_names: Sequence[str],
+    case_files: CaseFiles,
+    settings: ImportSettings,
+    channel: str,
 ) -> str:
-    """Return the content of ``dataset.json``.
+    """Return the content of ``dataset.json``. It changes if the voxels of a case do.
 
     Args:
+        hashes: of the content of each case.
         channel: the value of ``--channel``.
     """
+    content_digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
     marked = "the body, found with a threshold" if settings.mask else "the whole volume"
     content = {
         "channel_names": {str(number): name for number, name in enumerate(channel_names)},
         "labels": {"background": 0, "body": 1},
-        "numTraining": len(cases),
+        "numTraining": len(hashes),
         "file_ending": case_files.file_ending,
         "description": f"Unlabelled volumes. Label 1 is not an annotation. It marks {marked}.",
-        "last_import": {"nnunetv2_vf": __version__, "channel": channel, **asdict(settings)},
+        "last_import": {
+            "nnunetv2_vf": __version__,
+            "channel": channel,
+            **asdict(settings),
+            "content_digest": content_digest,
+        },
         # Without a list of its cases nnU-Net compares the name of every case with every file: a quarter of an hour
         # for 110,000 cases.
         "dataset": {
@@ -79,7 +91,7 @@ def make_description(
                 "images": [f"imagesTr/{name}" for name in case_files.image_names(case)],
                 "label": f"labelsTr/{case_files.label_name(case)}",
             }
-            for case in cases
+            for case in hashes
         },
     }
     return json.dumps(content, indent=1)

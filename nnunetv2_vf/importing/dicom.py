@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def check_frames(path: str, selection: Selection, notes: list[str]) -> None:
     Raises:
         RejectedError: frames are missing, doubled, unevenly spaced or without a position, or are rescaled differently.
     """
-    header = pydicom.dcmread(path, stop_before_pixels=True)
+    header = pydicom.dcmread(path, stop_before_pixels=True, force=True)  # old files lack the prefix DICM
     num_frames = int(header.get("NumberOfFrames") or 1)
     if num_frames == 1:
         return
@@ -119,8 +120,32 @@ def _list_series(folder: str) -> dict[str, Sequence[str]]:
 
 
 def _list_series_with_gdcm(folder: str) -> dict[str, Sequence[str]]:
-    reader = sitk.ImageSeriesReader
-    return {uid: reader.GetGDCMSeriesFileNames(folder, uid) for uid in sorted(reader.GetGDCMSeriesIDs(folder))}
+    uids = sorted(sitk.ImageSeriesReader.GetGDCMSeriesIDs(folder))
+    if len(uids) < 2:
+        return {uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, uid) for uid in uids}
+    return {uid: _sort_slices(folder, uid, names) for uid, names in _names_by_series(folder).items() if uid in uids}
+
+
+def _names_by_series(folder: str) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for name in sorted(_dicom_files(folder)):
+        with suppress(Exception):  # pydicom raises anything for damaged files; they will belong to no series
+            header = pydicom.dcmread(Path(folder, name), force=True, specific_tags=["SeriesInstanceUID"])
+            names.setdefault(str(header.get("SeriesInstanceUID", "")), []).append(name)
+    return dict(sorted(names.items()))
+
+
+def _sort_slices(folder: str, uid: str, names: Sequence[str]) -> list[str]:
+    """Return the files of one series in the order of their slices.
+
+    GDCM sees the files of this series only: it reads all headers of a folder for each of its series, which takes hours
+    for hundreds of them.
+    """
+    with tempfile.TemporaryDirectory() as links:
+        for name in names:
+            Path(links, name).symlink_to(Path(folder, name).resolve())
+        in_order = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(links, uid)
+        return [str(Path(folder, Path(file).name)) for file in in_order]
 
 
 def _has_usable_header(path: str) -> bool:

@@ -53,7 +53,8 @@ def _merge(job: ImportJob, state: ImportState) -> None:
         write_report(rows, temporary)
     (job.folder / REFUSED_REPORT).unlink(missing_ok=True)
     job.journal.write_merged(state.records.keys())
-    _write_description(job, make_description(cases, channel_names, job.case_files, job.settings, job.channel))
+    hashes = {row.case: row.hash for row in accepted}
+    _write_description(job, make_description(hashes, channel_names, job.case_files, job.settings, job.channel))
     job.case_files.remove_other_cases(cases)
     picture = _draw_picture(job, cases)
     summary = summarize(job.folder.name, rows, channel_names, job.channel, job.found)

@@ -138,11 +138,13 @@ def test_hidden_files_and_folders_beside_a_series_are_ignored(tmp_path):
     assert check_only_volume(tmp_path) == "fine"
 
 
-def test_a_damaged_dicom_file_is_reported_beside_its_series(tmp_path):
-    write_dicom(tmp_path, ct(0))
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_damaged_dicom_file_is_reported_beside_its_series(tmp_path, number):
+    for series in range(number):
+        write_dicom(tmp_path, ct(series), series + 1)
     (tmp_path / "bad.dcm").write_bytes(b"no DICOM")
-    series, others = read_all(tmp_path)
-    assert not series.rejection
+    *series, others = read_all(tmp_path)
+    assert [volume.rejection for volume in series] == [""] * number
     assert others.rejection == "unreadable: 1 DICOM files belong to no series"
 
 

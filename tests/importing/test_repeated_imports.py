@@ -157,6 +157,19 @@ def test_the_next_command_has_clean_only_if_the_dataset_changed_after_its_finger
     assert "for PCT-Net: nnUNetv2_extract_fingerprint -d 100 --clean; nnUNetv2_vf plan -d 100 " in output
 
 
+def test_a_changed_volume_makes_the_fingerprint_old(dataset, data, capsys):
+    write_volume(data / "a.nii.gz", ct(0))
+    run_import(data)
+    fingerprint = dataset.parent.parent / "nnUNet_preprocessed" / DATASET / "dataset_fingerprint.json"
+    fingerprint.parent.mkdir(parents=True)
+    fingerprint.write_text("{}")
+    time.sleep(0.01)
+    write_volume(data / "a.nii.gz", ct(1))
+    capsys.readouterr()
+    run_import(data)
+    assert "-c 3d_fullres --clean" in capsys.readouterr().out
+
+
 def test_the_next_steps_name_cases_that_are_in_no_fold_of_an_older_split(dataset, data, capsys):
     write_volume(data / "1.nii.gz", ct(1))
     run_import(data)
