@@ -17,9 +17,8 @@ from filelock import FileLock, Timeout
 from nnunetv2_vf.errors import UserError
 
 # Newer versions of filelock would else use a soft lock, a file that survives a kill, where the system has no locks.
-_NO_SOFT_LOCK: dict[str, Any] = {
-    name: False for name in ("fallback_to_soft",) if name in signature(FileLock.__init__).parameters
-}
+_HAS_SOFT_LOCK = "fallback_to_soft" in signature(FileLock.__init__).parameters
+_NO_SOFT_LOCK: dict[str, Any] = {"fallback_to_soft": False} if _HAS_SOFT_LOCK else {}
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 

@@ -127,6 +127,7 @@ def _list_series_with_gdcm(folder: str) -> dict[str, Sequence[str]]:
 
 
 def _names_by_series(folder: str) -> dict[str, list[str]]:
+    """Return the names of the files of each series, by its UID; sorted by UID."""
     names: dict[str, list[str]] = {}
     for name in sorted(_dicom_files(folder)):
         with suppress(Exception):  # pydicom raises anything for damaged files; they will belong to no series
