@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pydicom
 import SimpleITK as sitk  # noqa: N813  the package's own convention
-from pydicom.errors import InvalidDicomError
 
 from nnunetv2_vf.importing.images import error_line
 from nnunetv2_vf.importing.settings import Selection
@@ -131,7 +130,7 @@ def _names_by_series(folder: str) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for name in sorted(_dicom_files(folder)):
         with suppress(Exception):  # pydicom raises anything for damaged files; they will belong to no series
-            header = pydicom.dcmread(Path(folder, name), force=True, specific_tags=["SeriesInstanceUID"])
+            header = pydicom.dcmread(Path(folder, name), stop_before_pixels=True, force=True)
             names.setdefault(str(header.get("SeriesInstanceUID", "")), []).append(name)
     return dict(sorted(names.items()))
 
@@ -139,8 +138,7 @@ def _names_by_series(folder: str) -> dict[str, list[str]]:
 def _sort_slices(folder: str, uid: str, names: Sequence[str]) -> list[str]:
     """Return the files of one series in the order of their slices.
 
-    GDCM sees the files of this series only: it reads all headers of a folder for each of its series, which takes hours
-    for hundreds of them.
+    GDCM sees the files of this series only, because it reads all headers of a folder for each of its series.
     """
     with tempfile.TemporaryDirectory() as links:
         for name in names:
@@ -172,7 +170,7 @@ def _read_series(files: Sequence[str], selection: Selection, notes: list[str]) -
             reader.SetOutputPixelType(sitk.sitkFloat32)
             image = reader.Execute()
         _check_slices(reader, len(files), selection, notes)
-    except (RuntimeError, ValueError, InvalidDicomError) as error:  # ValueError: a number in the header is no number
+    except (RuntimeError, ValueError) as error:  # ValueError: a number in the header is no number
         raise RejectedError(f"unreadable: {error_line(error)}") from error
     return image
 

@@ -15,7 +15,6 @@ import SimpleITK as sitk  # noqa: N813  the package's own convention
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
-from pydicom.errors import InvalidDicomError
 
 from nnunetv2_vf.importing.dicom import check_dicom_header, check_frames, read_dicom_folder
 from nnunetv2_vf.importing.images import error_line
@@ -26,7 +25,7 @@ from nnunetv2_vf.importing.volumes import RejectedError, Volume
 
 _FORMAT_ERRORS = (
     *(OSError, EOFError, zlib.error),
-    *(HeaderDataError, ImageFileError, WrapStructError, InvalidDicomError),
+    *(HeaderDataError, ImageFileError, WrapStructError),
 )
 _NIFTI_ENDINGS = (".nii", ".nii.gz", ".hdr", ".hdr.gz")
 _NRRD_SPACING = re.compile(rb"^(?:spacings|space directions):(.*)$", re.MULTILINE)
