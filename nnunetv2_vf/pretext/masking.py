@@ -3,8 +3,10 @@
 Masked autoencoding: He et al., arXiv 2111.06377 (2D, transformers); Tian et al., "SparK", arXiv 2301.03580
 (convolutions); Wald et al., "Revisiting MAE pre-training for 3D medical image segmentation", arXiv 2410.23132. The
 recipe of the latter in nnssl (``masked_image_modeling/BaseMAETrainer.py``) gave the defaults: cubes of 16 voxels, three
-quarters of them hidden, squared error of the hidden voxels, no intensity augmentation. Unlike there, crops have
-random scales, the optimiser is Adam, and the lower outputs of deep supervision count too.
+quarters of them hidden, squared error of the hidden voxels, no intensity augmentation. Four things differ. There, a
+fifth of the samples is scaled and a fifth is rotated; here, every crop is scaled along each axis, and none is rotated.
+There, the error is the mean over the hidden voxels of a batch; here, over those of each sample. Here, the optimiser is
+Adam, and the lower outputs of deep supervision count too.
 
 A mask is bool with the axes (D, H, W), True where a voxel is hidden.
 """
@@ -24,6 +26,7 @@ from nnunetv2_vf.settings import VFSettings
 # As published. It is the mean of an image after nnU-Net's z-score. After other normalisations it is another value: for
 # CT the mean of the body, for intensities in [0, 1] that of air.
 HIDDEN_INTENSITY = 0.0
+_TINY = torch.finfo(torch.float32).tiny
 _CONSTANT = 1e-5  # volumes whose variance is below this part of their mean square count as constant
 
 
@@ -39,7 +42,8 @@ def draw_mask(patch_size: Sequence[int], settings: VFSettings, rng: np.random.Ge
 
     The grid starts at the first voxel and covers the patch; its last cubes are cut off where the patch ends. If the
     fraction is not a whole number of cubes, the number is rounded up or down at random, so that the fraction is right
-    on average. At least one cube is hidden, and one stays visible: from an input of one value, norms would make noise.
+    on average. Of two cubes or more, at least one is hidden, and one stays visible: from an input of one value, norms
+    would make noise.
     """
     patch = np.asarray(patch_size)
     grid = -(-patch // settings.mask_side)
@@ -62,42 +66,61 @@ class RestorationLoss(nn.Module):
 
     Args:
         visible_weight: of the mean over the visible voxels; that over the hidden voxels has weight 1.
+        scale_weights: of the outputs of deep supervision, the largest first; (1,) without deep supervision.
     """
 
-    def __init__(self, visible_weight: float):
+    def __init__(self, visible_weight: float, scale_weights: Sequence[float] = (1,)):
         super().__init__()
         self.visible_weight = visible_weight
+        self.scale_weights = scale_weights
 
-    def forward(self, restored: Tensor, target: RestorationTarget) -> Tensor:
-        """Return the loss of one output of the network, a number: the mean over the samples.
+    def forward(self, outputs: Sequence[Tensor], target: RestorationTarget) -> Tensor:
+        """Return the loss, a number: the weighted sum over the outputs, each the mean over the samples.
 
         Args:
-            restored: (B, C, d, h, w); smaller than the volume for the lower outputs of deep supervision.
+            outputs: of the network, (B, C, d, h, w) each, the largest first. The sides of each output must be whole
+                multiples of the sides of the next.
         """
-        hidden = target.mask[:, None].to(restored.device, torch.float32)
-        loss = _part_error(restored, target.volume, hidden)
+        hidden = target.mask[:, None].float()
+        loss = self._part_loss(outputs, target.volume, hidden)
         if self.visible_weight:
-            loss = loss + self.visible_weight * _part_error(restored, target.volume, 1 - hidden)
+            loss = loss + self.visible_weight * self._part_loss(outputs, target.volume, 1 - hidden)
+        return loss
+
+    def _part_loss(self, outputs: Sequence[Tensor], volume: Tensor, part: Tensor) -> Tensor:
+        """Return the loss of a part of the voxels.
+
+        A voxel of a smaller output is compared with the mean intensity of its voxels that belong to the part. Its
+        weight is the share of these voxels.
+
+        Args:
+            part: (B, 1, D, H, W), 1 for the voxels of the part and 0 for others.
+        """
+        share, intensity = part, volume * part
+        loss = volume.new_zeros(())
+        for weight, output in zip(self.scale_weights, outputs, strict=True):
+            if weight:  # nnU-Net gives the smallest output none
+                share, intensity = _mean_to_size(share, output), _mean_to_size(intensity, output)
+                loss = loss + weight * _weighted_error(output.float(), intensity / share.clamp_min(_TINY), share)
         return loss
 
 
-def _part_error(restored: Tensor, volume: Tensor, part: Tensor) -> Tensor:
-    """Return the mean squared error over a part of the voxels: of each sample, then the mean over the samples.
+def _mean_to_size(volume: Tensor, output: Tensor) -> Tensor:
+    """Return the means of the blocks of voxels that each voxel of a smaller output covers."""
+    if volume.shape[2:] == output.shape[2:]:
+        return volume
+    sides = zip(volume.shape[2:], output.shape[2:], strict=True)
+    return F.avg_pool3d(volume, [large // small for large, small in sides])  # Apple GPUs have no adaptive pooling
 
-    A voxel of a smaller output is compared with the mean intensity of its voxels that belong to the part. Its weight is
-    the share of these voxels.
+
+def _weighted_error(restored: Tensor, intensity: Tensor, weight: Tensor) -> Tensor:
+    """Return the weighted mean squared error of each sample, averaged over the samples.
 
     Args:
-        part: (B, 1, D, H, W), 1 for the voxels of the part and 0 for others.
+        weight: (B, 1, D, H, W)
     """
-    depth, height, width = restored.shape[2:]
-    share, intensity = part, volume * part
-    if restored.shape[2:] != volume.shape[2:]:
-        share, intensity = (F.adaptive_avg_pool3d(x, (depth, height, width)) for x in (share, intensity))
-    tiny = torch.finfo(torch.float32).tiny
-    error = (restored.float() - intensity / share.clamp_min(tiny)).square().mean(1, keepdim=True)
-    sums = (error * share).flatten(1).sum(1)
-    return (sums / share.flatten(1).sum(1).clamp_min(tiny)).mean()
+    error = (restored - intensity).square().mean(1, keepdim=True) * weight
+    return (error.flatten(1).sum(1) / weight.flatten(1).sum(1).clamp_min(_TINY)).mean()
 
 
 def restoration_sums(restored: Tensor, target: RestorationTarget) -> Tensor:

@@ -78,8 +78,7 @@ class PretextLoss(nn.Module):
     def __init__(self, fusion_loss: nn.Module, scale_weights: Sequence[float], settings: VFSettings):
         super().__init__()
         self.fusion_loss = fusion_loss
-        self.restoration_loss = RestorationLoss(_VISIBLE_WEIGHT[settings.pretext])
-        self.scale_weights = scale_weights
+        self.restoration_loss = RestorationLoss(_VISIBLE_WEIGHT[settings.pretext], scale_weights)
         self.settings = settings
 
     def forward(
@@ -93,11 +92,7 @@ class PretextLoss(nn.Module):
         """
         scales = outputs if isinstance(outputs, (list, tuple)) else [outputs]
         parts = [split_output(output, self.settings) for output in scales]
-        loss = sum(
-            weight * self.restoration_loss(restored, restoration)
-            for weight, (_, restored) in zip(self.scale_weights, parts, strict=True)
-            if weight
-        )
+        loss = self.restoration_loss([restored for _, restored in parts], restoration)
         if not self.settings.has_fusion:
             return loss
         logits = [logits for logits, _ in parts]

@@ -32,9 +32,10 @@ _PRECISION_DESCRIPTION = (
 
 @dataclass(frozen=True, kw_only=True)
 class VFSettings(TrainingSettings):
-    """Settings of pretraining with Volume Fusion.
+    """Settings of pretraining: what the network learns, from which crops, and how.
 
-    Defaults: pretext task and optimiser as in arXiv 2306.16925, schedule as in nnU-Net.
+    Defaults: Volume Fusion and optimiser as in arXiv 2306.16925, hidden blocks as in arXiv 2410.23132, schedule as in
+    nnU-Net.
     """
 
     prefix: ClassVar[str] = "nnUNet_vf_"

@@ -79,11 +79,11 @@ def test_only_hidden_voxels_count_without_a_visible_weight():
     loss = RestorationLoss(0.0)
     elsewhere = torch.where(mask[:, None], restored, restored + 100)
     assert torch.equal(
-        loss(restored, RestorationTarget(volume, mask)), loss(elsewhere, RestorationTarget(volume, mask))
+        loss([restored], RestorationTarget(volume, mask)), loss([elsewhere], RestorationTarget(volume, mask))
     )
     errors = (restored - volume).square().mean(1)
     expected = torch.stack([error[hidden].mean() for error, hidden in zip(errors, mask, strict=True)]).mean()
-    torch.testing.assert_close(loss(restored, RestorationTarget(volume, mask)), expected)
+    torch.testing.assert_close(loss([restored], RestorationTarget(volume, mask)), expected)
 
 
 def test_a_copy_of_the_input_has_no_error_on_visible_and_a_known_one_on_hidden_voxels():
@@ -92,32 +92,42 @@ def test_a_copy_of_the_input_has_no_error_on_visible_and_a_known_one_on_hidden_v
     intensities = volume.square().mean(1)  # hidden intensities are 0 in the input
     expected = torch.stack([values[hidden].mean() for values, hidden in zip(intensities, mask, strict=True)]).mean()
     for weight in (0.0, 0.1, 1.0):
-        torch.testing.assert_close(RestorationLoss(weight)(copied, RestorationTarget(volume, mask)), expected)
+        torch.testing.assert_close(RestorationLoss(weight)([copied], RestorationTarget(volume, mask)), expected)
 
 
 def test_visible_voxels_count_with_their_weight():
     mask, volume = masks(), volumes()
     restored = torch.where(mask[:, None], volume, volume + 2)
     torch.testing.assert_close(
-        RestorationLoss(0.25)(restored, RestorationTarget(volume, mask)), torch.tensor(0.25 * 2**2)
+        RestorationLoss(0.25)([restored], RestorationTarget(volume, mask)), torch.tensor(0.25 * 2**2)
     )
 
 
 def test_smaller_outputs_are_compared_with_mean_intensities():
     mask, volume = masks(), volumes()
     small = torch.nn.functional.avg_pool3d(volume, (1, 2, 2))
-    assert RestorationLoss(0.5)(small, RestorationTarget(volume, mask)) < 1e-12
-    torch.testing.assert_close(RestorationLoss(0.0)(small + 3, RestorationTarget(volume, mask)), torch.tensor(9.0))
+    assert RestorationLoss(0.5)([small], RestorationTarget(volume, mask)) < 1e-12
+    torch.testing.assert_close(RestorationLoss(0.0)([small + 3], RestorationTarget(volume, mask)), torch.tensor(9.0))
+
+
+def test_each_output_counts_with_its_weight():
+    target = RestorationTarget(volumes(), masks())
+    sizes = [(16, 8, 24), (16, 4, 12), (8, 2, 6), (4, 1, 3)]
+    outputs = [torch.randn(3, 2, *size, generator=torch.Generator().manual_seed(0)) for size in sizes]
+    single = [RestorationLoss(0.1)([output], target) for output in outputs]
+    together = RestorationLoss(0.1, (0.6, 0.3, 0.1, 0))(outputs, target)
+    torch.testing.assert_close(together, 0.6 * single[0] + 0.3 * single[1] + 0.1 * single[2])
+    assert len({float(loss) for loss in single}) == len(single)
 
 
 def test_hidden_voxels_do_not_reach_the_visible_part_of_smaller_outputs():
     """Also where a voxel of the smaller output has hidden and visible voxels."""
-    mask, volume, restored = masks(), volumes(), torch.zeros(3, 2, 3, 3, 5)
+    mask, volume, restored = masks(), volumes(), torch.zeros(3, 2, 2, 1, 3)  # the cubes have a side of 4 voxels
     changed = torch.where(mask[:, None], volume + 100, volume)
 
     def visible_part(volume: Tensor) -> Tensor:
         target = RestorationTarget(volume, mask)
-        return RestorationLoss(1.0)(restored, target) - RestorationLoss(0.0)(restored, target)
+        return RestorationLoss(1.0)([restored], target) - RestorationLoss(0.0)([restored], target)
 
     torch.testing.assert_close(visible_part(changed), visible_part(volume), rtol=0, atol=2e-3)  # of errors of 10,000
 
@@ -125,15 +135,15 @@ def test_hidden_voxels_do_not_reach_the_visible_part_of_smaller_outputs():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_outputs_in_half_precision_are_compared_in_single_precision(dtype):
     target, restored = RestorationTarget(volumes(), masks()), volumes(seed=1).to(dtype)
-    loss, sums = RestorationLoss(0.1)(restored, target), restoration_sums(restored, target)
+    loss, sums = RestorationLoss(0.1)([restored], target), restoration_sums(restored, target)
     assert loss.dtype == sums.dtype == torch.float32
-    torch.testing.assert_close(loss, RestorationLoss(0.1)(restored.float(), target))
+    torch.testing.assert_close(loss, RestorationLoss(0.1)([restored.float()], target))
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_batch_with_everything_visible_or_hidden_has_a_finite_loss(share):
     mask = torch.full((3, 16, 8, 24), bool(share))
-    loss = RestorationLoss(0.1)(volumes(seed=1), RestorationTarget(volumes(), mask))
+    loss = RestorationLoss(0.1)([volumes(seed=1)], RestorationTarget(volumes(), mask))
     assert loss.isfinite()
 
 

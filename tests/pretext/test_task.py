@@ -9,7 +9,7 @@ from torch import nn
 
 from nnunetv2_vf.pretext.dataset import TRAINING, PretextDataset
 from nnunetv2_vf.pretext.loader import collate
-from nnunetv2_vf.pretext.masking import RestorationTarget, hide
+from nnunetv2_vf.pretext.masking import RestorationLoss, RestorationTarget, hide
 from nnunetv2_vf.pretext.pictures import draw_examples, make_examples, score_colours
 from nnunetv2_vf.pretext.task import PretextLoss, make_batch, output_names, split_output
 from nnunetv2_vf.settings import VFSettings
@@ -29,6 +29,11 @@ def test_a_mask_changes_nothing_else_of_a_sample(cases):
     joint = collated(cases, VFSettings(pretext="fusion+masked"))["tensors"]
     assert joint.keys() - fusion.keys() == {"mask"}
     assert all(torch.equal(fusion[name], joint[name]) for name in fusion)
+
+
+def test_each_sample_has_another_mask(cases):
+    masks = collated(cases, VFSettings(pretext="masked", mask_side=4))["tensors"]["mask"]
+    assert not torch.equal(masks[0], masks[1])
 
 
 def test_the_masked_pretext_shows_one_subvolume_without_intensity_augmentation(cases):
@@ -87,6 +92,18 @@ def test_the_joint_loss_is_the_sum_of_both_with_the_weights_of_the_scales(cases)
     for output in outputs:
         output[:, :5] += 3
     torch.testing.assert_close(PretextLoss(Mean(), (1, 0), settings)(outputs, [], batch.restoration), parts[0] + 3)
+
+
+def test_the_reconstruction_weight_multiplies_the_restoration_loss(cases):
+    """In the joint pretext, where visible voxels count a tenth."""
+    losses = []
+    for weight in (1, 2):
+        settings = VFSettings(pretext="fusion+masked", mask_side=4, reconstruction_weight=weight)
+        batch = make_batch(collated(cases, settings)["tensors"], settings, CPU)
+        output = torch.ones(2, 7, *PATCH)
+        losses.append(PretextLoss(Mean(), (1,), settings)(output, None, batch.restoration))
+    expected = RestorationLoss(0.1)([output[:, 5:]], batch.restoration)
+    torch.testing.assert_close(losses[1] - losses[0], expected)
 
 
 def test_the_masked_loss_has_a_gradient_at_hidden_voxels_only(cases):

@@ -137,6 +137,16 @@ def test_every_channel_is_restored_with_and_without_deep_supervision(copied_data
         assert (head.flatten(1).abs().sum(1) > 0).all()
 
 
+def test_restored_outputs_of_deep_supervision_have_the_weights_of_nnunet(two_epochs, monkeypatch):
+    monkeypatch.setenv("nnUNet_vf_pretext", "masked")
+    trainer = make_trainer()
+    trainer.initialize()
+    weights = trainer.loss.restoration_loss.scale_weights
+    assert len(weights) == len(trainer._get_deep_supervision_scales()) > 1
+    halved = np.array([0.5**scale for scale in range(len(weights) - 1)] + [0])
+    np.testing.assert_allclose(weights, halved / halved.sum())
+
+
 def test_a_patch_of_a_few_blocks_is_refused(two_epochs, monkeypatch):
     monkeypatch.setenv("nnUNet_vf_pretext", "masked")
     monkeypatch.setenv("nnUNet_vf_mask_side", "16")
