@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from cells import CELL
+from scipy import stats
 
 from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.settings.legal_values import format_value
@@ -26,6 +27,7 @@ COLLAPSED_DICE = 0.1  # a training with a class of a lower mean Dice has collaps
 SMOOTHED_EPOCHS = 3
 EARLY_ITERATIONS = (25, 50, 100, 200)
 NEVER = float("inf")
+GAIN_COLUMNS = ("gain", "gain of each seed", "95 % over cases", "95 % over cases and seeds", "95 % over seeds")
 SHOWN_APART = {"pretext", "num_epochs", "iterations_per_epoch", "val_iterations_per_epoch"}
 
 Row = dict[str, str]
@@ -80,15 +82,16 @@ def _gain_columns(rows: pd.DataFrame, scratch: pd.DataFrame) -> Row:
     """Return points of Dice over scratch with the same seeds: mean, each seed, 95 % intervals."""
     by_seed = points_by_seed(rows, scratch)
     if not by_seed:
-        return dict.fromkeys(("gain", "gain of each seed", "95 % over cases", "95 % over cases and seeds"), "-")
+        return dict.fromkeys(GAIN_COLUMNS, "-")
     points = [*by_seed.values()]
     gains = 100 * gains_of_cases(rows, scratch, [*by_seed])
-    return {
-        "gain": f"{fmean(points):+.1f}",
-        "gain of each seed": join(points, "+.1f"),
-        "95 % over cases": "{:+.1f} to {:+.1f}".format(*bootstrap_interval(gains, draw_seeds=False)),
-        "95 % over cases and seeds": "{:+.1f} to {:+.1f}".format(*bootstrap_interval(gains, draw_seeds=True)),
-    }
+    intervals = (
+        bootstrap_interval(gains, draw_seeds=False),
+        bootstrap_interval(gains, draw_seeds=True),
+        t_interval(points),
+    )
+    texts = (f"{low:+.1f} to {high:+.1f}" for low, high in intervals)
+    return dict(zip(GAIN_COLUMNS, (f"{fmean(points):+.1f}", join(points, "+.1f"), *texts), strict=True))
 
 
 def points_by_seed(rows: pd.DataFrame, scratch: pd.DataFrame) -> dict[int, float]:
@@ -116,6 +119,14 @@ def bootstrap_interval(gains: np.ndarray, draw_seeds: bool) -> tuple[float, floa
     rows = rng.choice(seeds, (2000, seeds, 1)) if draw_seeds else np.arange(seeds)[:, None]
     low, high = np.percentile(gains[rows, columns].mean((1, 2)), [2.5, 97.5])
     return float(low), float(high)
+
+
+def t_interval(points: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean by Student's t; NaN for a single value."""
+    if len(points) < 2:
+        return float("nan"), float("nan")
+    half = stats.t.ppf(0.975, len(points) - 1) * stdev(points) / len(points) ** 0.5
+    return fmean(points) - half, fmean(points) + half
 
 
 def _detail_columns(rows: pd.DataFrame) -> Row:

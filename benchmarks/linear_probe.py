@@ -9,7 +9,7 @@ all stages of the encoder, of the decoder, or of the decoder's last stage alone,
 its features at once.)
 A logistic regression learns from the labelled cases of the experiment with these labels and seeds and segments
 ``--cases`` of its validation cases. Test cases are not used. Prints the mean Dice of the classes, beside that of a
-network with new weights; writes ``linear_probe_PLANS.json``.
+network with new weights; writes ``linear_probe_PLANS_LABELS.json``.
 
 Duration: minutes on one CPU core. Needs: the folder of ``label_efficiency.py``, pretrained weights.
 """
@@ -101,7 +101,7 @@ def main() -> None:
         for name, by_seed in dice.items()
     ]
     about = f"{args.plans}, {args.labels} labels, Dice of {args.cases} validation cases: mean (of each seed)"
-    report(args, f"linear_probe_{args.plans}", about, rows, dice=dice)
+    report(args, f"linear_probe_{args.plans}_{args.labels}", about, rows, dice=dice)
 
 
 def split_argument(argument: str) -> tuple[str, str]:

@@ -32,6 +32,7 @@ from label_efficiency_tables import (
     pretrainings_table,
     read_table,
     scores_table,
+    t_interval,
 )
 from pretrainings import REPORT, Pretrainings
 from segmentation_scores import score
@@ -425,6 +426,12 @@ def write_results(tables, dice: dict[str, float], curves: dict[str, list[float]]
             write_cell(tables / CURVES, CELL, cell, curve)
 
 
+def test_the_interval_over_seeds_is_students_t():
+    low, high = t_interval([9.1, 5.1, 9.8])
+    assert (low, high) == pytest.approx((1.71, 14.29), abs=0.01)
+    assert np.isnan(t_interval([3.0])).all()
+
+
 @pytest.mark.pictures
 def test_the_table_shows_gains_speed_and_collapsed_trainings(tmp_path):
     curves = {"scratch": [0, 0, 0.5, 0.5, 0.5, 0.5], "encoder": [0.0] * 6, "full": [0.5] * 6}
@@ -434,7 +441,7 @@ def test_the_table_shows_gains_speed_and_collapsed_trainings(tmp_path):
     assert rows["full"]["Dice"] == "0.650 ± 0.071"
     assert rows["full"]["gain"] == "+10.0"
     assert rows["full"]["gain of each seed"] == "+10.0, +10.0"
-    for column in ("95 % over cases", "95 % over cases and seeds"):
+    for column in ("95 % over cases", "95 % over cases and seeds", "95 % over seeds"):
         assert rows["full"][column] == "+10.0 to +10.0"  # all cases and seeds gain the same
     assert rows["scratch"]["gain"] == "-"
     assert rows["full"]["iterations to scratch's end"] == "10"
