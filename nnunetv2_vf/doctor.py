@@ -25,7 +25,7 @@ from nnunetv2_vf.errors import UserError, printable
 from nnunetv2_vf.nnunet_commands import TRAINER_VARIABLE
 from nnunetv2_vf.nnunet_folders import describe_left_out_cases
 from nnunetv2_vf.settings import FinetuneSettings, VFSettings
-from nnunetv2_vf.training.preflight import preprocessed_cases
+from nnunetv2_vf.training.preflight import check_patch, preprocessed_cases
 from nnunetv2_vf.transfer.architectures import network_name
 from nnunetv2_vf.transfer.artifact import read_pretrained
 from nnunetv2_vf.transfer.differences import find_differences
@@ -75,6 +75,8 @@ def examine(
         else:
             yield from _errors_as_findings(_check_dataset(target))
             yield from _errors_as_findings(_check_settings_in_plans(target.plans_manager.plans))
+            if weights is None:
+                yield from _errors_as_findings(_check_pretraining(target))
     if weights is not None:
         yield from _errors_as_findings(_check_weights(weights, target))
 
@@ -151,6 +153,12 @@ def _check_settings_in_plans(plans: Mapping[str, Any]) -> Iterator[Finding]:
         settings.resolve(plans, {})
         if settings.section in plans:
             yield Finding(OK, f"settings in the plans: {settings.section}: {', '.join(plans[settings.section])}")
+
+
+def _check_pretraining(target: TargetPlans) -> Iterator[Finding]:
+    settings = VFSettings.resolve(target.plans_manager.plans, os.environ)
+    for warning in check_patch(target.configuration, settings):
+        yield Finding(NOTE, f"for a pretraining with these plans: {warning.removeprefix('WARNING: ')}")
 
 
 def _check_devices() -> Iterator[Finding]:

@@ -19,12 +19,10 @@ from nnunetv2_vf.pretext.loader import collate
 from nnunetv2_vf.pretext.pictures import draw_examples, make_examples, view_names
 from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.training.preflight import (
-    patch_warning,
+    check_patch,
     preprocessed_cases,
     preprocessed_folder,
     pretraining_configuration,
-    require_visible_blocks,
-    without_effect_warning,
 )
 
 
@@ -55,10 +53,8 @@ def preview(
     plans_manager = PlansManager(plans_file(dataset, plans_name).as_posix())
     settings = VFSettings.resolve(plans_manager.plans, environment)
     configuration = pretraining_configuration(plans_manager, configuration_name)
-    require_visible_blocks(configuration, settings)
-    for warning in (patch_warning(configuration, settings), without_effect_warning(settings)):
-        if warning is not None:
-            print(warning)
+    for warning in check_patch(configuration, settings):
+        print(warning)
     names = preprocessed_cases(plans_manager, configuration_name)
 
     folder = preprocessed_folder(plans_manager, configuration)

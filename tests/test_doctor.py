@@ -73,6 +73,18 @@ def test_missing_variables_and_folders_are_failures(healthy, capsys, monkeypatch
     assert f"FAIL {variable} is not set; set it: export {variable}=/path/to/{variable}" in lines
 
 
+def test_settings_that_do_not_suit_the_patch_are_found(healthy, artifacts, capsys, monkeypatch):
+    monkeypatch.setenv("nnUNet_vf_pretext", "masked")
+    _, lines = examined(capsys, "-d", "7")
+    assert any("FAIL setting mask_side = 16 is not legal for the patch [16, 16, 24]" in line for line in lines)
+    monkeypatch.setenv("nnUNet_vf_mask_side", "8")
+    code, lines = examined(capsys, "-d", "7")
+    assert code == 0
+    assert any("note for a pretraining with these plans: with mask_side = 8, the patch" in line for line in lines)
+    _, lines = examined(capsys, "-d", "7", "-w", str(artifacts["U-Net"]))
+    assert not any("mask_side =" in line for line in lines), "weights are for fine-tuning"
+
+
 def test_trainers_that_nnunet_does_not_find_are_failures(healthy, capsys, monkeypatch):
     monkeypatch.delenv("nnUNet_extTrainer")
     code, lines = examined(capsys)

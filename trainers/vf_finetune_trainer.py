@@ -16,7 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_vf.errors import UserError, one_line_errors, printable
 from nnunetv2_vf.nnunet_folders import require_configuration, require_variables
 from nnunetv2_vf.settings import FINETUNE_RECIPES, FinetuneSettings
-from nnunetv2_vf.training.checkpoints import require_same_plans
+from nnunetv2_vf.training.checkpoints import BEST, FINAL, LATEST, read_checkpoint, require_same_plans
 from nnunetv2_vf.training.finetune_schedule import (
     FinetuneLRScheduler,
     describe_schedule,
@@ -30,7 +30,7 @@ from nnunetv2_vf.training.random_state import get_random_state, seeded_initializ
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
 from nnunetv2_vf.transfer.kernel_norms import kernel_factors, scale_kernels
 from nnunetv2_vf.transfer.network_fit import require_trainable
-from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights, describe_origin
+from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights, are_same_weights, describe_origin
 from nnunetv2_vf.transfer.target_plans import TargetPlans
 
 _ENCODER_SCHEDULES = ("encoder_only", "frozen_encoder")  # schedules that need a pretrained encoder
@@ -78,13 +78,14 @@ class VFFinetuneTrainer(ResumableTrainer):
 
     # ------------------------------------------------------------------ training loop
 
-    @one_line_errors()
     def on_train_start(self) -> None:
         if self.pretrained_weights is None and not self._is_resumed and self.settings.schedule in _ENCODER_SCHEDULES:
             raise UserError(
                 f"schedule {self.settings.schedule!r} needs pretrained weights; add -pretrained_weights FILE (and no "
                 "--c), or set nnUNet_vf_finetune_schedule=full"
             )
+        if not self._is_resumed and not self.disable_checkpointing:
+            self._require_same_weights()
         super().on_train_start()
         self._state_before_batch = get_random_state(self.device)
         if self.pretrained_weights is not None and not self.continue_training:
@@ -132,6 +133,23 @@ class VFFinetuneTrainer(ResumableTrainer):
         self.print_to_log_file("\n  ".join(lines) + "\n", add_timestamp=False)
 
     # ------------------------------------------------------------------ pretrained weights
+
+    def _require_same_weights(self) -> None:
+        """Raise UserError if the folder holds a training from other weights, which a new training would replace."""
+        folder = Path(self.output_folder)
+        file = next((folder / name for name in (FINAL, LATEST, BEST) if (folder / name).is_file()), None)
+        if file is None:
+            return
+        recorded = read_checkpoint(file).get(_PROVENANCE, {}).get("pretrained")
+        if not are_same_weights(recorded, self.pretrained_record):
+            before, now = (
+                "from scratch" if record is None else f"from {describe_origin(record)}"
+                for record in (recorded, self.pretrained_record)
+            )
+            raise UserError(
+                f"{file} was trained {before}; a training {now} would replace it. Write to another folder (export "
+                f"nnUNet_results=FOLDER), or move {folder} away"
+            )
 
     def _prepare_pretrained_weights(self) -> None:
         """Replace the weights that the schedule wants new, and scale pretrained kernels to the norm of new ones."""

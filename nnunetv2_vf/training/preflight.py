@@ -34,6 +34,7 @@ _MAX_COMPARED_CASES = 10  # tried until one can be read and has the shape that f
 _PREPROCESSOR = "DefaultPreprocessor"
 _RESAMPLING = ("resample_data_or_seg_to_shape", "resample_torch_simple", "resample_torch_fornnunet")
 _MIN_BLOCKS = 8  # of a patch, if the pretext hides some
+_FEW_BLOCKS = 27  # fewer get a warning
 
 
 def check_pretraining(
@@ -58,24 +59,54 @@ def check_pretraining(
             f"{settings.pairing!r} needs at least {settings.cases_per_sample} of each; fold 'all' uses all cases for "
             "both"
         )
-    require_visible_blocks(configuration, settings)
-    warnings = (
+    left_out = _left_out_warning(plans_manager, cases, fold)
+    return [*check_patch(configuration, settings), *([left_out] if left_out else [])]
+
+
+def check_patch(configuration: ConfigurationManager, settings: VFSettings) -> list[str]:
+    """Check that the settings suit the patch.
+
+    Returns:
+        warnings: of the patch, of the size of hidden blocks, of settings without effect.
+
+    Raises:
+        UserError: the patch has so few blocks that a share of them cannot be hidden.
+    """
+    checks = (
         patch_warning(configuration, settings),
+        blocks_warning(configuration, settings),
         without_effect_warning(settings),
-        _left_out_warning(plans_manager, cases, fold),
     )
-    return [warning for warning in warnings if warning is not None]
+    return [warning for warning in checks if warning is not None]
 
 
-def require_visible_blocks(configuration: ConfigurationManager, settings: VFSettings) -> None:
-    """Raise UserError if the patch has so few blocks that a share of them cannot be hidden."""
-    patch = [int(side) for side in configuration.patch_size]
-    blocks = math.prod(-(-side // settings.mask_side) for side in patch)
-    if settings.has_mask and blocks < _MIN_BLOCKS:
+def blocks_warning(configuration: ConfigurationManager, settings: VFSettings) -> str | None:
+    """Return a warning if the pretext hides blocks, and the patch has few of them.
+
+    Raises:
+        UserError: it has so few that a share of them cannot be hidden.
+    """
+    side, patch = settings.mask_side, [int(side) for side in configuration.patch_size]
+    blocks = _count_blocks(patch, side)
+    if not settings.has_mask or blocks >= _FEW_BLOCKS:
+        return None
+    if blocks < _MIN_BLOCKS:
         raise UserError(
-            f"setting mask_side = {settings.mask_side} is not legal for the patch {patch}: it has {blocks} blocks; "
-            f"legal: at least {_MIN_BLOCKS} (export {settings.prefix}mask_side={max(1, min(patch) // 2)})"
+            f"setting mask_side = {side} is not legal for the patch {patch}: number of its blocks: {blocks}; legal: at "
+            f"least {_MIN_BLOCKS} (export {settings.prefix}mask_side={max(1, min(patch) // 2)})"
         )
+    smaller = side // 2
+    while _count_blocks(patch, smaller) < _FEW_BLOCKS:
+        smaller //= 2
+    return (
+        f"WARNING: with mask_side = {side}, the patch {patch} has only {blocks} blocks, which are hidden or visible as "
+        f"a whole. Smaller blocks give more different samples: export {settings.prefix}mask_side={smaller}"
+    )
+
+
+def _count_blocks(patch: list[int], side: int) -> int:
+    """Return the number of blocks of a patch; those that its border cuts off count too."""
+    return math.prod(-(-length // side) for length in patch)
 
 
 def check_fold(plans_manager: PlansManager, cases: list[str], fold: int | str) -> tuple[list[str], list[str]]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_vf.durable_files import write_durably
-from nnunetv2_vf.errors import UserError, one_line_errors
+from nnunetv2_vf.errors import UserError, one_line_errors, printable
 from nnunetv2_vf.training.checkpoints import FINAL, LATEST, PREVIOUS, STATE, newest_undamaged, read_checkpoint
 from nnunetv2_vf.training.distributed_trainer import DistributedTrainer
 from nnunetv2_vf.training.loggers import ExtraLogger, Run, make_loggers
@@ -73,7 +73,7 @@ class ResumableTrainer(DistributedTrainer):
 
     @one_line_errors()
     def run_training(self) -> None:
-        with self.stop_signals:
+        with self.stop_signals, self._errors_in_log():
             try:
                 super().run_training()
                 # The final validation, which comes next, does not look for signals.
@@ -82,6 +82,15 @@ class ResumableTrainer(DistributedTrainer):
                 if self.stop_signals.received:
                     self.between_steps()
                 raise
+
+    @contextmanager
+    def _errors_in_log(self) -> Iterator[None]:
+        """Write a UserError to the log file too: nnU-Net has begun this file, and it should say why it ends."""
+        try:
+            yield
+        except UserError as error:
+            self.print_to_log_file(printable(f"error: {error}", limit=2000), also_print_to_console=False)
+            raise
 
     def on_train_start(self) -> None:
         self.continue_training = self._is_resumed  # False with --c if there was no checkpoint yet
@@ -247,8 +256,9 @@ class ResumableTrainer(DistributedTrainer):
         if self.continue_training and not self._is_resumed:
             newest = newest_undamaged(file, self.print_to_log_file) if self.ranks.rank == 0 else None
             file = self.ranks.broadcast_from_first(newest)
-        checkpoint = read_checkpoint(file)
-        self.require_same_run(checkpoint, file)
+        with self._errors_in_log():
+            checkpoint = read_checkpoint(file)
+            self.require_same_run(checkpoint, file)
         super().load_checkpoint(str(file))
         self._restore_from(checkpoint)
         if self.continue_training:

@@ -5,6 +5,7 @@ nnU-Net does not tell its trainers about this option, so it is read from the com
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ class PretrainedWeights:
 
     Attributes:
         file: what ``-pretrained_weights`` names.
-        record: plain data for the log and for checkpoints: file name, pretext, dataset, number of cases, what
-            ``adapt`` did, and the differences between pretraining and this training.
+        record: plain data for the log and for checkpoints: name and digest of the file, pretext, dataset, number of
+            cases, what ``adapt`` did, and the differences between pretraining and this training.
     """
 
     file: Path
@@ -60,6 +61,7 @@ class PretrainedWeights:
             pretext = read_pretext(metadata)
         record = {
             "file": file.name,  # without its folder, since checkpoints are shared with others
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
             "hub": metadata.get("hub"),
             "pretext": pretext,
             "dataset": metadata.get("dataset"),
@@ -82,6 +84,16 @@ def describe_origin(record: Mapping[str, Any]) -> str:
     # Checkpoints of earlier versions have neither of these two entries.
     pretext = f"pretext {record['pretext']}, " if record.get("pretext") else ""
     return f"{record.get('hub') or record['file']}, {pretext}trained on {record['dataset'] or 'an unknown dataset'}"
+
+
+def are_same_weights(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> bool:
+    """True if two :attr:`PretrainedWeights.record` are of the same file; None stands for new weights."""
+    if first is None or second is None:
+        return first is second
+    digests = {record.get("sha256") for record in (first, second)}
+    if None in digests:  # a checkpoint of an earlier version
+        return describe_origin(first) == describe_origin(second)
+    return len(digests) == 1
 
 
 def _require_pth(file: Path) -> None:

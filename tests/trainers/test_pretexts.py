@@ -151,7 +151,8 @@ def test_a_patch_of_a_few_blocks_is_refused(two_epochs, monkeypatch):
     monkeypatch.setenv("nnUNet_vf_pretext", "masked")
     monkeypatch.setenv("nnUNet_vf_mask_side", "16")
     message = (
-        r"mask_side = 16 is not legal for the patch \[16, 16, 24\]: it has 2 blocks; .* \(export nnUNet_vf_mask_side=8"
+        r"mask_side = 16 is not legal for the patch \[16, 16, 24\]: number of its blocks: 2; .* \(export "
+        "nnUNet_vf_mask_side=8"
     )
     with pytest.raises(SystemExit, match=message):
         pretrain()

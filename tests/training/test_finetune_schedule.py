@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -336,6 +337,7 @@ def test_all_starting_weights_see_the_same_samples_in_the_same_order(artifacts, 
             batches.append(next(trainer.dataloader_train)["data"])
             trainer.train_step(next(trainer.dataloader_train))
         trainer.on_train_end()
+        shutil.rmtree(trainer.output_folder)  # a training from other weights would not replace it
         seen.append(torch.stack(batches))
     for other in seen[1:]:
         torch.testing.assert_close(other, seen[0], rtol=0, atol=0)
@@ -345,10 +347,10 @@ def test_all_starting_weights_see_the_same_samples_in_the_same_order(artifacts, 
 def test_schedules_for_pretrained_encoders_need_pretrained_weights(schedule_of, tmp_path, schedule):
     schedule_of(schedule)
     with pytest.raises(SystemExit, match=rf"schedule '{schedule}' needs pretrained weights; add -pretrained_weights"):
-        trainer_of("nnUNetPlans").on_train_start()
+        trainer_of("nnUNetPlans").run_training()
     trainer = make_trainer("VFFinetuneTrainer", continue_training=True)  # there is no checkpoint to continue from
     with pytest.raises(SystemExit, match=rf"schedule '{schedule}' needs pretrained weights"):
-        trainer.on_train_start()
+        trainer.run_training()
 
 
 @pytest.mark.parametrize(

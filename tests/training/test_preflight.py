@@ -13,7 +13,13 @@ from trainings import make_trainer
 
 from nnunetv2_vf.cli import main
 from nnunetv2_vf.settings import VFSettings
-from nnunetv2_vf.training.preflight import check_fold, patch_warning, preprocessed_cases, without_effect_warning
+from nnunetv2_vf.training.preflight import (
+    blocks_warning,
+    check_fold,
+    patch_warning,
+    preprocessed_cases,
+    without_effect_warning,
+)
 
 
 def assert_refused(folder: Path, *parts: str, **kwargs) -> None:
@@ -136,6 +142,23 @@ def test_a_patch_as_large_as_the_median_image_is_reported(copied_dataset, median
     plan |= {"patch_size": [40, 56, 40], **({"median_image_size_in_voxels": median} if median else {})}
     warning = patch_warning(ConfigurationManager(plan), VFSettings())
     assert ("(40x56x40) is as large as the median image (35x50x35)" in warning) if is_reported else warning is None
+
+
+@pytest.mark.parametrize(
+    ("patch", "values", "warning"),
+    [
+        ([24, 32, 24], {}, "patch [24, 32, 24] has only 8 blocks"),
+        ([24, 32, 24], {"mask_side": 8}, None),
+        ([40, 56, 40], {}, None),
+        ([24, 32, 24], {"pretext": "fusion"}, None),
+    ],
+)
+def test_a_patch_of_few_blocks_is_reported_with_a_better_side(copied_dataset, patch, values, warning):
+    plan = json.loads((copied_dataset / "nnUNetPlans.json").read_text())["configurations"]["3d_fullres"]
+    message = blocks_warning(
+        ConfigurationManager({**plan, "patch_size": patch}), VFSettings(**{"pretext": "masked", **values})
+    )
+    assert warning in message and message.endswith("nnUNet_vf_mask_side=8") if warning else message is None
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoi
 from nnunetv2_vf.cli import main
 from nnunetv2_vf.transfer.architectures import build_network
 from nnunetv2_vf.transfer.artifact import ARTIFACT_NAME, read_artifact
-from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights, pretrained_weights_argument
+from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights, are_same_weights, pretrained_weights_argument
 
 COMMAND = ["nnUNetv2_train", str(DATASET_ID), "3d_fullres", "0", "-tr", "VFFinetuneTrainer"]
 
@@ -91,6 +91,33 @@ def test_differences_are_logged_and_checkpoints_record_the_weights(artifact, cop
     assert record["settings"]["num_epochs"] == 2
     assert record["pretrained"]["file"] == "edited.pth", "without its folder, since models are shared"
     assert record["pretrained"]["dataset"] == DATASET
+
+
+def test_a_training_from_other_weights_is_not_replaced(artifact, copied_dataset, tmp_path, monkeypatch):
+    trainer = make_trainer(monkeypatch, "-pretrained_weights", str(artifact))
+    fold = Path(trainer.output_folder)
+    trainer.save_checkpoint(str(fold / "checkpoint_final.pth"))
+    before = (fold / "checkpoint_final.pth").read_bytes()
+    make_trainer(monkeypatch, "-pretrained_weights", str(artifact)).on_train_start()
+
+    other = tmp_path / "other" / artifact.name  # of the same dataset, with the same name
+    other.parent.mkdir()
+    content = torch.load(artifact, weights_only=True)
+    content["network_weights"] = {name: tensor + 1 for name, tensor in content["network_weights"].items()}
+    torch.save(content, other)
+    for options, now in ((["-pretrained_weights", str(other)], "from vf_pretrained.pth"), ([], "from scratch")):
+        trainer = make_trainer(monkeypatch, *options)
+        message = rf"was trained from vf_pretrained.pth.*; a training {now}.* would replace it"
+        with pytest.raises(SystemExit, match=message):
+            trainer.run_training()
+        assert "would replace it" in Path(trainer.log_file).read_text()
+    assert (fold / "checkpoint_final.pth").read_bytes() == before
+
+
+def test_records_of_earlier_versions_are_compared_by_their_origin():
+    earlier = {"file": "a.pth", "dataset": "D"}
+    assert are_same_weights(earlier, {**earlier, "sha256": "1"})
+    assert not are_same_weights(earlier, {"file": "b.pth", "dataset": "D", "sha256": "1"})
 
 
 def test_a_continued_training_keeps_the_record(artifact, copied_dataset, monkeypatch):
