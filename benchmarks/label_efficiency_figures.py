@@ -16,6 +16,8 @@ COLORS = {
     "encoder": "tab:orange",
     "full": "tab:blue",
     "fusion": "tab:blue",
+    "fusion_1000": "lightsteelblue",
+    "fusion_9000": "navy",
     "masked": "tab:green",
     "fusion_masked": "tab:purple",
     "fusion_masked_1000": "plum",
@@ -61,13 +63,13 @@ def _draw_curves(axis: Axes, curves: pd.DataFrame, arms: Sequence[str]) -> None:
         for _, of_seed in rows.groupby("seed"):
             axis.plot(smooth(of_seed), color=COLORS.get(arm), alpha=0.3, linewidth=0.8)
         axis.plot(smooth(rows), color=COLORS.get(arm), linewidth=2)
-    axis.set(xlabel="iteration", ylabel="pseudo Dice, validation cases")
+    axis.set(xlabel="iteration", ylabel="pseudo Dice (validation)")
     axis.grid(alpha=0.3)
 
 
 def draw_lengths(scores: pd.DataFrame, config: Mapping[str, Any], file: Path) -> None:
     """Draw for every network and number of labels the gain over scratch by iterations of the pretraining."""
-    groups = list(scores.groupby(["plans", "labels"]))
+    groups = [group for group in scores.groupby(["plans", "labels"]) if arms_by_length(group[1], config)]
     figure = Figure(figsize=(4 * len(groups), 3.2), layout="constrained")
     for axis, ((plans, labels), rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         scratch = select(rows, arm="scratch")

@@ -238,14 +238,18 @@ def variants_table(variants: pd.DataFrame) -> list[Row]:
 
 
 def early_table(curves: pd.DataFrame) -> list[Row]:
-    """Return one row for every variant: pseudo Dice after the first iterations, mean and each seed."""
+    """Return one row for every variant: pseudo Dice after the first iterations and at the end, mean and each seed."""
     table = []
     for (plans, labels, variant, arm), rows in curves.groupby(["plans", "labels", "variant", "arm"]):
         row = {"plans": plans, "labels": str(labels), "variant": variant, "pretraining": arm}
-        for iteration in EARLY_ITERATIONS:
-            dice = [*dice_by_seed(select(rows, iteration=iteration)).values()]
-            row[f"after {iteration}"] = f"{fmean(dice):.3f} ({join(dice, '.3f')})" if dice else "-"
-        table.append(row)
+        columns = {
+            f"after {iteration}": [*dice_by_seed(select(rows, iteration=iteration)).values()]
+            for iteration in EARLY_ITERATIONS
+        }
+        columns["at the end"] = [smooth(of_seed).iloc[-1] for _, of_seed in rows.groupby("seed")]
+        table.append(
+            row | {name: f"{fmean(dice):.3f} ({join(dice, '.3f')})" if dice else "-" for name, dice in columns.items()}
+        )
     return table
 
 

@@ -207,7 +207,7 @@ def test_the_error_for_changed_settings_shows_how_to_restore_them():
     recorded = VFSettings(gamma=(0.9, 1.1), fusion_map="blocks").as_dict()
     with pytest.raises(UserError) as error:
         VFSettings().require_same(recorded, "checkpoint.pth")
-    (variables,) = re.findall(r"export (.*)\)", str(error.value))
+    (variables,) = re.findall(r"Restore them \(export (.*?)\)", str(error.value))
     restored = VFSettings.resolve({}, dict(variable.split("=") for variable in variables.split()))
     assert restored.as_dict() == recorded
 

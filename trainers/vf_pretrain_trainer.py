@@ -489,10 +489,12 @@ class VFPretrainTrainer(ResumableTrainer):
         if self.ranks.rank == 0:
             samples = self.num_val_iterations_per_epoch * self._share.batch
             report = write_report(confusion, sums, samples, self.settings.as_dict(), Path(self.output_folder))
-            scores = name_scores([*report["dice_per_class"].values()], [*report["restored_share"].values()])
+            scores = name_scores([*report["dice_per_class"].values()], [])
+            if scores:
+                scores["mean Dice"] = report["mean_dice"]
+            scores |= name_scores([], [*report["restored_share"].values()])
             lines = "\n".join(f"  {name}: {value:.4f}" for name, value in scores.items())
-            mean = f"\n  mean Dice: {report['mean_dice']:.4f}" if report["dice_per_class"] else ""
-            self.print_to_log_file(f"Pretext report, fixed validation samples:\n{lines}{mean}")
+            self.print_to_log_file(f"Pretext report, fixed validation samples:\n{lines}")
             for name, value in report["dice_per_class"].items():
                 self.logger.log_summary(f"final_val/{name}_dice", value)
             for name, value in report["restored_share"].items():

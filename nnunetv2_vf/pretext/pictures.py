@@ -165,8 +165,11 @@ def _draw_bars(axes: Axes, dice: Sequence[float], share: Sequence[float]) -> Non
     bars = axes.bar(list(colours), heights, color=list(colours.values()), edgecolor="black")
     axes.bar_label(bars, [f"{value:.3f}" for value in scores])
     axes.set_ylim(0, 1)
-    axes.set_ylabel("Dice of a fusion class, restored share")
-    axes.tick_params(axis="x", rotation=45)
+    axes.set_xlim(-1, len(scores))
+    names = {"Dice of a fusion class": dice, "restored share": share}
+    axes.set_ylabel(" or ".join(name for name, values in names.items() if len(values)))
+    for label in axes.get_xticklabels():
+        label.set(rotation=45, ha="right", rotation_mode="anchor")
 
 
 def class_names(coefficient_steps: int) -> list[str]:

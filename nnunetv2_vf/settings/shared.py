@@ -150,7 +150,8 @@ class TrainingSettings:
         variables = [f"{self.prefix}{name}={format_value(recorded[name])}" for name in restorable]
         remedy = f"Restore them (export {' '.join(variables)}), or start" if variables else "Start"
         raise UserError(
-            f"the settings differ from those of {file}: {'; '.join(differences)}. {remedy} a new training without --c"
+            f"the settings differ from those of {file}: {'; '.join(differences)}. {remedy} a new training without --c, "
+            "best in another folder (export nnUNet_results=FOLDER)"
         )
 
     @property

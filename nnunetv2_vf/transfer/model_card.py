@@ -112,17 +112,19 @@ def _origin(metadata: Mapping[str, Any]) -> str:
 def _scores(metadata: Mapping[str, Any]) -> str:
     """Return the scores of the pretext on fixed validation samples."""
     dice, share = metadata["pretext_dice_per_class"], metadata.get("pretext_restored_share")
+    of_training = " of the training cases (fold all has no others)" if metadata["fold"] == "all" else ""
+    samples = f"fixed validation samples{of_training}"
     parts = []
     if dice:
         steps = metadata["settings"]["coefficient_steps"]
-        parts.append(f"""Dice on fixed validation samples by fusion coefficient (mean {sum(dice) / len(dice):.3f}):
+        parts.append(f"""Dice on {samples} by fusion coefficient (mean {sum(dice) / len(dice):.3f}):
 
 | {" | ".join(f"{label}/{steps}" for label in range(len(dice)))} |
 |{"---|" * len(dice)}
 | {" | ".join(f"{value:.3f}" for value in dice)} |""")
     if share:
         parts.append(
-            "Share of the variance of the hidden blocks that the network restores, for each channel: "
+            f"Share of the variance of the hidden blocks that the network restores, on {samples}, for each channel: "
             + ", ".join(f"{value:.3f}" for value in share)
         )
     return "\n\n".join(parts)

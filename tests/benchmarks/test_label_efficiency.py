@@ -558,6 +558,7 @@ def test_the_start_of_a_curve_is_tabulated_for_each_seed():
     (row,) = early_table(pd.DataFrame(rows))
     assert row["after 25"] == "0.200 (0.100, 0.300)"
     assert (row["after 50"], row["after 100"]) == ("0.500 (0.500, 0.500)", "-")
+    assert row["at the end"] == "0.533 (0.500, 0.567)"
 
 
 def test_the_interval_contains_the_mean_gain_and_narrows_with_more_cases():
