@@ -146,6 +146,7 @@ class VFFinetuneTrainer(ResumableTrainer):
                 "from scratch" if record is None else f"from {describe_origin(record)}"
                 for record in (recorded, self.pretrained_record)
             )
+            now = f"{now} with other content" if now == before else now
             raise UserError(
                 f"{file} was trained {before}; a training {now} would replace it. Write to another folder (export "
                 f"nnUNet_results=FOLDER), or move {folder} away"

@@ -105,9 +105,9 @@ def test_a_training_from_other_weights_is_not_replaced(artifact, copied_dataset,
     content = torch.load(artifact, weights_only=True)
     content["network_weights"] = {name: tensor + 1 for name, tensor in content["network_weights"].items()}
     torch.save(content, other)
-    for options, now in ((["-pretrained_weights", str(other)], "from vf_pretrained.pth"), ([], "from scratch")):
+    for options, now in ((["-pretrained_weights", str(other)], "from .* with other content"), ([], "from scratch")):
         trainer = make_trainer(monkeypatch, *options)
-        message = rf"was trained from vf_pretrained.pth.*; a training {now}.* would replace it"
+        message = rf"was trained from vf_pretrained.pth.*; a training {now} would replace it"
         with pytest.raises(SystemExit, match=message):
             trainer.run_training()
         assert "would replace it" in Path(trainer.log_file).read_text()
