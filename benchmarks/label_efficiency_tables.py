@@ -242,15 +242,15 @@ def early_table(curves: pd.DataFrame) -> list[Row]:
     table = []
     for (plans, labels, variant, arm), rows in curves.groupby(["plans", "labels", "variant", "arm"]):
         row = {"plans": plans, "labels": str(labels), "variant": variant, "pretraining": arm}
-        columns = {
-            f"after {iteration}": [*dice_by_seed(select(rows, iteration=iteration)).values()]
-            for iteration in EARLY_ITERATIONS
-        }
-        columns["at the end"] = [smooth(of_seed).iloc[-1] for _, of_seed in rows.groupby("seed")]
-        table.append(
-            row | {name: f"{fmean(dice):.3f} ({join(dice, '.3f')})" if dice else "-" for name, dice in columns.items()}
-        )
+        for iteration in EARLY_ITERATIONS:
+            row[f"after {iteration}"] = _mean_and_each([*dice_by_seed(select(rows, iteration=iteration)).values()])
+        row["at the end"] = _mean_and_each([smooth(of_seed).iloc[-1] for _, of_seed in rows.groupby("seed")])
+        table.append(row)
     return table
+
+
+def _mean_and_each(dice: Sequence[float]) -> str:
+    return f"{fmean(dice):.3f} ({join(dice, '.3f')})" if dice else "-"
 
 
 # ---------------------------------------------------------------- pretrainings
