@@ -17,8 +17,8 @@ from nnunetv2_vf.demo.phantoms import write_dataset
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_commands import Workspace
 
-RESULTS = Path(__file__).parent / "results"
-IMAGES = Path(__file__).parents[1] / "docs" / "images"
+RESULTS = Path(__file__).resolve().parent / "results"
+IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 PEERS = {
     "MIS-FM": "https://github.com/openmedlab/MIS-FM",
     "PyMIC": "https://github.com/HiLab-git/PyMIC",

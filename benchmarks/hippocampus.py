@@ -87,7 +87,8 @@ class Journey:
     def prepare(self, data: Path) -> None:
         """Copy the dataset, plan and preprocess it."""
         workspace = self.workspace
-        if (workspace.preprocessed / DATASET / f"{self.plans}_3d_fullres").is_dir():
+        prepared = workspace.folder / f"prepared_{self.plans}"
+        if prepared.exists():
             return
         shutil.copytree(data, workspace.raw / DATASET, copy_function=shutil.copyfile, dirs_exist_ok=True)
         workspace.run("nnUNetv2_extract_fingerprint", "-d", DATASET_ID, "-np", 2)
@@ -96,6 +97,7 @@ class Journey:
         else:
             workspace.run("nnUNetv2_plan_experiment", "-d", DATASET_ID)
         workspace.run("nnUNetv2_preprocess", "-d", DATASET_ID, "-plans_name", self.plans, "-c", "3d_fullres", "-np", 2)
+        prepared.touch()
 
     def pretrain(self, settings: dict[str, Any], results: Path) -> Path:
         """Pretrain on fold 0; return its folder."""

@@ -38,17 +38,17 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from cells import CELL, DEFAULT_VARIANT, Cell, belongs_to, changes_of, read_rows, usual_seconds, write_cell
+from cells import DEFAULT_VARIANT, Cell, Tables, changes_of
 from common import NETWORK_PLANS, RESULTS, describe_device, make_parser, write_result
 from label_efficiency_report import add_experiment, read_experiment, write_report
-from label_efficiency_tables import CURVES, PRETRAININGS, SCORES, VARIANT_CURVES, VARIANTS
+from label_efficiency_tables import PRETRAININGS
 from pretrainings import Pretrainings
 from segmentation_scores import score
 from training_command import TrainingCommand, has_checkpoint, variables
@@ -57,7 +57,8 @@ from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.nnunet_commands import Workspace
 
 FINETUNE = "VFFinetuneTrainer"
-NEED_PRETRAINED = {"schedule", "kernel_norms", "fresh_decoder_stages"}  # without effect from scratch
+NEED_PRETRAINED = {"kernel_norms", "fresh_decoder_stages"}  # without effect from scratch
+ENCODER_SCHEDULES = ("encoder_only", "frozen_encoder")  # for a pretrained encoder
 RECORD = "config.json"  # the configuration of the tables beside it
 # On a GPU an epoch lasts seconds: saving after each took half of the time (one H100, 15 trainings at a time). ``--c``
 # then continues from the best checkpoint.
@@ -124,9 +125,12 @@ class Experiment:
     def prepare(self, data: Path) -> None:
         """Copy the cases, the test cases apart from the others; plan, preprocess, and derive the smaller plans."""
         finished = self.workspace.folder / "prepared"
+        bases = {change.get("of", name) for name, change in self.config["plans"].items()}
+        if not all((self.workspace.preprocessed / self.dataset / f"{plans}.json").is_file() for plans in bases):
+            finished.unlink(missing_ok=True)
         if not finished.exists():
             self._copy_cases(data)
-            self._plan_and_preprocess()
+            self._plan_and_preprocess(bases)
             finished.touch()
         for name, change in {**self.config["plans"], **self.config["pretraining_plans"]}.items():
             if "of" in change:
@@ -155,15 +159,14 @@ class Experiment:
                 f"comes from: {self.config['source']}"
             )
 
-    def _plan_and_preprocess(self) -> None:
+    def _plan_and_preprocess(self, bases: Collection[str]) -> None:
         """Run nnU-Net's planning and preprocessing; write one fold for every number of labels and seed."""
         run = self.workspace.run
         dataset_id = int(self.dataset[7:10])
         run("nnUNetv2_extract_fingerprint", "-d", dataset_id, "-np", 2)
-        needed = {change.get("of", name) for name, change in self.config["plans"].items()}
         spacing = self.config.get("spacing", ())
         for command, plans in NETWORK_PLANS.values():
-            if plans in needed:
+            if plans in bases:
                 run(*command, "-d", dataset_id, *(("-overwrite_target_spacing", *spacing) if spacing else ()))
                 run("nnUNetv2_preprocess", "-d", dataset_id, "-plans_name", plans, "-c", "3d_fullres", "-np", 2)
         folds = [self._split(labels, seed) for labels in self.config["labels"] for seed in range(MAX_SEEDS)]
@@ -193,9 +196,7 @@ class Experiment:
 
     def fold(self, cell: Cell) -> int:
         """Return the number of a cell's fold in nnU-Net's splits_final.json."""
-        if cell.labels not in self.config["labels"] or not 0 <= cell.seed < MAX_SEEDS:
-            raise UserError(f"{cell}: legal are {self.config['labels']} labels and seeds below {MAX_SEEDS}")
-        return int(self.config["labels"].index(cell.labels)) * MAX_SEEDS + cell.seed
+        return fold_number(self.config, cell.labels, cell.seed)
 
     def _split(self, labels: int, seed: int) -> dict[str, list[str]]:
         """Return the fold of a number of labels; more labels of the same seed only add cases."""
@@ -204,23 +205,23 @@ class Experiment:
 
     # ------------------------------------------------------------------ trainings
 
-    def run(self, cells: Sequence[Cell], tables: Path, on_test_cases: bool, minutes: float = math.inf) -> None:
+    def run(self, cells: Sequence[Cell], folder: Path, on_test_cases: bool, minutes: float = math.inf) -> None:
         """Run the cells that are not in the tables yet.
 
         Pretrainings start first; cells from scratch, which do not need one, come next.
 
         Args:
-            minutes: no cell starts that would not end within this time, judged by the finished cells of its plans.
+            folder: of the tables.
+            minutes: no cell starts that would not end within this time, judged by finished cells like it.
+
+        Raises:
+            UserError: a training failed. No further one was started; the cells that still ran are in the tables.
         """
         deadline = time.monotonic() + 60 * minutes
         for cell in cells:
             self.check(cell)
-        file, curve_file = (
-            tables / name for name in ((SCORES, CURVES) if on_test_cases else (VARIANTS, VARIANT_CURVES))
-        )
-        key = CELL if on_test_cases else [*CELL, "variant"]
-        rows = read_rows(file)
-        remaining = [cell for cell in cells if not any(belongs_to(row, cell, key) for row in rows)]
+        tables = Tables(folder, on_test_cases)
+        remaining = tables.without_finished(cells)
         remaining.sort(key=lambda cell: cell.arm != "scratch")
         sources = {cell: self.pretrainings.of(cell) for cell in remaining if cell.arm != "scratch"}
         for source in sources.values():
@@ -228,26 +229,18 @@ class Experiment:
         print(f"{len(cells)} cells, {len(cells) - len(remaining)} of them are finished", flush=True)
         with ThreadPoolExecutor(self.jobs) as jobs:  # starts jobs in this order, so no cell waits for a later job
             pretrained = {source: jobs.submit(self.pretrainings.make, source) for source in sorted({*sources.values()})}
-            running = {}
-            for cell in remaining:
-                weights = pretrained[sources[cell]] if cell in sources else None
-                usual_s = usual_seconds(rows, cell)
-                running[jobs.submit(self._finetune_in_time, cell, on_test_cases, weights, deadline - usual_s)] = cell
-            for number, future in enumerate(as_completed(running), 1):
-                if future.exception() is not None:
-                    jobs.shutdown(cancel_futures=True)
-                cell = running[future]
-                if future.result() is None:
-                    print(f"{number} of {len(remaining)}: {cell}: not started, it would not end in time", flush=True)
-                    continue
-                scores, curve = future.result()
-                if cell in sources:
-                    weights_file = pretrained[sources[cell]].result()
-                    self.pretrainings.keep_report(sources[cell], weights_file, tables / PRETRAININGS)
-                write_cell(curve_file, key, cell, curve)  # first: a cell with scores counts as finished
-                write_cell(file, key, cell, scores)
-                mean = np.mean([row["dice"] for row in scores])
-                print(f"{number} of {len(remaining)}: {cell}: Dice {mean:.3f}", flush=True)
+            running = [
+                jobs.submit(
+                    self._run_cell, cell, tables, pretrained[sources[cell]] if cell in sources else None, deadline
+                )
+                for cell in remaining
+            ]
+            try:
+                for number, future in enumerate(as_completed(running), 1):
+                    print(f"{number} of {len(remaining)}: {future.result()}", flush=True)
+            finally:  # after an error or Ctrl-C: start nothing more, wait for what runs
+                for future in (*pretrained.values(), *running):
+                    future.cancel()
 
     def check(self, cell: Cell) -> None:
         """Raise UserError if a cell is not in the configuration, or its variant does not apply to its arm."""
@@ -257,7 +250,7 @@ class Experiment:
             if value not in legal:
                 raise UserError(f"--{name} {value} is not in the experiment; legal: {', '.join(legal)}")
         variant, arm = changes_of(self.config, cell.variant), self.config["arms"][cell.arm]
-        finetuning = variant.get("finetuning", {}).keys()
+        finetuning = variant.get("finetuning", {})
         in_both = {
             name
             for kind in ("pretraining", "finetuning")
@@ -273,33 +266,34 @@ class Experiment:
         unused = self.pretrainings.settings_without_effect(cell)
         if "pretraining" in variant and variant["pretraining"].keys() <= unused:
             raise UserError(f"{cell}: this variant changes nothing in the arm's pretext; leave the arm out (--arms)")
-        if cell.arm == "scratch" and ("pretraining" in variant or finetuning & NEED_PRETRAINED):
+        needs_pretrained = finetuning.keys() & NEED_PRETRAINED or finetuning.get("schedule") in ENCODER_SCHEDULES
+        if cell.arm == "scratch" and ("pretraining" in variant or needs_pretrained):
             raise UserError(f"{cell}: this variant changes nothing from scratch; leave the arm out (--arms)")
 
-    def _finetune_in_time(
-        self, cell: Cell, on_test_cases: bool, pretrained: Future[Path] | None, latest_start: float
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]] | None:
-        """Train and score a cell, unless it is too late; return its scores, with machine and time, and its curve."""
-        if pretrained is not None:
-            pretrained.result()
-        start = time.monotonic()
-        if start > latest_start:
-            return None
-        scores, curve = self.finetune(cell, on_test_cases, pretrained)
+    def _run_cell(self, cell: Cell, tables: Tables, pretrained: Future[Path] | None, deadline: float) -> str:
+        """Train and score a cell and add it to the tables, unless it would not end in time; return what happened."""
+        weights = pretrained.result() if pretrained else None
+        start, machine = time.monotonic(), describe_device(self.device)
+        if start + tables.usual_seconds(cell, machine) > deadline:
+            return f"{cell}: not started, it would not end in time"
+        is_new = not has_checkpoint(self._fold_folder(cell))
+        scores, curve = self.finetune(cell, tables.of_test_cases, weights)
         run = {
-            "pretraining": self.pretrainings.fingerprint(self.pretrainings.of(cell)) if pretrained else "",
-            "seconds": round(time.monotonic() - start),
-            "machine": describe_device(self.device),
+            "pretraining": self.pretrainings.fingerprint(self.pretrainings.of(cell)) if weights else "",
+            "seconds": round(time.monotonic() - start) if is_new else "",
+            "machine": machine,
             **versions(),
         }
-        return [{**row, **run} for row in scores], curve
+        if weights:
+            self.pretrainings.keep_report(self.pretrainings.of(cell), weights, tables.folder / PRETRAININGS)
+        tables.add(cell, [{**row, **run} for row in scores], curve)
+        return f"{cell}: Dice {np.mean([row['dice'] for row in scores]):.3f}"
 
     def finetune(
-        self, cell: Cell, on_test_cases: bool, pretrained: Future[Path] | None
+        self, cell: Cell, on_test_cases: bool, weights: Path | None
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Train and score a cell; return the rows of its scores and of its curve."""
-        results = self.workspace.folder / "finetuning" / cell.variant / cell.arm
-        fold = self.workspace.fold_folder(self.dataset, FINETUNE, self.fold(cell), results, cell.plans)
+        results, fold = self._results(cell), self._fold_folder(cell)
         settings = {
             "save_every_minutes": 1e6,
             **SAVING[self.device],
@@ -312,38 +306,72 @@ class Experiment:
         where = (cell.plans, FINETUNE, self.fold(cell), results)
         final = fold / "checkpoint_final.pth"
         if not final.is_file():
-            flags: list[object] = ["-pretrained_weights", pretrained.result()] if pretrained else []
+            flags: list[object] = ["-pretrained_weights", weights] if weights else []
             flags = ["--c"] if has_checkpoint(fold) else flags
             self.training.run(*where, *flags, **variables("nnUNet_vf_finetune_", settings))
         elif not (fold / "validation" / "summary.json").is_file():
             self.training.run(*where, "--val")
         if on_test_cases:
-            scores = self._score("test", self._predict(cell, results, fold / "predicted"), "labelsTs")
+            self._predict(cell)
+            scores = self.score_test_cases(cell)
         else:
             scores = self._score("validation", fold / "validation", "labelsTr")
         return scores, read_curve(final, settings["iterations_per_epoch"], [*self._classes()])
 
-    def _predict(self, cell: Cell, results: Path, predictions: Path) -> Path:
+    def _results(self, cell: Cell) -> Path:
+        return self.workspace.folder / "finetuning" / cell.variant / cell.arm
+
+    def _fold_folder(self, cell: Cell) -> Path:
+        return self.workspace.fold_folder(self.dataset, FINETUNE, self.fold(cell), self._results(cell), cell.plans)
+
+    def predictions(self, cell: Cell) -> Path:
+        """Return the folder with the predictions of a cell's test cases."""
+        return self._fold_folder(cell) / "predicted"
+
+    def score_test_cases(self, cell: Cell, largest_component: bool = False) -> list[dict[str, Any]]:
+        """Return the scores of a cell's predictions of the test cases, one row for each case and class.
+
+        Args:
+            largest_component: score only the largest connected component of each class.
+        """
+        return self._score("test", self.predictions(cell), "labelsTs", largest_component)
+
+    def _predict(self, cell: Cell) -> None:
         common = ("-p", cell.plans, "-tr", FINETUNE, "-device", self.device, "-f", self.fold(cell))
         self.workspace.run(
             *("nnUNetv2_predict", "-d", self.dataset, "-c", "3d_fullres", *common, "-npp", 1, "-nps", 1),
-            *("-i", self.workspace.raw / self.dataset / "imagesTs", "-o", predictions),
-            nnUNet_results=results,
+            *("-i", self.workspace.raw / self.dataset / "imagesTs", "-o", self.predictions(cell)),
+            nnUNet_results=self._results(cell),
         )
-        return predictions
 
-    def _score(self, role: str, predictions: Path, labels: str) -> list[dict[str, Any]]:
+    def _score(
+        self, role: str, predictions: Path, labels: str, largest_component: bool = False
+    ) -> list[dict[str, Any]]:
         truth = self.workspace.raw / self.dataset / labels
-        return [
-            {"case": case, "class": name, **score(truth / f"{case}.nii.gz", predictions / f"{case}.nii.gz", value)}
-            for case in self.config["split"][role]
-            for name, value in self._classes().items()
-        ]
+        rows = []
+        for case in self.config["split"][role]:
+            for name, value in self._classes().items():
+                files = (truth / f"{case}.nii.gz", predictions / f"{case}.nii.gz")
+                rows.append({"case": case, "class": name, **score(*files, value, largest_component)})
+        return rows
 
     def _classes(self) -> dict[str, int]:
-        """Return the label values by class name, without the background."""
+        """Return the label values by class name, without the background, in the order of nnU-Net's pseudo Dice."""
         labels = json.loads((self.workspace.raw / self.dataset / "dataset.json").read_text())["labels"]
-        return {name: value for name, value in labels.items() if value > 0}
+        return {name: labels[name] for name in sorted(labels, key=labels.get) if labels[name] > 0}
+
+
+def fold_number(config: Mapping[str, Any], labels: int, seed: int) -> int:
+    """Return the number of the fold of some labels and a seed in nnU-Net's splits_final.json.
+
+    Raises:
+        UserError: the experiment has no such fold.
+    """
+    if labels not in config["labels"] or not 0 <= seed < MAX_SEEDS:
+        raise UserError(
+            f"{labels} labels, seed {seed}: legal are {config['labels']} labels and seeds below {MAX_SEEDS}"
+        )
+    return int(config["labels"].index(labels)) * MAX_SEEDS + seed
 
 
 def require_same_configuration(record: Path, config: Mapping[str, Any]) -> None:

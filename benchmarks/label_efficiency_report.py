@@ -2,8 +2,9 @@
 
     python benchmarks/label_efficiency_report.py EXPERIMENT [--tables FOLDER]
 
-EXPERIMENT is the name of a file in ``benchmarks/experiments``. Reads ``scores.csv`` (test cases), ``curves.csv``,
-``variants.csv`` and ``variant_curves.csv`` (validation cases) and ``pretrainings`` (reports of the pretexts) in FOLDER.
+EXPERIMENT is the name of a file in ``benchmarks/experiments``. Reads in FOLDER ``scores.csv`` and
+``largest_component.csv`` (test cases), ``curves.csv``, ``variants.csv`` and ``variant_curves.csv`` (validation cases)
+and ``pretrainings`` (reports of the pretexts).
 Writes ``table.md`` beside them and draws ``few_labels_EXPERIMENT.png``, and ``few_labels_EXPERIMENT_lengths.png`` if
 arms differ in the length of their pretraining. For the committed tables, the figures go to ``docs/images``, and each
 table to the page that has a line ``<!-- EXPERIMENT: title of the table -->``. ``label_efficiency.py`` does the same
@@ -21,18 +22,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cells import CURVES, LARGEST_COMPONENT, SCORES, VARIANT_CURVES, VARIANTS
 from common import IMAGES, RESULTS, make_parser, markdown_table
 from label_efficiency_figures import draw, draw_lengths
 from label_efficiency_tables import (
-    CURVES,
     PRETRAININGS,
-    SCORES,
     TABLE,
-    VARIANT_CURVES,
-    VARIANTS,
     Row,
     curves_table,
     early_table,
+    largest_component_table,
     lengths_table,
     pretrainings_table,
     read_table,
@@ -81,11 +80,12 @@ def write_report(folder: Path, name: str, config: Mapping[str, Any]) -> None:
 
 def make_tables(folder: Path, config: Mapping[str, Any]) -> dict[str, list[Row]]:
     """Return the tables of the CSV files in a folder by title, without empty ones."""
-    files = (SCORES, CURVES, VARIANTS, VARIANT_CURVES)
-    scores, curves, variants, variant_curves = (read_table(folder / file) for file in files)
+    files = (SCORES, LARGEST_COMPONENT, CURVES, VARIANTS, VARIANT_CURVES)
+    scores, largest_component, curves, variants, variant_curves = (read_table(folder / file) for file in files)
     arms = [*config["arms"]]
     tables = {
         "Test cases": scores_table(scores, curves, arms),
+        "Test cases, largest component": largest_component_table(largest_component, arms),
         LENGTHS: lengths_table(scores, config),
         "Curves, validation cases": curves_table(curves, arms),
         "Variants, validation cases": variants_table(variants),

@@ -7,21 +7,21 @@ A table is a list of rows; a row holds text by column. The scores, curves and va
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from cells import CELL
+from cells import CELL, Cell
+from pretrainings import pretraining_settings
 from scipy import stats
 
 from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.settings.legal_values import format_value
 
-SCORES, CURVES, TABLE = "scores.csv", "curves.csv", "table.md"
-VARIANTS, VARIANT_CURVES = "variants.csv", "variant_curves.csv"
+TABLE = "table.md"
 PRETRAININGS = "pretrainings"
 COLLAPSED_DICE = 0.1  # a training with a class of a lower mean Dice has collapsed
 SMOOTHED_EPOCHS = 3
@@ -64,18 +64,42 @@ def join(values: Sequence[float], form: str) -> str:
 def scores_table(scores: pd.DataFrame, curves: pd.DataFrame, arms: Sequence[str]) -> list[Row]:
     """Return one row for every network, number of labels and arm: Dice, gain over scratch, classes, speed."""
     table = []
-    for (plans, labels), group in scores.groupby(["plans", "labels"]):
-        scratch = select(group, arm="scratch")
-        own_curves = select(curves, plans=plans, labels=labels)
+    for rows, scratch in _compared(scores, arms):
+        first = rows.iloc[0]
+        own_curves = select(curves, plans=first["plans"], labels=first["labels"])
+        speed = _speed_columns(own_curves, first["arm"])
+        table.append(_dice_columns(rows, scratch) | _detail_columns(rows) | speed)
+    return table
+
+
+def largest_component_table(scores: pd.DataFrame, arms: Sequence[str]) -> list[Row]:
+    """Return one row for every network, number of labels and arm: the scores of papers on the left atrium."""
+    return [
+        _dice_columns(rows, scratch)
+        | {
+            "Jaccard": f"{rows['jaccard'].mean():.3f}",
+            "sd95, mm": f"{rows['sd95'].mean():.2f}",
+            "asd, mm": f"{rows['asd'].mean():.2f}",
+            "not found": _not_found(rows),
+        }
+        for rows, scratch in _compared(scores, arms)
+    ]
+
+
+def _compared(scores: pd.DataFrame, arms: Sequence[str]) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
+    """Yield the rows of every network, number of labels and arm, with those from scratch that they are compared to."""
+    for _, group in scores.groupby(["plans", "labels"]):
         for arm in arms:
             rows = select(group, arm=arm)
             if len(rows):
-                dice = [*dice_by_seed(rows).values()]
-                start = {"plans": plans, "labels": str(labels), "pretraining": arm, "seeds": str(len(dice))}
-                gain = _gain_columns(rows, scratch if arm != "scratch" else scratch[:0])
-                speed = _speed_columns(own_curves, arm)
-                table.append(start | {"Dice": mean_and_deviation(dice)} | gain | _detail_columns(rows) | speed)
-    return table
+                yield rows, select(group, arm="scratch") if arm != "scratch" else group[:0]
+
+
+def _dice_columns(rows: pd.DataFrame, scratch: pd.DataFrame) -> Row:
+    """Return what was trained, its Dice, and its gain over scratch."""
+    first, dice = rows.iloc[0], [*dice_by_seed(rows).values()]
+    what = {"plans": first["plans"], "labels": str(first["labels"]), "pretraining": first["arm"]}
+    return what | {"seeds": str(len(dice)), "Dice": mean_and_deviation(dice)} | _gain_columns(rows, scratch)
 
 
 def _gain_columns(rows: pd.DataFrame, scratch: pd.DataFrame) -> Row:
@@ -133,25 +157,33 @@ def _detail_columns(rows: pd.DataFrame) -> Row:
     """Return the Dice of each class, the surface distance, and the numbers of failures."""
     distances = rows["sd95"].dropna()
     by_class = rows.groupby("class")["dice"].mean()
-    collapsed = (rows.groupby(["class", "seed"])["dice"].mean() < COLLAPSED_DICE).sum()
+    worst_class = rows.groupby(["seed", "class"])["dice"].mean().groupby("seed").min()
     return {
         **{name.lower().replace("_", " "): f"{dice:.3f}" for name, dice in by_class.items()},
         "sd95, mm": f"{distances.mean():.2f}" if len(distances) else "-",
-        "not found": f"{rows['sd95'].isna().sum()} of {len(rows)}",
-        "collapsed": str(collapsed),
+        "not found": _not_found(rows),
+        "collapsed": str((worst_class < COLLAPSED_DICE).sum()),
     }
+
+
+def _not_found(rows: pd.DataFrame) -> str:
+    return f"{rows['sd95'].isna().sum()} of {len(rows)}"
 
 
 # ---------------------------------------------------------------- length of the pretraining
 
 
 def arms_by_length(scores: pd.DataFrame, config: Mapping[str, Any]) -> list[dict[int, str]]:
-    """Return the groups of arms with scores that differ in the iterations of their pretraining alone."""
+    """Return the groups of arms with scores that differ in the iterations of their pretraining alone.
+
+    Args:
+        scores: of one network and number of labels.
+    """
     groups: dict[str, dict[int, str]] = {}
     for arm, changes in config["arms"].items():
-        settings = {**config["pretraining"], **changes.get("pretraining", {})}
-        iterations = settings.pop("num_epochs") * settings["iterations_per_epoch"]
         if arm != "scratch" and len(select(scores, arm=arm)):
+            settings = pretraining_settings(config, Cell(scores["plans"].iloc[0], arm, labels=0, seed=0))
+            iterations = settings.pop("num_epochs") * settings["iterations_per_epoch"]
             groups.setdefault(json.dumps([settings, changes.get("finetuning")], sort_keys=True), {})[iterations] = arm
     return [dict(sorted(group.items())) for group in groups.values() if len(group) > 1]
 
@@ -243,13 +275,13 @@ def early_table(curves: pd.DataFrame) -> list[Row]:
     for (plans, labels, variant, arm), rows in curves.groupby(["plans", "labels", "variant", "arm"]):
         row = {"plans": plans, "labels": str(labels), "variant": variant, "pretraining": arm}
         for iteration in EARLY_ITERATIONS:
-            row[f"after {iteration}"] = _mean_and_each([*dice_by_seed(select(rows, iteration=iteration)).values()])
-        row["at the end"] = _mean_and_each([smooth(of_seed).iloc[-1] for _, of_seed in rows.groupby("seed")])
+            row[f"after {iteration}"] = mean_and_each([*dice_by_seed(select(rows, iteration=iteration)).values()])
+        row["at the end"] = mean_and_each([smooth(of_seed).iloc[-1] for _, of_seed in rows.groupby("seed")])
         table.append(row)
     return table
 
 
-def _mean_and_each(dice: Sequence[float]) -> str:
+def mean_and_each(dice: Sequence[float]) -> str:
     return f"{fmean(dice):.3f} ({join(dice, '.3f')})" if dice else "-"
 
 

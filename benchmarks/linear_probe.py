@@ -9,7 +9,7 @@ all stages of the encoder, of the decoder, or of the decoder's last stage alone,
 its features at once.)
 A logistic regression learns from the labelled cases of the experiment with these labels and seeds and segments
 ``--cases`` of its validation cases. Test cases are not used. Prints the mean Dice of the classes, beside that of a
-network with new weights; writes ``linear_probe_PLANS_LABELS.json``.
+network with new weights; writes ``linear_probe_EXPERIMENT_PLANS_LABELS.json``.
 
 Duration: minutes on one CPU core. Needs: the folder of ``label_efficiency.py``, pretrained weights.
 """
@@ -17,7 +17,7 @@ Duration: minutes on one CPU core. Needs: the folder of ``label_efficiency.py``,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
@@ -27,8 +27,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from common import make_parser, report
-from label_efficiency import MAX_SEEDS
+from label_efficiency import fold_number
 from label_efficiency_report import read_experiment
+from label_efficiency_tables import mean_and_each
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetBaseDataset
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -81,15 +82,13 @@ def main() -> None:
     with one_line_errors():
         config = read_experiment(args.experiment)
         files = {NEW: None, **dict(map(split_argument, args.weights))}
-        if args.labels not in config["labels"]:
-            raise UserError(f"--labels {args.labels} is not in the experiment; legal: {config['labels']}")
+        folds = [fold_number(config, args.labels, seed) for seed in args.seeds]
         preprocessed = args.folder / "preprocessed" / config["dataset"]
         if not preprocessed.is_dir():
             raise UserError(f"{preprocessed} does not exist; prepare it: python benchmarks/label_efficiency.py")
         plan = PlansManager(str(preprocessed / f"{args.plans}.json")).get_configuration("3d_fullres")
         images = preprocessed / plan.data_identifier
         cases = infer_dataset_class(str(images))(str(images))
-        folds = [config["labels"].index(args.labels) * MAX_SEEDS + seed for seed in args.seeds]
         splits = json.loads((preprocessed / "splits_final.json").read_text())
         networks = {name: build_network(plan, file) for name, file in files.items()}
         dice = {
@@ -100,8 +99,9 @@ def main() -> None:
         {"weights": name} | {depth: mean_and_each([of_seed[depth] for of_seed in by_seed]) for depth in DEPTHS}
         for name, by_seed in dice.items()
     ]
-    about = f"{args.plans}, {args.labels} labels, Dice of {args.cases} validation cases: mean (of each seed)"
-    report(args, f"linear_probe_{args.plans}_{args.labels}", about, rows, dice=dice)
+    number = len(splits[folds[0]]["val"][: args.cases])
+    about = f"{args.plans}, {args.labels} labels, Dice of {number} validation cases: mean (of each seed)"
+    report(args, f"linear_probe_{args.experiment}_{args.plans}_{args.labels}", about, rows, dice=dice)
 
 
 def split_argument(argument: str) -> tuple[str, str]:
@@ -109,10 +109,6 @@ def split_argument(argument: str) -> tuple[str, str]:
     if not equals:
         raise UserError(f"{argument!r} is not NAME=FILE, for example boxes=vf_pretrained.pth")
     return name, file
-
-
-def mean_and_each(values: Sequence[float]) -> str:
-    return f"{fmean(values):.3f} ({', '.join(f'{value:.3f}' for value in values)})"
 
 
 def build_network(plan: ConfigurationManager, file: str | None) -> nn.Module:

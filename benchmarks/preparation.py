@@ -8,7 +8,7 @@ processes. Each of our commands is then killed with SIGKILL after half of its ti
 are compared with those of nnU-Net.
 
 Efficiency is the time with 1 process, divided by twice the time with 2. Memory is the proportional set size of all
-processes. Writes ``preparation_cpu.json``.
+processes. Writes ``preparation_VOLUMES_cpu.json``.
 
 Duration: 1 hour on 2 CPU cores. Needs: Linux.
 """
@@ -43,9 +43,12 @@ def main() -> None:
     parser.add_argument("--spacing", type=float, default=5.0, metavar="MM")
     args = parser.parse_args()
     with one_line_errors():
-        data = args.work / "volumes"
+        data = args.work / f"volumes_{args.volumes}_of_{args.spacing}_mm"
         if not data.is_dir():
-            write_volumes(data, args.volumes, args.spacing)
+            part = data.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            write_volumes(part, args.volumes, args.spacing)
+            part.rename(data)
         runs = {name: Run(args.work / name, data) for name in ("ours", "stock")}
         rows = measure(runs["ours"], runs["stock"])
         killed = [measure_kill(Run(args.work / "killed", data), step, rows) for step in ("import", *STOCK)]
@@ -58,7 +61,7 @@ def main() -> None:
         "steps": rows,
         "killed": killed,
     }
-    write_result(args.output or RESULTS / "preparation_cpu.json", result)
+    write_result(args.output or RESULTS / f"preparation_{args.volumes}_cpu.json", result)
     print(f"\n{markdown_table(rows)}\n\n{markdown_table(killed)}")
 
 
@@ -135,6 +138,7 @@ def measure_kill(run: Run, step: str, rows: list[dict[str, Any]]) -> dict[str, A
     """Kill a step with 2 processes after half of its time, and run it again."""
     if step == "preprocess":
         run.plan()
+    run.forget(step)
     (whole,) = (row["2 processes, s"] for row in rows if (row["step"], row["whose"]) == (step, "ours"))
     run.time(step, 2, kill_after=whole / 2)
     seconds, _ = run.time(step, 2)

@@ -78,7 +78,7 @@ def main() -> None:
     ]
     plan_text = f"{args.network}, {args.pretext}, patch {by(plan['patch_size'])}, batch {plan['batch_size']}"
     about = f"{plan_text}, {args.workers} workers, {describe_device(args.device)}: median (range)"
-    kind = "" if args.pretext == "fusion" else f"_{args.pretext}"
+    kind = "".join(f"_{value}" for value in (args.network, args.pretext) if value not in ("U-Net", "fusion"))
     report(args, f"pretrain_step{kind}_{args.device}", about, rows, waiting=wait, working=step, alone=load)
 
 

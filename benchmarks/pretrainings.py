@@ -48,14 +48,8 @@ class Pretrainings:
 
     def of(self, cell: Cell) -> Pretraining:
         """Return the pretraining from which a cell starts."""
-        plans = str(self.config["plans"][cell.plans].get("pretrained_with", cell.plans))
-        settings = {
-            **self.config["pretraining"],
-            **self.config["pretraining_plans"].get(plans, {}).get("pretraining", {}),
-            **self.config["arms"][cell.arm].get("pretraining", {}),
-            **changes_of(self.config, cell.variant).get("pretraining", {}),
-        }
-        return Pretraining(plans, tuple(sorted(settings.items())))
+        settings = pretraining_settings(self.config, cell)
+        return Pretraining(_pretrained_plans(self.config, cell), tuple(sorted(settings.items())))
 
     def settings_without_effect(self, cell: Cell) -> set[str]:
         """Return the names of the settings that the pretext of a cell's pretraining does not use."""
@@ -66,7 +60,8 @@ class Pretrainings:
     def fingerprint(self, pretraining: Pretraining) -> str:
         """Return the name of a pretraining's folder: a digest of its plans, settings and cases.
 
-        Its weights may have been made on another machine: copy the folder, and they are found.
+        Its weights may have been made on another machine: copy the folder, and they are found. It does not depend on
+        the version of the code: after a change of the pretraining itself, take another ``--work``.
         """
         plans = json.loads(self._plans_file(pretraining).read_text())
         cases = self.config["split"]["labelled"] + self.config["split"]["validation"]
@@ -120,3 +115,17 @@ class Pretrainings:
 
     def _plans_file(self, pretraining: Pretraining) -> Path:
         return self.workspace.preprocessed / self.config["dataset"] / f"{pretraining.plans}.json"
+
+
+def pretraining_settings(config: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
+    """Return the settings of the pretraining from which a cell of an experiment starts."""
+    return {
+        **config["pretraining"],
+        **config["pretraining_plans"].get(_pretrained_plans(config, cell), {}).get("pretraining", {}),
+        **config["arms"][cell.arm].get("pretraining", {}),
+        **changes_of(config, cell.variant).get("pretraining", {}),
+    }
+
+
+def _pretrained_plans(config: Mapping[str, Any], cell: Cell) -> str:
+    return str(config["plans"][cell.plans].get("pretrained_with", cell.plans))

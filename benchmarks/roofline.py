@@ -97,7 +97,16 @@ def main() -> None:
     }
     kinds = [kind_row(name, spent[name], spent.total(), bounds.get(name, 0.0)) for name, _ in spent.most_common()]
     about = f"PCT-Net, batch {args.batch} of {by(args.size)}, {args.precision}, {describe_device(args.device)}"
-    report(args, f"roofline_{args.device}", about, rows, seconds=seconds, kinds=kinds, spent=spent, bounds=bounds)
+    report(
+        args,
+        f"roofline_{args.device}_{args.precision}",
+        about,
+        rows,
+        seconds=seconds,
+        kinds=kinds,
+        spent=spent,
+        bounds=bounds,
+    )
     print(f"\n{markdown_table(kinds)}")
 
 

@@ -4,36 +4,50 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK
 import torch
-from cells import CELL, Cell, belongs_to, read_rows, usual_seconds, write_cell
-from common import RESULTS
+from cells import (
+    CELL,
+    CURVES,
+    DEFAULT_VARIANT,
+    LARGEST_COMPONENT,
+    SCORES,
+    VARIANTS,
+    Cell,
+    Tables,
+    belongs_to,
+    read_rows,
+    write_cell,
+)
+from common import RESULTS, describe_device
 from foreign_checkpoints import nnssl_checkpoint
 from label_efficiency import MAX_SEEDS, RECORD, Experiment, require_same_configuration
 from label_efficiency_figures import draw_lengths
 from label_efficiency_report import EXPERIMENTS, PAGES, fill_page, make_tables, read_experiment, write_report
 from label_efficiency_tables import (
-    CURVES,
     PRETRAININGS,
-    SCORES,
     TABLE,
-    VARIANTS,
     bootstrap_interval,
     curves_table,
     early_table,
     gains_of_cases,
+    largest_component_table,
     lengths_table,
     pretrainings_table,
     read_table,
     scores_table,
     t_interval,
 )
+from largest_component import score_largest_components
 from pretrainings import REPORT, Pretrainings
 from segmentation_scores import score
 
@@ -68,10 +82,10 @@ def test_every_case_has_one_role(experiment):
 
 
 def test_an_experiment_has_the_entries_of_the_one_that_it_inherits_from():
-    start, parent = read_experiment("left_atrium_start"), read_experiment("left_atrium")
-    assert start["split"] == parent["split"]
-    assert (start["labels"], parent["labels"]) == ([2], [4, 8, 16])
-    assert "inherits_from" not in start
+    pretexts, parent = read_experiment("left_atrium_pretexts"), read_experiment("left_atrium")
+    assert pretexts["split"] == parent["split"]
+    assert (pretexts["labels"], parent["labels"]) == ([4, 8], [4, 8, 16])
+    assert "inherits_from" not in pretexts
 
 
 def test_an_unknown_experiment_is_refused_with_the_legal_ones():
@@ -100,7 +114,7 @@ def test_every_number_of_labels_and_seed_has_its_own_fold(experiment):
     [
         (Cell("PCTNetPlans", "encoder", 5, 0, "sawtooth"), "both set schedule"),
         (Cell("PCTNetPlans", "scratch", 5, 0, "blocks"), "changes nothing"),
-        (Cell("PCTNetPlans", "scratch", 5, 0, "sawtooth"), "changes nothing"),
+        (Cell("PCTNetPlans", "scratch", 5, 0, "frozen_encoder"), "changes nothing"),
         (Cell("PCTNetPlans", "scratch", 5, 0, "pretrained_norms"), "changes nothing"),
         (Cell("PCTNetPlans", "scratch", 5, 0, "fresh_last_stage"), "changes nothing"),
         (Cell("PCTNetPlans", "encoder", 5, 0, "fresh_last_stage"), "this arm's whole decoder is new already"),
@@ -198,8 +212,8 @@ def test_cells_from_scratch_do_not_wait_for_a_pretraining(tmp_path):
             return tmp_path / pretraining.plans
 
     class Recorded(Experiment):
-        def finetune(self, cell, on_test_cases, pretrained):
-            weights_of[cell.arm] = pretrained and pretrained.result().name
+        def finetune(self, cell, on_test_cases, weights):
+            weights_of[cell.arm] = weights and weights.name
             first_cell_is_done.set()
             return [{"case": "a", "class": "A", "dice": 0.5}], [{"iteration": 1, "class": "A", "dice": 0.5}]
 
@@ -217,7 +231,7 @@ def test_cells_from_scratch_do_not_wait_for_a_pretraining(tmp_path):
 
 def test_a_cell_that_would_not_end_in_time_is_not_started(tmp_path, capsys):
     class Recorded(Experiment):
-        def finetune(self, cell, on_test_cases, pretrained):
+        def finetune(self, cell, on_test_cases, weights):
             started.append(cell)
             return [{"case": "a", "class": "A", "dice": 0.5}], [{"iteration": 1, "class": "A", "dice": 0.5}]
 
@@ -227,22 +241,75 @@ def test_a_cell_that_would_not_end_in_time_is_not_started(tmp_path, capsys):
         Cell("nnUNetPlans", "scratch", 5, 1),
         Cell("PCTNetPlans", "scratch", 5, 0),
     )
-    write_cell(tmp_path / SCORES, CELL, first, [{"case": "a", "class": "A", "dice": 0.5, "seconds": 90}])
+    took = {"seconds": 90, "machine": describe_device("cpu")}
+    write_cell(tmp_path / SCORES, CELL, first, [{"case": "a", "class": "A", "dice": 0.5, **took}])
     experiment = Recorded(CONFIG, Workspace(tmp_path, processes=1), "cpu", jobs=1)
     experiment.run([first, slow, other], tmp_path, on_test_cases=True, minutes=1)
     assert started == [other], "one network took longer than the time that is left; how long the other takes is unknown"
     assert f"{slow}: not started, it would not end in time" in capsys.readouterr().out
 
 
-def test_the_longest_finished_cell_of_the_same_plans_counts():
-    rows = [{"plans": "a", "seconds": "5"}, {"plans": "a", "seconds": "70"}, {"plans": "b", "seconds": "900"}]
-    assert usual_seconds([*rows, {"plans": "a", "seconds": ""}, {"plans": "a"}], Cell("a", "full", 2, 0)) == 70
-    assert usual_seconds([], Cell("a", "full", 2, 0)) == 0
+def test_a_finished_cell_of_this_run_counts_too(tmp_path, capsys):
+    class Slow(Experiment):
+        def finetune(self, cell, on_test_cases, weights):
+            time.sleep(2)
+            return [{"case": "a", "class": "A", "dice": 0.5}], [{"iteration": 1, "class": "A", "dice": 0.5}]
+
+    cells = [Cell("nnUNetPlans", "scratch", 5, seed) for seed in (0, 1)]
+    Slow(CONFIG, Workspace(tmp_path, processes=1), "cpu", jobs=1).run(cells, tmp_path, True, minutes=3 / 60)
+    assert f"{cells[1]}: not started, it would not end in time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("of_test_cases", [True, False])
+def test_the_longest_finished_cell_of_the_same_plans_variant_and_machine_counts(tmp_path, of_test_cases):
+    tables, cell = Tables(tmp_path, of_test_cases), Cell("a", "full", 2, 0)
+    assert tables.usual_seconds(cell, "CPU") == 0
+    others = [
+        (cell, 5, "CPU"),
+        (dataclasses.replace(cell, seed=1), 70, "CPU"),
+        (dataclasses.replace(cell, seed=2), "", "CPU"),  # a training that was continued
+        (dataclasses.replace(cell, seed=3), 900, "GPU"),
+        (dataclasses.replace(cell, plans="b"), 800, "CPU"),
+    ]
+    if not of_test_cases:
+        others.append((dataclasses.replace(cell, variant="long"), 700, "CPU"))
+    for other, seconds, machine in others:
+        tables.add(other, [{"dice": 0.5, "seconds": seconds, "machine": machine}], [])
+    assert tables.usual_seconds(cell, "CPU") == 70
+
+
+def test_after_a_failure_no_cell_starts_and_those_that_run_are_recorded(tmp_path):
+    both_run = threading.Barrier(2, timeout=60)
+
+    class Failing(Experiment):
+        def finetune(self, cell, on_test_cases, weights):
+            started.append(cell)
+            if cell.seed < 2:
+                both_run.wait()
+            if cell.seed == 0:
+                raise UserError("the disk is full")
+            time.sleep(0.2)  # the failure comes first
+            return [{"case": "a", "class": "A", "dice": 0.5}], [{"iteration": 1, "class": "A", "dice": 0.5}]
+
+    started: list[Cell] = []
+    cells = [Cell("nnUNetPlans", "scratch", 5, seed) for seed in range(8)]
+    experiment = Failing(CONFIG, Workspace(tmp_path, processes=1), "cpu", jobs=2)
+    with pytest.raises(UserError, match="the disk is full"):
+        experiment.run(cells, tmp_path, on_test_cases=True)
+    assert len(started) < len(cells)
+    assert "1" in {row["seed"] for row in read_rows(tmp_path / SCORES)}
+
+
+def test_cells_that_are_written_at_the_same_time_are_all_in_the_table(tmp_path):
+    cells = [Cell("p", "full", 5, seed) for seed in range(40)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda cell: write_cell(tmp_path / SCORES, CELL, cell, [{"dice": 0.5}]), cells))
+    assert {row["seed"] for row in read_rows(tmp_path / SCORES)} == {str(cell.seed) for cell in cells}
 
 
 def test_every_row_names_the_machine_and_the_versions(tmp_path):
     class Recorded(Experiment):
-        def finetune(self, cell, on_test_cases, pretrained):
+        def finetune(self, cell, on_test_cases, weights):
             return [{"case": "a", "class": "A", "dice": 0.5}], [{"iteration": 1, "class": "A", "dice": 0.5}]
 
     Recorded(CONFIG, Workspace(tmp_path, processes=1), "cpu", jobs=1).run(
@@ -344,12 +411,15 @@ def test_the_experiment_scores_every_arm_and_repeats_no_finished_step(tmp_path):
 # ---------------------------------------------------------------- scores
 
 
-def write_box(tmp_path, name: str, start: int, size: int = 10):
+def write_box(folder, name: str, start: int, size: int = 10, speck: int = 0):
+    """Write an image with a box of label 2, and a cube of ``speck`` voxels a side in a corner."""
     array = np.zeros((20, 20, 30), np.uint8)
     array[5:15, 5:15, start : start + size] = 2
+    array[:speck, :speck, 30 - speck :] = 2
     image = SimpleITK.GetImageFromArray(array)
     image.SetSpacing((2.0, 1.0, 1.0))  # the last axis of the array: 2 mm
-    file = tmp_path / f"{name}.nii.gz"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.nii.gz"
     SimpleITK.WriteImage(image, str(file))
     return file
 
@@ -370,6 +440,38 @@ def test_an_empty_prediction_has_dice_0_and_no_surface_distance(tmp_path):
     assert result["jaccard"] == 0
     assert np.isnan(result["sd95"])
     assert np.isnan(result["asd"])
+
+
+@pytest.mark.parametrize("size", [10, 0])
+def test_only_the_largest_component_is_scored_if_asked(tmp_path, size):
+    truth, prediction = write_box(tmp_path, "truth", 5), write_box(tmp_path, "prediction", 5, size, speck=3)
+    everything, largest = (score(truth, prediction, 2, largest_component) for largest_component in (False, True))
+    assert everything["dice"] == pytest.approx(2000 / 2027 if size else 0)
+    assert largest["dice"] == (1 if size else 0)  # without the box, the cube is the largest component
+    assert everything["asd"] > 0.2
+    assert largest["asd"] == 0 if size else largest["asd"] == everything["asd"]
+
+
+def test_an_empty_prediction_has_no_largest_component(tmp_path):
+    assert score(write_box(tmp_path, "truth", 5), write_box(tmp_path, "empty", 5, size=0), 2, True)["dice"] == 0
+
+
+def test_the_predictions_that_are_there_are_scored_once_more_with_their_largest_component(tmp_path, capsys):
+    config = {**CONFIG, "split": {**CONFIG["split"], "test": ["a"]}}
+    experiment = Experiment(config, Workspace(tmp_path / "workspace", processes=1), "cpu", jobs=1)
+    raw = experiment.workspace.raw / experiment.dataset
+    write_box(raw / "labelsTs", "a", 5)
+    (raw / "dataset.json").write_text('{"labels": {"background": 0, "Box": 2}}')
+    there, missing = (Cell("nnUNetPlansHalf", "full", 5, seed) for seed in (0, 1))
+    write_box(experiment.predictions(there), "a", 5, speck=3)
+    for cell in (there, missing):
+        write_cell(tmp_path / SCORES, CELL, cell, [{"case": "a", "class": "Box", "dice": 0.5}])
+    score_largest_components(experiment, tmp_path)
+    (row,) = read_rows(tmp_path / LARGEST_COMPONENT)
+    assert (row["seed"], row["case"], row["class"], row["dice"], row["asd"]) == ("0", "a", "Box", "1.0000", "0.0000")
+    assert f"{missing}: left out, there is no {experiment.predictions(missing)}" in capsys.readouterr().out
+    score_largest_components(experiment, tmp_path)
+    assert f"{there}" not in capsys.readouterr().out
 
 
 def test_a_class_that_is_in_neither_image_has_no_dice(tmp_path):
@@ -448,10 +550,20 @@ def test_the_table_shows_gains_speed_and_collapsed_trainings(tmp_path):
     assert rows["scratch"]["iterations to scratch's end"] == "50"
     assert rows["full"]["share of scratch's iterations"] == "0.20, 0.20"
     assert rows["encoder"]["share of scratch's iterations"] == "not, not"
-    assert (rows["encoder"]["iterations to scratch's end"], rows["encoder"]["collapsed"]) == ("not", "2")
-    write_report(tmp_path, HIPPOCAMPUS, CONFIG)
+    assert (rows["encoder"]["iterations to scratch's end"], rows["encoder"]["collapsed"]) == ("not", "1")
+    write_report(tmp_path, HIPPOCAMPUS, {**CONFIG, "plans": {"p": {}}})
     assert (tmp_path / "few_labels_hippocampus.png").stat().st_size > 10_000
     assert "| p | 5 | full |" in (tmp_path / TABLE).read_text()
+
+
+def test_the_table_of_largest_components_has_the_scores_of_papers_on_the_left_atrium(tmp_path):
+    for arm, dice in (("scratch", 0.5), ("full", 0.6)):
+        rows = [{"case": case, "class": "LA", "dice": dice, "jaccard": 0.4, "sd95": 3.0, "asd": 1.25} for case in "ab"]
+        write_cell(tmp_path / LARGEST_COMPONENT, CELL, Cell("p", arm, 4, 0), rows)
+    scratch, full = largest_component_table(read_table(tmp_path / LARGEST_COMPONENT), ARMS)
+    assert (scratch["gain"], full["gain"]) == ("-", "+10.0")
+    scores = {name: full[name] for name in ("Dice", "Jaccard", "sd95, mm", "asd, mm", "not found")}
+    assert [*scores.values()] == ["0.600", "0.400", "3.00", "1.25", "0 of 2"]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS_WITH_RESULTS)
@@ -463,11 +575,21 @@ def test_the_committed_tables_are_those_of_the_committed_results(tmp_path, name)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS_WITH_RESULTS)
+def test_the_committed_results_are_of_the_recorded_configuration(name):
+    record = json.loads((RESULTS / name / RECORD).read_text())
+    for file in (SCORES, VARIANTS):
+        for row in read_rows(RESULTS / name / file):
+            assert row["plans"] in record["plans"]
+            assert row["arm"] in record["arms"]
+            assert row.get("variant", DEFAULT_VARIANT) in [DEFAULT_VARIANT, *record["variants"]]
+            assert int(row["labels"]) in record["labels"]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS_WITH_RESULTS)
 def test_the_pages_show_the_tables_of_the_committed_results(name):
     tables = make_tables(RESULTS / name, read_experiment(name))
     pages = [page.read_text() for page in PAGES.glob("*.md")]
-    shown = {title for title in tables for page in pages if f"<!-- {name}: {title} -->" in page}
-    assert shown == {*tables}
+    assert {*re.findall(rf"<!-- {name}: (.*) -->", "".join(pages))} == {*tables}
     for page in pages:
         assert fill_page(page, name, tables) == page
 
@@ -525,8 +647,9 @@ def test_the_settings_of_a_pretraining_that_are_not_the_default_are_tabulated(tm
 def test_arms_that_differ_in_the_length_of_their_pretraining_are_compared(tmp_path):
     config = read_experiment("hippocampus_pretexts")
     dice = {"scratch": 0.5, "masked": 0.6, "fusion_masked": 0.52, "fusion_masked_1000": 0.51}
+    plans = "nnUNetPlansHalfSamePatch"
     rows = [
-        {"plans": "p", "labels": 2, "arm": arm, "seed": seed, "case": case, "class": "A", "dice": value + 0.1 * seed}
+        {"plans": plans, "labels": 2, "arm": arm, "seed": seed, "case": case, "class": "A", "dice": value + 0.1 * seed}
         for arm, value in dice.items()
         for seed in (0, 1)
         for case in ("a", "b")
@@ -536,6 +659,9 @@ def test_arms_that_differ_in_the_length_of_their_pretraining_are_compared(tmp_pa
         ("fusion_masked_1000", "1000", "+1.0, +1.0"),
         ("fusion_masked", "4000", "+2.0, +2.0"),
     ]
+    longer = {"pretraining_plans": {"nnUNetPlansHalfSmall": {"pretraining": {"iterations_per_epoch": 500}}}}
+    lengths = [row["iterations of the pretraining"] for row in lengths_table(pd.DataFrame(rows), {**config, **longer})]
+    assert lengths == ["10000", "40000"]
     draw_lengths(pd.DataFrame(rows), config, tmp_path / "lengths.png")
     assert (tmp_path / "lengths.png").is_file()
 

@@ -103,7 +103,7 @@ def test_a_probe_trained_on_a_case_segments_part_of_it(plan, cases):
     ("arguments", "message"),
     [
         (["vf_pretrained.pth"], "'vf_pretrained.pth' is not NAME=FILE"),
-        (["a=b", "--labels", "3"], r"--labels 3 is not in the experiment; legal: \[2, 5"),
+        (["a=b", "--labels", "3"], r"3 labels, seed 0: legal are \[2, 5"),
         (["a=b"], "prepare it: python benchmarks/label_efficiency.py"),
     ],
 )
