@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from nnunetv2_vf import __version__
@@ -31,7 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         argcomplete.autocomplete(parser)
     args = parser.parse_args(arguments)
     with one_line_errors():
-        args.run(args)
+        _require_numbers_of_processes(os.environ)
+        try:
+            args.run(args)
+        except OSError as error:
+            raise UserError(f"cannot read or write: {error}") from error
+        except KeyboardInterrupt:
+            raise SystemExit(128 + signal.SIGINT) from None  # the status of shells after Ctrl-C
+
+
+def _require_numbers_of_processes(environment: Mapping[str, str]) -> None:
+    """Raise UserError for a variable at which nnU-Net would fail when it is imported."""
+    for name in ("nnUNet_def_n_proc", "nnUNet_n_proc_DA"):
+        value = environment.get(name, "0")
+        if not value.strip().isdecimal():
+            raise UserError(f"{name} = {value!r} is not a whole number; set it: export {name}=8, or: unset {name}")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,9 +29,11 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2_vf.errors import OneLineArgumentParser, UserError, one_line_errors
 from nnunetv2_vf.nnunet_folders import dataset_name, require_variables
 from nnunetv2_vf.training.checkpoints import BEST, FINAL, LATEST
+from nnunetv2_vf.training.preflight import require_gpu
 from nnunetv2_vf.training.ranks import join_process_group
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
 
+_CHECKPOINT_WAIT_S = 120
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -69,7 +72,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("dataset_name_or_id", help="dataset id or name")
     parser.add_argument("configuration", help="for example 3d_fullres")
-    parser.add_argument("fold", help="0 to 4, or all")
+    parser.add_argument("fold", type=_fold, help="0 to 4, or all")
     parser.add_argument("-tr", required=True, help="VFPretrainTrainer or VFFinetuneTrainer")
     parser.add_argument("-p", default="nnUNetPlans", help="name of the plans; default: %(default)s")
     parser.add_argument("-pretrained_weights", help="read by the trainers, if the training has no checkpoint yet")
@@ -81,6 +84,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--val_best", action="store_true", help="validate with the best checkpoint")
     parser.add_argument("--disable_checkpointing", action="store_true", help="write no checkpoints")
     return parser.parse_args(arguments)
+
+
+def _fold(text: str) -> str:
+    """Return a fold as nnU-Net names its folder: 00, as ``seq -w`` writes it, is 0."""
+    return text if text == "all" else str(int(text))
 
 
 def _require_torchrun() -> None:
@@ -102,6 +110,10 @@ def _require_legal_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"nnU-Net finds no trainer {args.tr}: {error}; to find out why: nnUNetv2_vf doctor") from error
     if not issubclass(trainer, ResumableTrainer):
         raise UserError(f"-tr {args.tr} cannot train on several machines; legal: VFPretrainTrainer, VFFinetuneTrainer")
+    require_gpu(torch.device(args.device))
+    gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    if args.device == "cuda" and local_rank >= gpus:
+        raise UserError(f"this machine has {gpus} GPUs, too few for local rank {local_rank}: --nproc-per-node {gpus}")
 
 
 def _join_ranks(device: str) -> None:
@@ -117,17 +129,39 @@ def _join_ranks(device: str) -> None:
 
 
 def _is_continued(args: argparse.Namespace) -> bool:
-    """Return on all ranks whether rank 0 finds a checkpoint: a shared folder may show it to others later."""
+    """Return on all ranks whether rank 0 finds a checkpoint; then wait until this rank finds it too.
+
+    A shared folder may show it to other machines later.
+
+    Raises:
+        UserError: this rank still does not find it after two minutes.
+    """
     answer = [_has_checkpoint(args) and not args.val]
     dist.broadcast_object_list(answer)
+    if answer[0]:
+        _wait_for_checkpoint(args)
     return answer[0]
+
+
+def _wait_for_checkpoint(args: argparse.Namespace) -> None:
+    deadline = time.monotonic() + _CHECKPOINT_WAIT_S
+    while not _has_checkpoint(args):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"rank {os.environ['RANK']} does not find the checkpoint that rank 0 finds in {_fold_folder(args)}; "
+                "nnUNet_results has to be the same folder on all machines"
+            )
+        time.sleep(1)
 
 
 def _has_checkpoint(args: argparse.Namespace) -> bool:
     """True if the fold's folder holds a checkpoint. torchrun does not tell whether a start is the first one."""
+    return any((_fold_folder(args) / checkpoint).is_file() for checkpoint in (FINAL, LATEST, BEST))
+
+
+def _fold_folder(args: argparse.Namespace) -> Path:
     name = dataset_name(args.dataset_name_or_id)
-    folder = Path(get_output_folder(name, args.tr, args.p, args.configuration, args.fold))
-    return any((folder / checkpoint).is_file() for checkpoint in (FINAL, LATEST, BEST))
+    return Path(get_output_folder(name, args.tr, args.p, args.configuration, args.fold))
 
 
 if __name__ == "__main__":

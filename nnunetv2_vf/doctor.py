@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import platform
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -118,9 +119,11 @@ def _check_folders() -> Iterator[Finding]:
         if not folder:
             yield Finding(FAIL, f"{name} is not set; set it: export {name}=/path/to/{name}")
         elif not Path(folder).is_dir():
-            yield Finding(FAIL, f"{name} = {folder}, which does not exist; make it: mkdir -p {folder}")
+            yield Finding(FAIL, f"{name} = {folder}, which does not exist; make it: mkdir -p {shlex.quote(folder)}")
         elif not os.access(folder, os.W_OK | os.X_OK):
-            yield Finding(FAIL, f"{name} = {folder}, which is not writable; change that: chmod u+rwx {folder}")
+            yield Finding(
+                FAIL, f"{name} = {folder}, which is not writable; change that: chmod u+rwx {shlex.quote(folder)}"
+            )
         else:
             yield Finding(OK, f"{name} = {folder}")
 

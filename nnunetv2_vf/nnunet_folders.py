@@ -147,7 +147,7 @@ def read_splits(dataset: str) -> list[dict[str, list[str]]]:
     Raises:
         UserError: the file cannot be read.
     """
-    file = _splits_file(dataset)
+    file = splits_file(dataset)
     if not file.is_file():
         return []
     try:
@@ -174,7 +174,7 @@ def describe_left_out_cases(dataset: str, cases: Collection[str]) -> str | None:
     left_out = sorted({*cases} - {case for fold in folds for part in fold.values() for case in part})
     if not folds or not left_out:
         return None
-    file = _splits_file(dataset)
+    file = splits_file(dataset)
     leave_out = f"folds 0 to {len(folds) - 1} leave them out" if len(folds) > 1 else "fold 0 leaves them out"
     return (
         f"{len(left_out)} of {len(cases)} cases are in no fold of {file}, for example {left_out[0]}: {leave_out}; use "
@@ -183,5 +183,6 @@ def describe_left_out_cases(dataset: str, cases: Collection[str]) -> str | None:
     )
 
 
-def _splits_file(dataset: str) -> Path:
+def splits_file(dataset: str) -> Path:
+    """Return the path of nnU-Net's file with the folds of a dataset, which has this full name."""
     return Path(nnUNet_preprocessed.get() or "") / dataset / "splits_final.json"

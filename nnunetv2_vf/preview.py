@@ -7,13 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.nnunet_folders import plans_file
 from nnunetv2_vf.pretext.dataset import VALIDATION, PretextDataset
 from nnunetv2_vf.pretext.loader import collate
 from nnunetv2_vf.pretext.pictures import draw_examples, make_examples, view_names
@@ -24,6 +20,7 @@ from nnunetv2_vf.training.preflight import (
     preprocessed_folder,
     pretraining_configuration,
 )
+from nnunetv2_vf.transfer.target_plans import load_target
 
 
 def preview(
@@ -50,7 +47,8 @@ def preview(
     """
     if not path.parent.is_dir():
         raise UserError(f"the folder {path.parent} does not exist; make it: mkdir -p {shlex.quote(str(path.parent))}")
-    plans_manager = PlansManager(plans_file(dataset, plans_name).as_posix())
+    target = load_target(dataset, plans_name, configuration_name)
+    plans_manager = target.plans_manager
     settings = VFSettings.resolve(plans_manager.plans, environment)
     configuration = pretraining_configuration(plans_manager, configuration_name)
     for warning in check_patch(configuration, settings):
@@ -59,9 +57,7 @@ def preview(
 
     folder = preprocessed_folder(plans_manager, configuration)
     cases = infer_dataset_class(str(folder))(str(folder), names)
-    dataset_json = load_json((folder.parent / "dataset.json").as_posix())
-    channels = determine_num_input_channels(plans_manager, configuration, dataset_json)
-    samples = PretextDataset(cases, configuration.patch_size, settings, VALIDATION, channels)
+    samples = PretextDataset(cases, configuration.patch_size, settings, VALIDATION, target.input_channels)
     batch = collate([samples[index] for index in range(num_samples)])
     for rejected in dict.fromkeys(batch["rejected"]):
         print(f"skipped case {rejected.case}: it {rejected.reason}")

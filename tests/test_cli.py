@@ -106,7 +106,8 @@ def test_preview_draws_the_requested_number_of_samples(two_epochs, tmp_path, cap
         (["-d", "Dataset099_None"], ["no plans", "nnUNetv2_plan_and_preprocess"]),
         (["-d", "seven"], ["'seven' is not a dataset; legal: an id such as 7"]),
         (["-d", str(DATASET_ID), "-p", "OtherPlans"], ["no plans", "OtherPlans.json"]),
-        (["-d", str(DATASET_ID), "-c", "2d"], ["3D configuration", "'2d'", "3d_fullres"]),
+        (["-d", str(DATASET_ID), "-c", "2d"], ["cannot be used", "'2d'", "legal: 3d_fullres"]),
+        (["-d", str(DATASET_ID), "-o", "."], ["cannot read or write", "directory"]),
         (["-d", str(DATASET_ID), "-o", "/nowhere/preview.png"], ["/nowhere", "does not exist"]),
     ],
 )
@@ -120,6 +121,31 @@ def test_preview_errors_are_one_line(two_epochs, tmp_path, monkeypatch, argument
     for part in parts:
         assert part in message
     assert not (tmp_path / "preview.png").exists()
+
+
+def test_preview_refuses_plans_that_cannot_be_read(copied_dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (copied_dataset / "nnUNetPlans.json").write_text('{"plans_name": "nnUNetPlans",}')
+    with pytest.raises(SystemExit, match=r"nnUNetPlans.json.* cannot be read: JSONDecodeError.*; plan again"):
+        main(["preview", "-d", str(DATASET_ID)])
+
+
+@pytest.mark.parametrize("name", ["nnUNet_def_n_proc", "nnUNet_n_proc_DA"])
+@pytest.mark.parametrize("value", ["", "many"])
+def test_a_number_of_processes_that_nnunet_cannot_parse_is_refused(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=f"{name} = '{value}' is not a whole number; set it: export {name}=8"):
+        main(["doctor"])
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch):
+    def press_ctrl_c(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nnunetv2_vf.demo.journey.demo", press_ctrl_c)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["demo"])
+    assert exit_info.value.code == 130
 
 
 def test_preview_names_a_missing_variable(two_epochs, monkeypatch):

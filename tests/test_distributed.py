@@ -17,6 +17,7 @@ from conftest import DATASET_ID, edit_json, fold_folder, pretrain
 from trainings import assert_nearly_same_weights
 
 from nnunetv2_vf import distributed
+from nnunetv2_vf.errors import UserError
 
 TIMEOUT = 240  # seconds
 
@@ -155,6 +156,11 @@ def test_the_flags_of_nnunetv2_train_are_parsed_in_any_order(two_epochs, order):
         (["-tr", "nnUNetTrainer"], "-tr nnUNetTrainer cannot train on several machines; legal: VFPretrainTrainer"),
         (["-tr", "NoTrainer"], "nnU-Net finds no trainer NoTrainer"),
         (["-num_gpus", "2"], "-num_gpus 2 has no effect with torchrun; use torchrun's --nproc-per-node"),
+        pytest.param(
+            ["-device", "cuda"],
+            "torch finds no GPU; train on the CPU with -device cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_illegal_arguments_are_reported_in_one_line(two_epochs, monkeypatch, capsys, arguments, message):
@@ -163,6 +169,28 @@ def test_illegal_arguments_are_reported_in_one_line(two_epochs, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", ["distributed.py", "7", "3d_fullres", "0", "-tr", "VFPretrainTrainer", *arguments])
     with pytest.raises(SystemExit, match=re.escape(message)):
         distributed.main()
+
+
+def test_a_fold_is_named_as_nnunet_names_its_folder(capsys):
+    arguments = ["7", "3d_fullres", "00", "-tr", "VFPretrainTrainer"]
+    assert distributed.parse_arguments(arguments).fold == "0"
+    with pytest.raises(SystemExit, match="2"):
+        distributed.parse_arguments(["7", "3d_fullres", "first", "-tr", "VFPretrainTrainer"])
+    assert "argument fold: invalid" in capsys.readouterr().err
+
+
+def test_a_rank_waits_until_it_sees_the_checkpoint_of_rank_0(two_epochs, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(distributed.dist, "broadcast_object_list", lambda answer: answer.__setitem__(0, True))
+    arguments = distributed.parse_arguments([str(DATASET_ID), "3d_fullres", "0", "-tr", "VFPretrainTrainer"])
+    monkeypatch.setattr(distributed, "_CHECKPOINT_WAIT_S", 1)
+    with pytest.raises(UserError, match=r"rank 1 does not find the checkpoint that rank 0 finds in .*fold_0"):
+        distributed._is_continued(arguments)
+    file = fold_folder(tmp_path / "results") / "checkpoint_latest.pth"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setattr(distributed, "_CHECKPOINT_WAIT_S", 60)
+    monkeypatch.setattr(distributed.time, "sleep", lambda _: file.touch())  # meanwhile it appears
+    assert distributed._is_continued(arguments)
 
 
 def test_a_device_that_cannot_train_on_several_ranks_is_refused(capsys):

@@ -63,10 +63,10 @@ def test_more_processes_than_cores_are_a_note(healthy, capsys, monkeypatch):
 
 @pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"])
 def test_missing_variables_and_folders_are_failures(healthy, capsys, monkeypatch, variable):
-    monkeypatch.setenv(variable, "/no/such/folder")
+    monkeypatch.setenv(variable, "/no such/folder")
     code, lines = examined(capsys)
     assert code == 1
-    assert f"FAIL {variable} = /no/such/folder, which does not exist; make it: mkdir -p /no/such/folder" in lines
+    assert f"FAIL {variable} = /no such/folder, which does not exist; make it: mkdir -p '/no such/folder'" in lines
     monkeypatch.delenv(variable)
     code, lines = examined(capsys)
     assert code == 1

@@ -30,7 +30,12 @@ from nnunetv2_vf.training.random_state import get_random_state, seeded_initializ
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
 from nnunetv2_vf.transfer.kernel_norms import kernel_factors, scale_kernels
 from nnunetv2_vf.transfer.network_fit import require_trainable
-from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights, are_same_weights, describe_origin
+from nnunetv2_vf.transfer.pretrained_weights import (
+    PretrainedWeights,
+    are_same_weights,
+    describe_origin,
+    require_same_origin,
+)
 from nnunetv2_vf.transfer.target_plans import TargetPlans
 
 _ENCODER_SCHEDULES = ("encoder_only", "frozen_encoder")  # schedules that need a pretrained encoder
@@ -50,6 +55,7 @@ class VFFinetuneTrainer(ResumableTrainer):
     """
 
     settings: FinetuneSettings
+    pretrained_weights: PretrainedWeights | None
 
     @one_line_errors()
     def __init__(
@@ -69,7 +75,8 @@ class VFFinetuneTrainer(ResumableTrainer):
         check_fold(plans_manager, preprocessed_cases(plans_manager, configuration), fold)
         target = TargetPlans(plans_manager, configuration, dataset_json)
         require_trainable(target)
-        self.pretrained_weights = PretrainedWeights.from_command_line(sys.argv, target)
+        is_continued = plans.get("continue_training", False)  # from nnU-Net: this command has --c
+        self.pretrained_weights = PretrainedWeights.from_command_line(sys.argv, target, is_continued)
         # A resumed training takes the record from its checkpoint.
         self.pretrained_record = self.pretrained_weights.record if self.pretrained_weights else None
         plans = {**plans, FinetuneSettings.section: self.settings.as_dict()}
@@ -94,7 +101,7 @@ class VFFinetuneTrainer(ResumableTrainer):
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        self.lr_scheduler.freeze_parts_without_rate()
+        self.lr_scheduler.freeze_parts_without_rate(self.bare_network())
 
     def train_step(self, batch: dict) -> dict:
         self.between_steps()
@@ -232,4 +239,6 @@ class VFFinetuneTrainer(ResumableTrainer):
         require_same_plans(
             PlansManager(checkpoint["init_args"]["plans"]), self.plans_manager, self.configuration_name, file
         )
+        if self.continue_training:
+            require_same_origin(provenance.get("pretrained"), self.pretrained_weights, file)
         self.pretrained_record = provenance.get("pretrained")

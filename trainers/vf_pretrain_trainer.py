@@ -30,7 +30,7 @@ from nnunetv2_vf.pretext.pictures import draw_examples, make_examples, score_col
 from nnunetv2_vf.pretext.report import count_confusion, name_scores, pretext_warnings, write_report
 from nnunetv2_vf.pretext.task import PretextBatch, PretextLoss, make_batch, output_names, split_output
 from nnunetv2_vf.settings import VFSettings
-from nnunetv2_vf.training.checkpoints import FINAL, require_same_plans
+from nnunetv2_vf.training.checkpoints import BEST, FINAL, STATE, require_same_plans
 from nnunetv2_vf.training.loggers import require_logger_packages
 from nnunetv2_vf.training.monitoring import DataWaitTimer, EpochMeter
 from nnunetv2_vf.training.non_finite_steps import NotFiniteError, StepMonitor
@@ -45,7 +45,7 @@ from nnunetv2_vf.transfer.architectures import refusal_warning
 from nnunetv2_vf.transfer.metadata import describe_pretraining, read_channel_names, read_pretext
 from nnunetv2_vf.transfer.model_card import CARD_NAME, write_model_card
 from nnunetv2_vf.transfer.network_fit import require_trainable
-from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights, describe_origin
+from nnunetv2_vf.transfer.pretrained_weights import PretrainedWeights, describe_origin, require_same_origin
 from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 from nnunetv2_vf.transfer.target_plans import TargetPlans
 
@@ -65,6 +65,7 @@ class VFPretrainTrainer(ResumableTrainer):
     """
 
     settings: VFSettings
+    pretrained_weights: PretrainedWeights | None
 
     @one_line_errors()
     def __init__(
@@ -86,7 +87,8 @@ class VFPretrainTrainer(ResumableTrainer):
         dataset_json = _with_pretext_labels(dataset_json, settings)
         target = TargetPlans(PlansManager(plans), configuration, dataset_json)
         require_trainable(target)
-        self.pretrained_weights = PretrainedWeights.from_command_line(sys.argv, target)
+        is_continued = plans.get("continue_training", False)  # from nnU-Net: this command has --c
+        self.pretrained_weights = PretrainedWeights.from_command_line(sys.argv, target, is_continued)
         # A resumed training takes the record from its checkpoint.
         self.pretrained_record = self.pretrained_weights.record if self.pretrained_weights else None
         refusal = refusal_warning(target.architecture, artifact.ARTIFACT_NAME)
@@ -166,7 +168,8 @@ class VFPretrainTrainer(ResumableTrainer):
         return PretextLoss(loss, loss.weight_factors if self.enable_deep_supervision else (1,), self.settings)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
-        is_fused = self.settings.fused_optimizer == "on"
+        # On Apple GPUs, torch's fused optimisers do not skip a step with a non-finite gradient (pytorch #186360).
+        is_fused = self.settings.fused_optimizer == "on" and self.device.type != "mps"
         optimizer = make_optimizer(self.network.parameters(), self.settings, is_fused)
         return optimizer, PolyLRScheduler(optimizer, self.settings.initial_lr, self.settings.num_epochs)
 
@@ -266,8 +269,7 @@ class VFPretrainTrainer(ResumableTrainer):
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         super().on_train_epoch_end(train_outputs)
-        with self._save_samples_of_non_finite_steps():
-            self.step_monitor.check()
+        self.step_monitor.check()
         for reasons in self.ranks.gather(self.quarantine.cases):
             self._log_rejected([RejectedCase(case, reason, True) for case, reason in reasons.items()])
         self._log_monitored()
@@ -376,8 +378,7 @@ class VFPretrainTrainer(ResumableTrainer):
     # ------------------------------------------------------------------ checkpoints
 
     def state(self) -> dict[str, Any]:
-        with self._save_samples_of_non_finite_steps():
-            self.step_monitor.check()
+        self.step_monitor.check()
         return {
             **super().state(),
             "skipped": self.step_monitor.skipped,
@@ -415,6 +416,9 @@ class VFPretrainTrainer(ResumableTrainer):
             self.settings.apply_schedule(self)
         self.settings.require_same(recorded.plans[VFSettings.section], file)
         require_same_plans(recorded, self.plans_manager, self.configuration_name, file)
+        state = checkpoint.get(STATE, {})
+        if self.continue_training and "pretrained" in state:  # checkpoints of earlier versions do not have it
+            require_same_origin(state["pretrained"], self.pretrained_weights, file)
 
     def _require_same_heads(self, recorded: VFSettings, file: Path) -> None:
         """Raise UserError if a checkpoint's network has other outputs than this run's."""
@@ -427,16 +431,20 @@ class VFPretrainTrainer(ResumableTrainer):
             )
 
     def save_checkpoint(self, filename: str) -> None:
-        """Write the checkpoint; with the best and the final one also the preview, the artifact and its model card."""
+        """Write the checkpoint; with the best and the final one also the preview, the artifact and its model card.
+
+        While the final checkpoint of an earlier training is there, so are its artifact and model card: only the final
+        checkpoint of this training replaces them, as in nnU-Net.
+        """
         super().save_checkpoint(filename)
-        folder = Path(self.output_folder)
-        if self.ranks.rank == 0 and Path(filename).stem in ("checkpoint_best", "checkpoint_final"):
-            with self.tolerate_write_failure(folder / "preview.png"):
-                self._draw_preview(folder / "preview.png")
-            if not self.disable_checkpointing:
-                is_essential = Path(filename).name == FINAL  # the result of the whole training
-                with self.tolerate_write_failure(folder / artifact.ARTIFACT_NAME, is_essential):
-                    self._write_artifact(folder)
+        folder, name = Path(self.output_folder), Path(filename).name
+        if self.ranks.rank > 0 or name not in (BEST, FINAL):
+            return
+        with self.tolerate_write_failure(folder / "preview.png"):
+            self._draw_preview(folder / "preview.png")
+        if not self.disable_checkpointing and (name == FINAL or not (folder / FINAL).is_file()):
+            with self.tolerate_write_failure(folder / artifact.ARTIFACT_NAME, is_essential=name == FINAL):
+                self._write_artifact(folder)
 
     # ------------------------------------------------------------------ results
 
@@ -486,9 +494,11 @@ class VFPretrainTrainer(ResumableTrainer):
         with torch.no_grad():
             _, confusion, sums = self._collect([self._evaluate(batch) for batch in loader])
         confusion, sums = sum(self.ranks.gather(confusion)), sum(self.ranks.gather(sums))
+        folder = Path(self.output_folder)
         if self.ranks.rank == 0:
             samples = self.num_val_iterations_per_epoch * self._share.batch
-            report = write_report(confusion, sums, samples, self.settings.as_dict(), Path(self.output_folder))
+            with self.tolerate_write_failure(folder / "pretext_report.json", is_essential=True):
+                report = write_report(confusion, sums, samples, self.settings.as_dict(), folder)
             scores = name_scores([*report["dice_per_class"].values()], [])
             if scores:
                 scores["mean Dice"] = report["mean_dice"]
@@ -499,7 +509,7 @@ class VFPretrainTrainer(ResumableTrainer):
                 self.logger.log_summary(f"final_val/{name}_dice", value)
             for name, value in report["restored_share"].items():
                 self.logger.log_summary(f"final_val/{name}_share", value)
-            self.log_picture(Path(self.output_folder) / "pretext_report.png")
+            self.log_picture(folder / "pretext_report.png")
 
 
 def _with_pretext_labels(dataset_json: dict, settings: VFSettings) -> dict:

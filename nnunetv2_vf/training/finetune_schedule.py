@@ -15,6 +15,7 @@ from typing import Any
 
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from nnunetv2_vf.errors import UserError
@@ -140,15 +141,19 @@ class FinetuneLRScheduler(PolyLRScheduler):
             group["lr"] = self.initial_lr * group["share"] * relative
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
-    def freeze_parts_without_rate(self) -> None:
-        """Compute gradients only for parts whose learning rate in this epoch is not 0.
+    def freeze_parts_without_rate(self, network: nn.Module) -> None:
+        """Leave parts whose learning rate in this epoch is 0 as they are: weights and statistics of batch norms.
 
-        Call it only after DDP has wrapped the network: DDP ignores permanently each parameter that needs no gradient at
-        that moment.
+        Call it after ``network.train()``, which lets all batch norms change their statistics, and only after DDP has
+        wrapped the network: DDP ignores permanently each parameter that needs no gradient at that moment.
         """
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.requires_grad_(group["lr"] > 0)
+        frozen = {group["part"] for group in self.optimizer.param_groups if group["lr"] == 0}
+        for name, module in network.named_modules():
+            if isinstance(module, _BatchNorm) and part_of(name) in frozen:
+                module.eval()
 
 
 def describe_schedule(settings: FinetuneSettings) -> str:

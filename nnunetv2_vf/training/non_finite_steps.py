@@ -51,11 +51,7 @@ class StepMonitor:
             self.check()
 
     def check(self) -> None:
-        """Count the skipped steps since the last check.
-
-        Raises:
-            NotFiniteError: as in :meth:`add`.
-        """
+        """Count the skipped steps since the last check: fewer than 20 in a row, since :meth:`add` checks too."""
         if not self._unchecked:
             return
         steps, flags = zip(*self._unchecked, strict=True)

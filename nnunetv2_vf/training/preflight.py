@@ -24,6 +24,7 @@ from nnunetv2_vf.nnunet_folders import (
     read_splits,
     require_configuration,
     require_variables,
+    splits_file,
 )
 from nnunetv2_vf.settings import VFSettings
 from nnunetv2_vf.settings.legal_values import format_value
@@ -121,17 +122,18 @@ def check_fold(plans_manager: PlansManager, cases: list[str], fold: int | str) -
     training, validation = _cases_of_fold(plans_manager, cases, fold)
     missing = sorted({*training, *validation} - {*cases})
     if missing:
-        splits_file = Path(nnUNet_preprocessed) / plans_manager.dataset_name / "splits_final.json"
+        file = splits_file(plans_manager.dataset_name)
         raise UserError(
-            f"{len(missing)} cases of {splits_file} are not preprocessed, for example {missing[0]}; run "
-            f"nnUNetv2_preprocess again or delete {splits_file}"
+            f"{len(missing)} cases of {file} are not preprocessed, for example {missing[0]}; run "
+            f"nnUNetv2_preprocess again or delete {file}"
         )
     return training, validation
 
 
 def require_gpu(device: torch.device) -> None:
-    """Raise UserError if the device is a GPU and torch finds none."""
-    if device.type == "cuda" and not torch.cuda.is_available():
+    """Raise UserError if the device is a GPU (cuda, mps) and torch finds none."""
+    is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not is_there.get(device.type, True):
         raise UserError("torch finds no GPU; train on the CPU with -device cpu, or find out why: nnUNetv2_vf doctor")
 
 
@@ -198,7 +200,7 @@ def preprocessed_cases(plans_manager: PlansManager, configuration_name: str) -> 
     """Return the names of the preprocessed cases of a configuration, sorted.
 
     Raises:
-        UserError: there are none, or none of the first 10 can be read and has the shape that the plans give it.
+        UserError: there are none, or none of the first 10 can be read, or none has the shape that the plans give it.
     """
     require_variables(nnUNet_preprocessed)
     configuration = plans_manager.get_configuration(configuration_name)
@@ -209,19 +211,27 @@ def preprocessed_cases(plans_manager: PlansManager, configuration_name: str) -> 
     )
     if not folder.is_dir() or not any(folder.iterdir()):
         raise UserError(f"no preprocessed cases in {folder}; preprocess them: {command}")
-    problem = f"{folder} holds files that are not preprocessed cases; delete them and run: {command}"
+    no_cases = (
+        f"{folder} holds files that are not preprocessed cases, or links to files that are not there; delete them and "
+        f"run: {command}"
+    )
     try:
         dataset_class = infer_dataset_class(str(folder))
         cases = sorted(dataset_class.get_identifiers(str(folder)))
     except (AssertionError, RuntimeError) as error:
-        raise UserError(problem) from error
+        raise UserError(no_cases) from error
+    problem = None
     for case in cases[:_MAX_COMPARED_CASES]:
         try:
             image, *_, properties = dataset_class(str(folder), [case]).load_case(case)
             shape = expected = image.shape[1:]
             if _uses_nnunets_resampling(configuration):
                 expected = _resampled_shape(properties, plans_manager, configuration)
-        except Exception:  # a damaged case; pretraining puts it into quarantine
+        except Exception as error:  # a damaged case, which pretraining puts into quarantine; or a failing disk
+            problem = problem or (
+                f"none of the first cases in {folder} can be read, for example {case} ({error!r}); check the disk, or "
+                f"preprocess again: {command}"
+            )
             continue
         if shape == expected:
             return cases
@@ -229,7 +239,7 @@ def preprocessed_cases(plans_manager: PlansManager, configuration_name: str) -> 
             f"{folder} was preprocessed for other plans: case {case} has {shape} voxels, with "
             f"{plans_manager.plans_name} it would have {expected}; preprocess again: {command}"
         )
-    raise UserError(problem)
+    raise UserError(problem or no_cases)
 
 
 def _uses_nnunets_resampling(configuration: ConfigurationManager) -> bool:

@@ -100,6 +100,7 @@ class ResumableTrainer(DistributedTrainer):
             set_random_state(self._saved_random_states[self.ranks.rank], self.device)
         else:
             seed_process(self.settings.seed, self.ranks.rank)
+        self._saved_random_states = []  # their tensors would keep the file of the checkpoint open
         self._last_save = time.monotonic()
         if self.pretrained_weights is not None and not self.continue_training:
             # Save before the first step: with --c nnU-Net accepts no -pretrained_weights, so a training killed before
@@ -150,8 +151,10 @@ class ResumableTrainer(DistributedTrainer):
             return
         # save_checkpoint records current_epoch + 1, the epoch to continue with, which is this epoch.
         self.current_epoch -= 1
-        self.save_checkpoint(str(Path(self.output_folder) / LATEST))
-        self.current_epoch += 1
+        try:
+            self.save_checkpoint(str(Path(self.output_folder) / LATEST))
+        finally:
+            self.current_epoch += 1
         self._exit_if(action)
 
     def _requested_action(self) -> Action:

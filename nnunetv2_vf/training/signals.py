@@ -75,7 +75,8 @@ class StopSignals:
         By default, torch raises an error as soon as a worker dies, also in the middle of a step. A signal to a job ends
         its workers too.
         """
-        if hasattr(signal, "SIGCHLD"):  # not on Windows
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        if hasattr(signal, "SIGCHLD") and is_main_thread:  # not on Windows
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 

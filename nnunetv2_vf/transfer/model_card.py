@@ -39,11 +39,12 @@ def write_model_card(path: Path, metadata: Mapping[str, Any]) -> None:
     """
     card = _make_card(metadata)
     if path.is_file():
-        filled_in = path.read_text(encoding="utf-8").partition(_AUTHORS_SECTION)[2]
+        # An author may have saved the card in another encoding: such bytes stay as they are.
+        filled_in = path.read_text(encoding="utf-8", errors="surrogateescape").partition(_AUTHORS_SECTION)[2]
         generated, _, empty_section = card.partition(_AUTHORS_SECTION)
         card = generated + _AUTHORS_SECTION + (filled_in or empty_section)
     unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(card, encoding="utf-8")
+    unfinished.write_text(card, encoding="utf-8", errors="surrogateescape")
     unfinished.replace(path)
 
 

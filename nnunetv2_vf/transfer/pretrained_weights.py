@@ -43,14 +43,19 @@ class PretrainedWeights:
     record: dict[str, Any]
 
     @classmethod
-    def from_command_line(cls, command: Sequence[str], target: TargetPlans) -> PretrainedWeights | None:
+    def from_command_line(
+        cls, command: Sequence[str], target: TargetPlans, is_continued: bool = False
+    ) -> PretrainedWeights | None:
         """Read and check the file that a training command names; None if it names none.
+
+        Args:
+            is_continued: the training has a checkpoint and needs the file no more; None if the file is gone.
 
         Raises:
             UserError: the file cannot be read, or its weights do not fit the target's network.
         """
         file = pretrained_weights_argument(command)
-        if file is None:
+        if file is None or (is_continued and not file.exists()):
             return None
         _require_pth(file)
         pretrained = read_pretrained(file)
@@ -96,6 +101,22 @@ def are_same_weights(first: Mapping[str, Any] | None, second: Mapping[str, Any] 
     return len(digests) == 1
 
 
+def require_same_origin(recorded: Mapping[str, Any] | None, given: PretrainedWeights | None, file: Path) -> None:
+    """Raise UserError if a training that started from other weights is continued with ``-pretrained_weights``.
+
+    Args:
+        recorded: the :attr:`PretrainedWeights.record` in the checkpoint.
+        given: the weights that the command names.
+        file: the checkpoint.
+    """
+    if given is not None and not are_same_weights(recorded, given.record):
+        origin = "from scratch" if recorded is None else f"from {describe_origin(recorded)}"
+        raise UserError(
+            f"{file} was trained {origin}, not from {given.file}: leave out {_OPTION} to continue it, or write to "
+            "another folder (export nnUNet_results=FOLDER)"
+        )
+
+
 def _require_pth(file: Path) -> None:
     """Raise UserError for weights that our commands read but nnU-Net does not."""
     if file.parts[:1] == ("hf:",):
@@ -109,9 +130,10 @@ def pretrained_weights_argument(command: Sequence[str]) -> Path | None:
     """Return the file that a training command names with ``-pretrained_weights``; None for other commands."""
     if Path(command[0]).stem not in _TRAINING_COMMANDS:
         return None
+    file = None
     for word, next_word in itertools.zip_longest(command[1:], command[2:]):
         if word == _OPTION and next_word is not None:
-            return Path(next_word)
+            file = Path(next_word)
         if word.startswith(f"{_OPTION}="):
-            return Path(word.removeprefix(f"{_OPTION}="))
-    return None
+            file = Path(word.removeprefix(f"{_OPTION}="))
+    return file  # of several, nnU-Net too takes the last

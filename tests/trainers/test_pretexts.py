@@ -172,7 +172,11 @@ def test_weights_of_another_pretext_are_not_replaced(two_epochs, folder, monkeyp
     assert (folder / ARTIFACT_NAME).read_bytes() == before
     monkeypatch.setenv("nnUNet_vf_pretext", "masked")
     monkeypatch.setenv("nnUNet_vf_seed", "1")
-    pretrain()  # as in nnU-Net, a new training replaces an earlier one
+    trainer = make_trainer()
+    trainer.on_train_start()
+    trainer.save_checkpoint(str(folder / "checkpoint_best.pth"))
+    assert (folder / ARTIFACT_NAME).read_bytes() == before, "the final checkpoint, too, is still the earlier one"
+    pretrain()  # as in nnU-Net, a new training replaces an earlier one when it ends
     assert (folder / ARTIFACT_NAME).read_bytes() != before
 
 

@@ -137,7 +137,7 @@ def test_the_rate_depends_on_the_epoch_only_and_parts_without_rate_are_frozen():
     schedule = FinetuneLRScheduler(optimizer, settings)
     for epoch in (0, 7, 2, 3):
         schedule.step(epoch)
-        schedule.freeze_parts_without_rate()
+        schedule.freeze_parts_without_rate(network)
         for group, lr in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
             assert (
                 lr
@@ -235,6 +235,7 @@ def test_each_schedule_trains_its_parts_with_its_rates_in_each_epoch(
     trainer.on_train_start()
     for epoch in range(4):
         before = weights_by_part(trainer.network)
+        statistics = {name: tensor.clone() for name, tensor in trainer.network.encoder.named_buffers()}
         trainer.on_epoch_start()
         trainer.on_train_epoch_start()
         rates_of_groups = {g["part"]: g["lr"] / trainer.initial_lr for g in trainer.optimizer.param_groups}
@@ -247,6 +248,8 @@ def test_each_schedule_trains_its_parts_with_its_rates_in_each_epoch(
         if schedule == "frozen_encoder" or (schedule == "sawtooth" and epoch < 2):
             expected["encoder"] = False
         assert {part: changed(before[part], after[part]) for part in PARTS} == expected, epoch
+        if statistics:  # batch norms, as in PCT-Net
+            assert changed(statistics, dict(trainer.network.encoder.named_buffers())) == expected["encoder"], epoch
     trainer.on_train_end()
 
 

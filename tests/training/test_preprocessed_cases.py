@@ -11,6 +11,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from trainings import make_trainer
 
+from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.training.preflight import preprocessed_cases
 
 
@@ -33,6 +34,16 @@ def test_cases_that_were_preprocessed_for_other_plans_are_rejected(copied_datase
     with pytest.raises(SystemExit, match=r"preprocessed for other plans: .* preprocess again: nnUNetv2_preprocess"):
         make_trainer(name)
     assert not (tmp_path / "results").exists()
+
+
+def test_cases_that_cannot_be_read_are_not_called_foreign_files(copied_dataset):
+    for file in (copied_dataset / "nnUNetPlans_3d_fullres").iterdir():
+        file.write_bytes(b"")
+    plans = PlansManager((copied_dataset / "nnUNetPlans.json").as_posix())
+    with pytest.raises(
+        UserError, match=r"none of the first cases in .* can be read, for example .*; check the disk, or"
+    ):
+        preprocessed_cases(plans, "3d_fullres")
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -302,6 +304,49 @@ def test_a_final_checkpoint_that_cannot_be_written_is_an_error(three_epochs, fol
             trainer.run_training()
     assert not (folder / "checkpoint_final.pth").exists()
     make_trainer(continue_training=True).run_training()
+    assert (folder / "checkpoint_final.pth").is_file()
+
+
+def test_a_report_that_cannot_be_written_is_made_when_the_training_continues(three_epochs, folder):
+    trainer = make_trainer()
+    trainer.run_training()
+    (folder / "pretext_report.json").mkdir()  # no file can be written there
+    with pytest.raises(SystemExit, match=r"pretext_report\.json was not written.*--c"):
+        trainer.perform_actual_validation()
+    (folder / "pretext_report.json").rmdir()
+    make_trainer(continue_training=True).perform_actual_validation()
+    assert (folder / "pretext_report.json").is_file()
+
+
+def test_a_save_that_fails_does_not_change_the_epoch(three_epochs, monkeypatch):
+    trainer = make_trainer()
+
+    def fail(_: str) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(trainer, "save_checkpoint", fail)
+    trainer.current_epoch = 2
+    trainer.stop_signals.received = "SIGTERM"
+    with pytest.raises(MemoryError):
+        trainer.between_steps()
+    assert trainer.current_epoch == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="Linux lists the files in memory")
+def test_a_continued_training_does_not_keep_the_file_of_its_checkpoint_open(three_epochs, folder):
+    trainer = make_trainer()
+    run_before_step(trainer, 7, sender_of(signal.SIGTERM))
+    assert run_until_signal(trainer)
+    continued = make_trainer(continue_training=True)
+    continued.on_train_start()
+    gc.collect()
+    assert str(folder / "checkpoint_latest.pth") not in Path("/proc/self/maps").read_text()
+
+
+def test_a_training_can_run_in_a_thread(three_epochs, folder):
+    thread = threading.Thread(target=make_trainer().run_training)
+    thread.start()
+    thread.join()
     assert (folder / "checkpoint_final.pth").is_file()
 
 

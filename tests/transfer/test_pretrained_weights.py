@@ -49,7 +49,7 @@ def test_weights_are_copied_as_nnunet_copies_them(artifact):
 def make_trainer(monkeypatch, *options: str, continue_training: bool = False, name: str = "VFFinetuneTrainer"):
     """Return a trainer for a command line with these options, as nnUNetv2_train makes it."""
     monkeypatch.setattr(sys, "argv", [*COMMAND, *options])
-    weights = options[1] if "-pretrained_weights" in options else None
+    weights = options[1] if "-pretrained_weights" in options and not continue_training else None
     cpu = torch.device("cpu")
     run = (str(DATASET_ID), "3d_fullres", 0, name, "nnUNetPlans")
     trainer = get_trainer_from_args(*run, continue_training=continue_training, device=cpu)
@@ -112,6 +112,27 @@ def test_a_training_from_other_weights_is_not_replaced(artifact, copied_dataset,
             trainer.run_training()
         assert "would replace it" in Path(trainer.log_file).read_text()
     assert (fold / "checkpoint_final.pth").read_bytes() == before
+
+
+def test_a_training_is_continued_only_with_the_weights_of_its_start(artifact, copied_dataset, tmp_path, monkeypatch):
+    """torchrun repeats the whole command, with -pretrained_weights; nnUNetv2_train refuses them together with --c."""
+    trainer = make_trainer(monkeypatch, "-pretrained_weights", str(artifact))
+    trainer.on_train_start()
+    trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_latest.pth"))
+    other = tmp_path / "other.pth"
+    content = torch.load(artifact, weights_only=True)
+    content["network_weights"] = {name: tensor + 1 for name, tensor in content["network_weights"].items()}
+    torch.save(content, other)
+    for file in (artifact, tmp_path / "gone.pth"):
+        make_trainer(monkeypatch, "-pretrained_weights", str(file), continue_training=True)
+    message = r"checkpoint_latest.pth was trained from vf_pretrained.pth.*, not from .*other.pth: leave out -pretrained"
+    with pytest.raises(SystemExit, match=message):
+        make_trainer(monkeypatch, "-pretrained_weights", str(other), continue_training=True)
+
+
+def test_of_several_weights_the_last_counts_as_in_nnunet():
+    command = ["nnUNetv2_train", "7", "-pretrained_weights", "a.pth", "-pretrained_weights=b.pth"]
+    assert pretrained_weights_argument(command) == Path("b.pth")
 
 
 def test_records_of_earlier_versions_are_compared_by_their_origin():

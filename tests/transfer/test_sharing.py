@@ -105,6 +105,15 @@ def test_a_model_card_cites_the_papers_of_its_pretext_and_network(artifacts, tmp
         assert tuple(paper in card for paper in papers) == expected
 
 
+def test_a_card_that_the_author_saved_in_another_encoding_is_rewritten(artifacts, tmp_path):
+    vf = read_artifact(artifacts["U-Net"])["vf"]
+    card = tmp_path / CARD_NAME
+    write_model_card(card, vf)
+    card.write_bytes(card.read_bytes().replace(b"TO BE FILLED IN", "Müller".encode("latin-1")))
+    write_model_card(card, vf)
+    assert card.read_bytes().count("Müller".encode("latin-1")) == 3
+
+
 def test_a_rewritten_card_keeps_what_the_author_filled_in(artifacts, tmp_path):
     card, vf = tmp_path / CARD_NAME, read_artifact(artifacts["U-Net"])["vf"]
     write_model_card(card, vf)
