@@ -6,7 +6,6 @@ import contextlib
 import csv
 import dataclasses
 import fcntl
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,9 +96,6 @@ def write_cell(file: Path, key: Sequence[str], cell: Cell, rows: Iterable[Mappin
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Let one thread or process at a time change the files of a folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)

@@ -20,9 +20,9 @@ pretrained by DKFZ's nnssl (see ``nnssl_pretraining.py``) and need ``--nnssl``.
 
 Finished cells are rows of ``scores.csv`` and ``curves.csv`` in the folder ``--tables`` and are not run again; an
 interrupted cell continues. ``--minutes`` starts no cell that would not end in time, judged by the finished cells of the
-same network; it does not limit pretrainings. ``--variants`` are for choosing settings: they are scored on the
-validation cases, in ``variants.csv`` and ``variant_curves.csv``. At the end ``label_efficiency_report.py`` draws and
-tabulates.
+same network, variant and machine; it does not limit pretrainings. ``--variants`` are for choosing settings: they are
+scored on the validation cases, in ``variants.csv`` and ``variant_curves.csv``. At the end
+``label_efficiency_report.py`` draws and tabulates.
 
 Duration: on 2 CPU cores with ``--jobs 2``, hippocampus with 2, 5 and 10 labels: 3 hours for nnUNetPlansHalf, 4 hours
 for PCTNetPlansHalf; hippocampus_pretexts with 2 labels, and one thread for each training (PYTHON_CPU_COUNT=1, Python
@@ -37,6 +37,7 @@ import json
 import math
 import random
 import shutil
+import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -126,12 +127,13 @@ class Experiment:
         """Copy the cases, the test cases apart from the others; plan, preprocess, and derive the smaller plans."""
         finished = self.workspace.folder / "prepared"
         bases = {change.get("of", name) for name, change in self.config["plans"].items()}
-        if not all((self.workspace.preprocessed / self.dataset / f"{plans}.json").is_file() for plans in bases):
-            finished.unlink(missing_ok=True)
         if not finished.exists():
             self._copy_cases(data)
+            self._fingerprint_and_split()
             self._plan_and_preprocess(bases)
             finished.touch()
+        planned = {file.stem for file in (self.workspace.preprocessed / self.dataset).glob("*.json")}
+        self._plan_and_preprocess(bases - planned)  # of networks that were added to the experiment
         for name, change in {**self.config["plans"], **self.config["pretraining_plans"]}.items():
             if "of" in change:
                 self._derive_plans(name, **change)
@@ -159,18 +161,20 @@ class Experiment:
                 f"comes from: {self.config['source']}"
             )
 
+    def _fingerprint_and_split(self) -> None:
+        """Make the fingerprint, and one fold for every number of labels and seed."""
+        self.workspace.run("nnUNetv2_extract_fingerprint", "-d", self.dataset, "-np", 2)
+        folds = [self._split(labels, seed) for labels in self.config["labels"] for seed in range(MAX_SEEDS)]
+        (self.workspace.preprocessed / self.dataset / "splits_final.json").write_text(json.dumps(folds))
+
     def _plan_and_preprocess(self, bases: Collection[str]) -> None:
-        """Run nnU-Net's planning and preprocessing; write one fold for every number of labels and seed."""
-        run = self.workspace.run
-        dataset_id = int(self.dataset[7:10])
-        run("nnUNetv2_extract_fingerprint", "-d", dataset_id, "-np", 2)
+        """Run nnU-Net's planning and preprocessing for these plans."""
+        run, dataset_id = self.workspace.run, int(self.dataset[7:10])
         spacing = self.config.get("spacing", ())
         for command, plans in NETWORK_PLANS.values():
             if plans in bases:
                 run(*command, "-d", dataset_id, *(("-overwrite_target_spacing", *spacing) if spacing else ()))
                 run("nnUNetv2_preprocess", "-d", dataset_id, "-plans_name", plans, "-c", "3d_fullres", "-np", 2)
-        folds = [self._split(labels, seed) for labels in self.config["labels"] for seed in range(MAX_SEEDS)]
-        (self.workspace.preprocessed / self.dataset / "splits_final.json").write_text(json.dumps(folds))
 
     def _derive_plans(
         self,
@@ -227,6 +231,7 @@ class Experiment:
         for source in sources.values():
             self.pretrainings.require_program(source)
         print(f"{len(cells)} cells, {len(cells) - len(remaining)} of them are finished", flush=True)
+        self._is_stopped = threading.Event()
         with ThreadPoolExecutor(self.jobs) as jobs:  # starts jobs in this order, so no cell waits for a later job
             pretrained = {source: jobs.submit(self.pretrainings.make, source) for source in sorted({*sources.values()})}
             running = [
@@ -239,6 +244,7 @@ class Experiment:
                 for number, future in enumerate(as_completed(running), 1):
                     print(f"{number} of {len(remaining)}: {future.result()}", flush=True)
             finally:  # after an error or Ctrl-C: start nothing more, wait for what runs
+                self._is_stopped.set()
                 for future in (*pretrained.values(), *running):
                     future.cancel()
 
@@ -271,7 +277,19 @@ class Experiment:
             raise UserError(f"{cell}: this variant changes nothing from scratch; leave the arm out (--arms)")
 
     def _run_cell(self, cell: Cell, tables: Tables, pretrained: Future[Path] | None, deadline: float) -> str:
-        """Train and score a cell and add it to the tables, unless it would not end in time; return what happened."""
+        """Train and score a cell and add it to the tables; return what happened.
+
+        A cell that would not end in time, or follows a failure, is not started.
+        """
+        if self._is_stopped.is_set():
+            return f"{cell}: not started"
+        try:
+            return self._train_and_record(cell, tables, pretrained, deadline)
+        except BaseException:
+            self._is_stopped.set()  # here, because this thread may take the next cell before others notice the failure
+            raise
+
+    def _train_and_record(self, cell: Cell, tables: Tables, pretrained: Future[Path] | None, deadline: float) -> str:
         weights = pretrained.result() if pretrained else None
         start, machine = time.monotonic(), describe_device(self.device)
         if start + tables.usual_seconds(cell, machine) > deadline:

@@ -20,7 +20,7 @@ from common import RESULTS, make_parser
 from label_efficiency import RECORD, Experiment, require_same_configuration
 from label_efficiency_report import add_experiment, read_experiment, write_report
 
-from nnunetv2_vf.errors import one_line_errors
+from nnunetv2_vf.errors import UserError, one_line_errors
 from nnunetv2_vf.nnunet_commands import Workspace
 
 
@@ -31,7 +31,10 @@ def main() -> None:
     with one_line_errors():
         config = read_experiment(args.experiment)
         tables = args.tables or RESULTS / args.experiment
-        require_same_configuration(args.work / RECORD, config)
+        if not (args.work / RECORD).is_file():
+            raise UserError(f"{args.work} is no folder of label_efficiency.py: it has no {RECORD}")
+        for folder in (tables, args.work):
+            require_same_configuration(folder / RECORD, config)
         score_largest_components(Experiment(config, Workspace(args.work, processes=1), "cpu", jobs=1), tables)
         write_report(tables, args.experiment, config)
 

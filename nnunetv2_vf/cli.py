@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _require_numbers_of_processes(environment: Mapping[str, str]) -> None:
-    """Raise UserError for a variable at which nnU-Net would fail when it is imported."""
+    """Raise UserError for a number of processes that nnU-Net could not parse."""
     for name in ("nnUNet_def_n_proc", "nnUNet_n_proc_DA"):
         value = environment.get(name, "0")
         if not value.strip().isdecimal():

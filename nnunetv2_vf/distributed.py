@@ -75,7 +75,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("fold", type=_fold, help="0 to 4, or all")
     parser.add_argument("-tr", required=True, help="VFPretrainTrainer or VFFinetuneTrainer")
     parser.add_argument("-p", default="nnUNetPlans", help="name of the plans; default: %(default)s")
-    parser.add_argument("-pretrained_weights", help="read by the trainers, if the training has no checkpoint yet")
+    parser.add_argument("-pretrained_weights", help="weights to start from; a training that continues refuses others")
     parser.add_argument("-num_gpus", type=int, default=1, help="must be 1: torchrun sets the number of processes")
     parser.add_argument("-device", default="cuda", choices=("cuda", "cpu"), help="where to train; default: %(default)s")
     parser.add_argument("--npz", action="store_true", help="save the probabilities of the final validation")
@@ -88,6 +88,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _fold(text: str) -> str:
     """Return a fold as nnU-Net names its folder: 00, as ``seq -w`` writes it, is 0."""
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no fold; legal: 0 to 4, or all")
     return text if text == "all" else str(int(text))
 
 
@@ -129,34 +131,29 @@ def _join_ranks(device: str) -> None:
 
 
 def _is_continued(args: argparse.Namespace) -> bool:
-    """Return on all ranks whether rank 0 finds a checkpoint; then wait until this rank finds it too.
+    """Return on all ranks whether rank 0 finds checkpoints; then wait until this rank finds them too.
 
-    A shared folder may show it to other machines later.
+    torchrun does not tell whether a start is the first one. A shared folder may show new files to other machines later.
 
     Raises:
-        UserError: this rank still does not find it after two minutes.
+        UserError: this rank still does not find them after two minutes.
     """
-    answer = [_has_checkpoint(args) and not args.val]
-    dist.broadcast_object_list(answer)
-    if answer[0]:
-        _wait_for_checkpoint(args)
-    return answer[0]
-
-
-def _wait_for_checkpoint(args: argparse.Namespace) -> None:
+    found = [[] if args.val else _checkpoints(args)]
+    dist.broadcast_object_list(found)
     deadline = time.monotonic() + _CHECKPOINT_WAIT_S
-    while not _has_checkpoint(args):
+    while missing := {*found[0]} - {*_checkpoints(args)}:
         if time.monotonic() > deadline:
             raise UserError(
-                f"rank {os.environ['RANK']} does not find the checkpoint that rank 0 finds in {_fold_folder(args)}; "
-                "nnUNet_results has to be the same folder on all machines"
+                f"rank {os.environ['RANK']} does not find {', '.join(sorted(missing))}, which rank 0 finds in "
+                f"{_fold_folder(args)}; nnUNet_results has to be the same folder on all machines"
             )
         time.sleep(1)
+    return bool(found[0])
 
 
-def _has_checkpoint(args: argparse.Namespace) -> bool:
-    """True if the fold's folder holds a checkpoint. torchrun does not tell whether a start is the first one."""
-    return any((_fold_folder(args) / checkpoint).is_file() for checkpoint in (FINAL, LATEST, BEST))
+def _checkpoints(args: argparse.Namespace) -> list[str]:
+    """Return the names of the checkpoints in the fold's folder."""
+    return [name for name in (FINAL, LATEST, BEST) if (_fold_folder(args) / name).is_file()]
 
 
 def _fold_folder(args: argparse.Namespace) -> Path:

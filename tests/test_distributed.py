@@ -176,18 +176,20 @@ def test_a_fold_is_named_as_nnunet_names_its_folder(capsys):
     assert distributed.parse_arguments(arguments).fold == "0"
     with pytest.raises(SystemExit, match="2"):
         distributed.parse_arguments(["7", "3d_fullres", "first", "-tr", "VFPretrainTrainer"])
-    assert "argument fold: invalid" in capsys.readouterr().err
+    assert "argument fold: 'first' is no fold; legal: 0 to 4, or all" in capsys.readouterr().err
 
 
 def test_a_rank_waits_until_it_sees_the_checkpoint_of_rank_0(two_epochs, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(distributed.dist, "broadcast_object_list", lambda answer: answer.__setitem__(0, True))
+    of_rank_0 = ["checkpoint_latest.pth", "checkpoint_best.pth"]
+    monkeypatch.setattr(distributed.dist, "broadcast_object_list", lambda found: found.__setitem__(0, of_rank_0))
     arguments = distributed.parse_arguments([str(DATASET_ID), "3d_fullres", "0", "-tr", "VFPretrainTrainer"])
     monkeypatch.setattr(distributed, "_CHECKPOINT_WAIT_S", 1)
-    with pytest.raises(UserError, match=r"rank 1 does not find the checkpoint that rank 0 finds in .*fold_0"):
-        distributed._is_continued(arguments)
     file = fold_folder(tmp_path / "results") / "checkpoint_latest.pth"
     file.parent.mkdir(parents=True)
+    file.with_name("checkpoint_best.pth").touch()
+    with pytest.raises(UserError, match=r"rank 1 does not find checkpoint_latest.pth, which rank 0 finds in .*fold_0"):
+        distributed._is_continued(arguments)
     monkeypatch.setattr(distributed, "_CHECKPOINT_WAIT_S", 60)
     monkeypatch.setattr(distributed.time, "sleep", lambda _: file.touch())  # meanwhile it appears
     assert distributed._is_continued(arguments)

@@ -34,6 +34,7 @@ from nnunetv2_vf.transfer.pretrained_weights import (
     PretrainedWeights,
     are_same_weights,
     describe_origin,
+    describe_starts,
     require_same_origin,
 )
 from nnunetv2_vf.transfer.target_plans import TargetPlans
@@ -75,7 +76,7 @@ class VFFinetuneTrainer(ResumableTrainer):
         check_fold(plans_manager, preprocessed_cases(plans_manager, configuration), fold)
         target = TargetPlans(plans_manager, configuration, dataset_json)
         require_trainable(target)
-        is_continued = plans.get("continue_training", False)  # from nnU-Net: this command has --c
+        is_continued = plans.get("continue_training", False)  # nnU-Net's entry: this start continues
         self.pretrained_weights = PretrainedWeights.from_command_line(sys.argv, target, is_continued)
         # A resumed training takes the record from its checkpoint.
         self.pretrained_record = self.pretrained_weights.record if self.pretrained_weights else None
@@ -101,7 +102,9 @@ class VFFinetuneTrainer(ResumableTrainer):
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        self.lr_scheduler.freeze_parts_without_rate(self.bare_network())
+        # From scratch, the initial statistics would be those of no image.
+        with_statistics = self.pretrained_record is not None
+        self.lr_scheduler.freeze_parts_without_rate(self.bare_network(), with_statistics)
 
     def train_step(self, batch: dict) -> dict:
         self.between_steps()
@@ -149,11 +152,7 @@ class VFFinetuneTrainer(ResumableTrainer):
             return
         recorded = read_checkpoint(file).get(_PROVENANCE, {}).get("pretrained")
         if not are_same_weights(recorded, self.pretrained_record):
-            before, now = (
-                "from scratch" if record is None else f"from {describe_origin(record)}"
-                for record in (recorded, self.pretrained_record)
-            )
-            now = f"{now} with other content" if now == before else now
+            before, now = describe_starts(recorded, self.pretrained_record)
             raise UserError(
                 f"{file} was trained {before}; a training {now} would replace it. Write to another folder (export "
                 f"nnUNet_results=FOLDER), or move {folder} away"

@@ -87,7 +87,7 @@ class VFPretrainTrainer(ResumableTrainer):
         dataset_json = _with_pretext_labels(dataset_json, settings)
         target = TargetPlans(PlansManager(plans), configuration, dataset_json)
         require_trainable(target)
-        is_continued = plans.get("continue_training", False)  # from nnU-Net: this command has --c
+        is_continued = plans.get("continue_training", False)  # nnU-Net's entry: this start continues
         self.pretrained_weights = PretrainedWeights.from_command_line(sys.argv, target, is_continued)
         # A resumed training takes the record from its checkpoint.
         self.pretrained_record = self.pretrained_weights.record if self.pretrained_weights else None

@@ -49,7 +49,7 @@ class VFSettings(TrainingSettings):
     )
     fused_optimizer: str = setting(
         "on",
-        "on: the optimiser updates all weights in one kernel and never waits for the GPU",
+        "on: the optimiser updates all weights in one kernel and never waits for the GPU; no effect on Apple GPUs",
         choices=("on", "off"),
         can_change=True,
     )

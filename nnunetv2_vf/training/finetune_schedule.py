@@ -141,18 +141,21 @@ class FinetuneLRScheduler(PolyLRScheduler):
             group["lr"] = self.initial_lr * group["share"] * relative
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
-    def freeze_parts_without_rate(self, network: nn.Module) -> None:
-        """Leave parts whose learning rate in this epoch is 0 as they are: weights and statistics of batch norms.
+    def freeze_parts_without_rate(self, network: nn.Module, with_statistics: bool) -> None:
+        """Compute gradients only for parts whose learning rate in this epoch is not 0.
 
         Call it after ``network.train()``, which lets all batch norms change their statistics, and only after DDP has
         wrapped the network: DDP ignores permanently each parameter that needs no gradient at that moment.
+
+        Args:
+            with_statistics: the batch norms of the other parts use their statistics and do not change them.
         """
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.requires_grad_(group["lr"] > 0)
         frozen = {group["part"] for group in self.optimizer.param_groups if group["lr"] == 0}
         for name, module in network.named_modules():
-            if isinstance(module, _BatchNorm) and part_of(name) in frozen:
+            if with_statistics and isinstance(module, _BatchNorm) and part_of(name) in frozen:
                 module.eval()
 
 

@@ -51,7 +51,11 @@ class StepMonitor:
             self.check()
 
     def check(self) -> None:
-        """Count the skipped steps since the last check: fewer than 20 in a row, since :meth:`add` checks too."""
+        """Count the skipped steps since the last check.
+
+        Raises:
+            NotFiniteError: only where :meth:`add` calls it; other calls find fewer than 20 skipped steps in a row.
+        """
         if not self._unchecked:
             return
         steps, flags = zip(*self._unchecked, strict=True)

@@ -200,7 +200,8 @@ def preprocessed_cases(plans_manager: PlansManager, configuration_name: str) -> 
     """Return the names of the preprocessed cases of a configuration, sorted.
 
     Raises:
-        UserError: there are none, or none of the first 10 can be read, or none has the shape that the plans give it.
+        UserError: there are none, none of the first 10 can be read, or those that can be read have other shapes than
+            the plans give them.
     """
     require_variables(nnUNet_preprocessed)
     configuration = plans_manager.get_configuration(configuration_name)

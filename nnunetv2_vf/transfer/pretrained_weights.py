@@ -96,9 +96,16 @@ def are_same_weights(first: Mapping[str, Any] | None, second: Mapping[str, Any] 
     if first is None or second is None:
         return first is second
     digests = {record.get("sha256") for record in (first, second)}
-    if None in digests:  # a checkpoint of an earlier version
-        return describe_origin(first) == describe_origin(second)
+    if None in digests:  # a checkpoint of an earlier version, which has no pretext either
+        names = [(record.get("hub") or record["file"], record["dataset"]) for record in (first, second)]
+        return names[0] == names[1]
     return len(digests) == 1
+
+
+def describe_starts(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> tuple[str, str]:
+    """Return what two trainings with different :attr:`PretrainedWeights.record` started from, for a message."""
+    starts = ["from scratch" if record is None else f"from {describe_origin(record)}" for record in (first, second)]
+    return starts[0], starts[1] if starts[1] != starts[0] else f"{starts[1]} with other content"
 
 
 def require_same_origin(recorded: Mapping[str, Any] | None, given: PretrainedWeights | None, file: Path) -> None:
@@ -110,10 +117,10 @@ def require_same_origin(recorded: Mapping[str, Any] | None, given: PretrainedWei
         file: the checkpoint.
     """
     if given is not None and not are_same_weights(recorded, given.record):
-        origin = "from scratch" if recorded is None else f"from {describe_origin(recorded)}"
+        before, now = describe_starts(recorded, given.record)
         raise UserError(
-            f"{file} was trained {origin}, not from {given.file}: leave out {_OPTION} to continue it, or write to "
-            "another folder (export nnUNet_results=FOLDER)"
+            f"{file} was trained {before}, not {now}: leave out {_OPTION} to continue it, or write to another folder "
+            "(export nnUNet_results=FOLDER)"
         )
 
 

@@ -296,7 +296,7 @@ def test_after_a_failure_no_cell_starts_and_those_that_run_are_recorded(tmp_path
     experiment = Failing(CONFIG, Workspace(tmp_path, processes=1), "cpu", jobs=2)
     with pytest.raises(UserError, match="the disk is full"):
         experiment.run(cells, tmp_path, on_test_cases=True)
-    assert len(started) < len(cells)
+    assert len(started) == 2
     assert "1" in {row["seed"] for row in read_rows(tmp_path / SCORES)}
 
 

@@ -137,7 +137,7 @@ def test_the_rate_depends_on_the_epoch_only_and_parts_without_rate_are_frozen():
     schedule = FinetuneLRScheduler(optimizer, settings)
     for epoch in (0, 7, 2, 3):
         schedule.step(epoch)
-        schedule.freeze_parts_without_rate(network)
+        schedule.freeze_parts_without_rate(network, with_statistics=True)
         for group, lr in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
             assert (
                 lr

@@ -114,9 +114,12 @@ def test_a_training_from_other_weights_is_not_replaced(artifact, copied_dataset,
     assert (fold / "checkpoint_final.pth").read_bytes() == before
 
 
-def test_a_training_is_continued_only_with_the_weights_of_its_start(artifact, copied_dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["VFFinetuneTrainer", "VFPretrainTrainer"])
+def test_a_training_is_continued_only_with_the_weights_of_its_start(
+    artifact, copied_dataset, tmp_path, monkeypatch, name
+):
     """torchrun repeats the whole command, with -pretrained_weights; nnUNetv2_train refuses them together with --c."""
-    trainer = make_trainer(monkeypatch, "-pretrained_weights", str(artifact))
+    trainer = make_trainer(monkeypatch, "-pretrained_weights", str(artifact), name=name)
     trainer.on_train_start()
     trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_latest.pth"))
     other = tmp_path / "other.pth"
@@ -124,10 +127,10 @@ def test_a_training_is_continued_only_with_the_weights_of_its_start(artifact, co
     content["network_weights"] = {name: tensor + 1 for name, tensor in content["network_weights"].items()}
     torch.save(content, other)
     for file in (artifact, tmp_path / "gone.pth"):
-        make_trainer(monkeypatch, "-pretrained_weights", str(file), continue_training=True)
-    message = r"checkpoint_latest.pth was trained from vf_pretrained.pth.*, not from .*other.pth: leave out -pretrained"
+        make_trainer(monkeypatch, "-pretrained_weights", str(file), continue_training=True, name=name)
+    message = r"checkpoint_latest.pth was trained from vf_pretrained.pth.*, not from other.pth.*: leave out -pretrained"
     with pytest.raises(SystemExit, match=message):
-        make_trainer(monkeypatch, "-pretrained_weights", str(other), continue_training=True)
+        make_trainer(monkeypatch, "-pretrained_weights", str(other), continue_training=True, name=name)
 
 
 def test_of_several_weights_the_last_counts_as_in_nnunet():
@@ -137,7 +140,7 @@ def test_of_several_weights_the_last_counts_as_in_nnunet():
 
 def test_records_of_earlier_versions_are_compared_by_their_origin():
     earlier = {"file": "a.pth", "dataset": "D"}
-    assert are_same_weights(earlier, {**earlier, "sha256": "1"})
+    assert are_same_weights(earlier, {**earlier, "sha256": "1", "pretext": "fusion"})
     assert not are_same_weights(earlier, {"file": "b.pth", "dataset": "D", "sha256": "1"})
 
 
