@@ -163,7 +163,7 @@ class Experiment:
 
     def _fingerprint_and_split(self) -> None:
         """Make the fingerprint, and one fold for every number of labels and seed."""
-        self.workspace.run("nnUNetv2_extract_fingerprint", "-d", self.dataset, "-np", 2)
+        self.workspace.run("nnUNetv2_extract_fingerprint", "-d", int(self.dataset[7:10]), "-np", 2)
         folds = [self._split(labels, seed) for labels in self.config["labels"] for seed in range(MAX_SEEDS)]
         (self.workspace.preprocessed / self.dataset / "splits_final.json").write_text(json.dumps(folds))
 
