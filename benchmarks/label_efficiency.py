@@ -35,11 +35,9 @@ import importlib.metadata
 import itertools
 import json
 import math
-import random
-import shutil
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -47,11 +45,11 @@ from typing import Any
 import numpy as np
 import torch
 from cells import DEFAULT_VARIANT, Cell, Tables, changes_of
-from common import NETWORK_PLANS, RESULTS, describe_device, make_parser, write_result
+from common import RESULTS, describe_device, make_parser, write_result
+from experiment_data import FOLDERS, ExperimentData, fold_number
 from label_efficiency_report import add_experiment, read_experiment, write_report
 from label_efficiency_tables import PRETRAININGS
 from pretrainings import Pretrainings
-from segmentation_scores import score
 from training_command import TrainingCommand, has_checkpoint, variables
 
 from nnunetv2_vf.errors import UserError, one_line_errors
@@ -64,7 +62,6 @@ RECORD = "config.json"  # the configuration of the tables beside it
 # On a GPU an epoch lasts seconds: saving after each took half of the time (one H100, 15 trainings at a time). ``--c``
 # then continues from the best checkpoint.
 SAVING = {"cpu": {"save_every": 1}, "cuda": {"save_every": 100}}
-MAX_SEEDS = 100  # folds in nnU-Net's split file for each number of labels
 
 
 def main() -> None:
@@ -99,13 +96,13 @@ def main() -> None:
             experiment.check(cell)
         for folder in (tables, args.work):  # finished trainings in the work folder are used again
             require_same_configuration(folder / RECORD, config)
-        experiment.prepare(args.data)
+        experiment.data.prepare(args.data)
         experiment.run(cells, tables, on_test_cases=not args.variants, minutes=args.minutes)
         write_report(tables, args.experiment, config)
 
 
 class Experiment:
-    """Data, trainings and predictions below one folder. A step whose result is there is not done again."""
+    """Trainings and predictions below one folder. A step whose result is there is not done again."""
 
     def __init__(
         self,
@@ -118,96 +115,13 @@ class Experiment:
     ):
         self.config, self.workspace = config, workspace
         self.device, self.jobs, self.dataset = device, jobs, config["dataset"]
+        self.data = ExperimentData(config, workspace)
         self.training = TrainingCommand(workspace, self.dataset, device)
         self.pretrainings = Pretrainings(config, self.training, workers, nnssl)
-
-    # ------------------------------------------------------------------ data and plans
-
-    def prepare(self, data: Path) -> None:
-        """Copy the cases, the test cases apart from the others; plan, preprocess, and derive the smaller plans."""
-        finished = self.workspace.folder / "prepared"
-        bases = {change.get("of", name) for name, change in self.config["plans"].items()}
-        if not finished.exists():
-            self._copy_cases(data)
-            self._fingerprint_and_split()
-            self._plan_and_preprocess(bases)
-            finished.touch()
-        planned = {file.stem for file in (self.workspace.preprocessed / self.dataset).glob("*.json")}
-        self._plan_and_preprocess(bases - planned)  # of networks that were added to the experiment
-        for name, change in {**self.config["plans"], **self.config["pretraining_plans"]}.items():
-            if "of" in change:
-                self._derive_plans(name, **change)
-
-    def _copy_cases(self, data: Path) -> None:
-        split, raw = self.config["split"], self.workspace.raw / self.dataset
-        self._require_files(data, [case for cases in split.values() for case in cases])
-        pool = split["labelled"] + split["validation"]
-        for cases, images, labels in ((pool, "imagesTr", "labelsTr"), (split["test"], "imagesTs", "labelsTs")):
-            for folder in (images, labels):
-                (raw / folder).mkdir(parents=True, exist_ok=True)
-            for case in cases:
-                shutil.copyfile(data / "imagesTr" / f"{case}_0000.nii.gz", raw / images / f"{case}_0000.nii.gz")
-                shutil.copyfile(data / "labelsTr" / f"{case}.nii.gz", raw / labels / f"{case}.nii.gz")
-        description = json.loads((data / "dataset.json").read_text())
-        (raw / "dataset.json").write_text(json.dumps({**description, "numTraining": len(pool)}))
-
-    def _require_files(self, data: Path, cases: Sequence[str]) -> None:
-        """Raise UserError unless a folder holds dataset.json, and image and labels of all cases."""
-        files = [f"imagesTr/{case}_0000.nii.gz" for case in cases] + [f"labelsTr/{case}.nii.gz" for case in cases]
-        missing = [file for file in ("dataset.json", *files) if not (data / file).is_file()]
-        if missing:
-            raise UserError(
-                f"{data} is not {self.dataset}: {len(missing)} files are missing, the first is {missing[0]}; where it "
-                f"comes from: {self.config['source']}"
-            )
-
-    def _fingerprint_and_split(self) -> None:
-        """Make the fingerprint, and one fold for every number of labels and seed."""
-        self.workspace.run("nnUNetv2_extract_fingerprint", "-d", int(self.dataset[7:10]), "-np", 2)
-        folds = [self._split(labels, seed) for labels in self.config["labels"] for seed in range(MAX_SEEDS)]
-        (self.workspace.preprocessed / self.dataset / "splits_final.json").write_text(json.dumps(folds))
-
-    def _plan_and_preprocess(self, bases: Collection[str]) -> None:
-        """Run nnU-Net's planning and preprocessing for these plans."""
-        run, dataset_id = self.workspace.run, int(self.dataset[7:10])
-        spacing = self.config.get("spacing", ())
-        for command, plans in NETWORK_PLANS.values():
-            if plans in bases:
-                run(*command, "-d", dataset_id, *(("-overwrite_target_spacing", *spacing) if spacing else ()))
-                run("nnUNetv2_preprocess", "-d", dataset_id, "-plans_name", plans, "-c", "3d_fullres", "-np", 2)
-
-    def _derive_plans(
-        self,
-        name: str,
-        of: str,
-        features: Sequence[int] = (),
-        batch_size: int | None = None,
-        patch_size: Sequence[int] = (),
-        **_: Any,
-    ) -> None:
-        """Write plans with other features, batch or patch; they use the preprocessed data of the original plans."""
-        folder = self.workspace.preprocessed / self.dataset
-        plans = json.loads((folder / f"{of}.json").read_text())
-        plans["plans_name"] = name
-        configuration = plans["configurations"]["3d_fullres"]
-        configuration["batch_size"] = batch_size or configuration["batch_size"]
-        configuration["patch_size"] = patch_size or configuration["patch_size"]
-        network = configuration["architecture"]["arch_kwargs"]
-        network["features_per_stage"] = features or network["features_per_stage"]
-        file, content = folder / f"{name}.json", json.dumps(plans, indent=2)
-        if not file.is_file() or file.read_text() != content:  # another run on this folder may be reading the file
-            file.write_text(content)
 
     def fold(self, cell: Cell) -> int:
         """Return the number of a cell's fold in nnU-Net's splits_final.json."""
         return fold_number(self.config, cell.labels, cell.seed)
-
-    def _split(self, labels: int, seed: int) -> dict[str, list[str]]:
-        """Return the fold of a number of labels; more labels of the same seed only add cases."""
-        labelled = random.Random(seed).sample(self.config["split"]["labelled"], k=max(self.config["labels"]))
-        return {"train": labelled[:labels], "val": self.config["split"]["validation"]}
-
-    # ------------------------------------------------------------------ trainings
 
     def run(self, cells: Sequence[Cell], folder: Path, on_test_cases: bool, minutes: float = math.inf) -> None:
         """Run the cells that are not in the tables yet.
@@ -333,8 +247,8 @@ class Experiment:
             self._predict(cell)
             scores = self.score_test_cases(cell)
         else:
-            scores = self._score("validation", fold / "validation", "labelsTr")
-        return scores, read_curve(final, settings["iterations_per_epoch"], [*self._classes()])
+            scores = self.data.score("validation", fold / "validation")
+        return scores, read_curve(final, settings["iterations_per_epoch"], [*self.data.classes()])
 
     def _results(self, cell: Cell) -> Path:
         return self.workspace.folder / "finetuning" / cell.variant / cell.arm
@@ -352,44 +266,15 @@ class Experiment:
         Args:
             largest_component: score only the largest connected component of each class.
         """
-        return self._score("test", self.predictions(cell), "labelsTs", largest_component)
+        return self.data.score("test", self.predictions(cell), largest_component)
 
     def _predict(self, cell: Cell) -> None:
         common = ("-p", cell.plans, "-tr", FINETUNE, "-device", self.device, "-f", self.fold(cell))
         self.workspace.run(
             *("nnUNetv2_predict", "-d", self.dataset, "-c", "3d_fullres", *common, "-npp", 1, "-nps", 1),
-            *("-i", self.workspace.raw / self.dataset / "imagesTs", "-o", self.predictions(cell)),
+            *("-i", self.data.raw / FOLDERS["test"][0], "-o", self.predictions(cell)),
             nnUNet_results=self._results(cell),
         )
-
-    def _score(
-        self, role: str, predictions: Path, labels: str, largest_component: bool = False
-    ) -> list[dict[str, Any]]:
-        truth = self.workspace.raw / self.dataset / labels
-        rows = []
-        for case in self.config["split"][role]:
-            for name, value in self._classes().items():
-                files = (truth / f"{case}.nii.gz", predictions / f"{case}.nii.gz")
-                rows.append({"case": case, "class": name, **score(*files, value, largest_component)})
-        return rows
-
-    def _classes(self) -> dict[str, int]:
-        """Return the label values by class name, without the background, in the order of nnU-Net's pseudo Dice."""
-        labels = json.loads((self.workspace.raw / self.dataset / "dataset.json").read_text())["labels"]
-        return {name: labels[name] for name in sorted(labels, key=labels.get) if labels[name] > 0}
-
-
-def fold_number(config: Mapping[str, Any], labels: int, seed: int) -> int:
-    """Return the number of the fold of some labels and a seed in nnU-Net's splits_final.json.
-
-    Raises:
-        UserError: the experiment has no such fold.
-    """
-    if labels not in config["labels"] or not 0 <= seed < MAX_SEEDS:
-        raise UserError(
-            f"{labels} labels, seed {seed}: legal are {config['labels']} labels and seeds below {MAX_SEEDS}"
-        )
-    return int(config["labels"].index(labels)) * MAX_SEEDS + seed
 
 
 def require_same_configuration(record: Path, config: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from common import make_parser, report
-from label_efficiency import fold_number
+from experiment_data import fold_number
 from label_efficiency_report import read_experiment
 from label_efficiency_tables import mean_and_each
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetBaseDataset

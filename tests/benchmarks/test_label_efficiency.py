@@ -29,8 +29,9 @@ from cells import (
     write_cell,
 )
 from common import RESULTS, describe_device
+from experiment_data import MAX_SEEDS, draw_fold
 from foreign_checkpoints import nnssl_checkpoint
-from label_efficiency import MAX_SEEDS, RECORD, Experiment, require_same_configuration
+from label_efficiency import RECORD, Experiment, require_same_configuration
 from label_efficiency_figures import draw_lengths
 from label_efficiency_report import EXPERIMENTS, PAGES, fill_page, make_tables, read_experiment, write_report
 from label_efficiency_tables import (
@@ -93,8 +94,8 @@ def test_an_unknown_experiment_is_refused_with_the_legal_ones():
         read_experiment("liver")
 
 
-def test_more_labels_add_cases_and_another_seed_draws_other_cases(experiment):
-    splits = {(labels, seed): set(experiment._split(labels, seed)["train"]) for labels in (2, 5, 40) for seed in (0, 1)}
+def test_more_labels_add_cases_and_another_seed_draws_other_cases():
+    splits = {(labels, seed): set(draw_fold(CONFIG, labels, seed)["train"]) for labels in (2, 5, 40) for seed in (0, 1)}
     assert {key: len(cases) for key, cases in splits.items()} == {key: key[0] for key in splits}
     assert splits[2, 0] < splits[5, 0] < splits[40, 0]
     assert splits[5, 0] != splits[5, 1]
@@ -179,7 +180,7 @@ def test_a_folder_without_the_dataset_is_refused_in_one_line(experiment, tmp_pat
     with pytest.raises(
         UserError, match=r"is not Dataset004_Hippocampus: 260 files are missing, the first is imagesTr/hippo.*_0000"
     ):
-        experiment.prepare(tmp_path)
+        experiment.data.prepare(tmp_path)
     assert not any(experiment.workspace.raw.iterdir())
 
 
@@ -372,7 +373,7 @@ def test_the_experiment_scores_every_arm_and_repeats_no_finished_step(tmp_path):
     }
     tables, arms = tmp_path / "tables", ("scratch", "encoder", "full")
     experiment = Experiment(config, Workspace(tmp_path / "out", processes=1), "cpu", jobs=1)
-    experiment.prepare(tmp_path / "data")
+    experiment.data.prepare(tmp_path / "data")
     cells = [Cell("Tiny", arm, 2, 1) for arm in arms]
     experiment.run(cells[:1], tables, on_test_cases=True)
     experiment.run(cells, tables, on_test_cases=True)
