@@ -37,7 +37,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="of a pretraining; its samples do not depend on it")
     parser.add_argument("--nnssl", type=Path, metavar="PYTHON", help="of an environment with nnssl")
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs is {args.jobs}; it is 1 or more")
     with one_line_errors():
         config = read_experiment(args.experiment)
         tables = args.tables or RESULTS / args.experiment
@@ -94,8 +96,7 @@ def main() -> None:
         ]
         for cell in cells:
             experiment.check(cell)
-        for folder in (tables, args.work):  # finished trainings in the work folder are used again
-            require_same_configuration(folder / RECORD, config)
+        require_same_configuration((tables, args.work), config)  # finished trainings in the work folder are used again
         experiment.data.prepare(args.data)
         experiment.run(cells, tables, on_test_cases=not args.variants, minutes=args.minutes)
         write_report(tables, args.experiment, config)
@@ -277,21 +278,32 @@ class Experiment:
         )
 
 
-def require_same_configuration(record: Path, config: Mapping[str, Any]) -> None:
-    """Raise UserError if the tables or trainings beside a record have another configuration; else write the record.
+def require_same_configuration(folders: Iterable[Path], config: Mapping[str, Any]) -> None:
+    """Write the record of the configuration into folders of tables or trainings.
 
     Networks, arms and variants may be added; seeds and the source of the data may change.
+
+    Raises:
+        UserError: a folder has another configuration. Nothing was written.
     """
+    records = {folder / RECORD: _updated_record(folder / RECORD, config) for folder in folders}
+    for file, content in records.items():
+        write_result(file, content)
+
+
+def _updated_record(record: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a record after networks, arms and variants were added to it."""
     current = {name: value for name, value in config.items() if name not in ("seeds", "source")}
-    if record.is_file():
-        recorded = json.loads(record.read_text())
-        for name in ("plans", "pretraining_plans", "arms", "variants"):
-            recorded[name] = {**current.get(name, {}), **recorded.get(name, {})}
-            current[name] = {**recorded[name], **current.get(name, {})}
-        different = [name for name in current if recorded.get(name) != current[name]]
-        if different:
-            raise UserError(f"{record} has other {', '.join(different)}; move it and the files beside it away")
-    write_result(record, current)
+    if not record.is_file():
+        return current
+    recorded = json.loads(record.read_text())
+    for name in ("plans", "pretraining_plans", "arms", "variants"):
+        recorded[name] = {**current.get(name, {}), **recorded.get(name, {})}
+        current[name] = {**recorded[name], **current.get(name, {})}
+    different = [name for name in current if recorded.get(name) != current[name]]
+    if different:
+        raise UserError(f"{record} has other {', '.join(different)}; move it and the files beside it away")
+    return current
 
 
 def read_curve(checkpoint: Path, iterations_per_epoch: int, classes: Sequence[str]) -> list[dict[str, Any]]:

@@ -33,8 +33,7 @@ def main() -> None:
         tables = args.tables or RESULTS / args.experiment
         if not (args.work / RECORD).is_file():
             raise UserError(f"{args.work} is no folder of label_efficiency.py: it has no {RECORD}")
-        for folder in (tables, args.work):
-            require_same_configuration(folder / RECORD, config)
+        require_same_configuration((tables, args.work), config)
         score_largest_components(Experiment(config, Workspace(args.work, processes=1), "cpu", jobs=1), tables)
         write_report(tables, args.experiment, config)
 

@@ -322,22 +322,23 @@ def test_every_row_names_the_machine_and_the_versions(tmp_path):
     assert row["seconds"] == "0"
 
 
-def test_a_table_refuses_another_configuration(tmp_path):
-    record = tmp_path / "tables" / RECORD
-    require_same_configuration(record, CONFIG)
-    require_same_configuration(record, {**CONFIG, "seeds": [0]})
-    with pytest.raises(UserError, match="has other finetuning; move it and the files beside"):
-        require_same_configuration(record, {**CONFIG, "finetuning": {}})
+def test_a_folder_of_another_configuration_is_refused_and_nothing_is_written(tmp_path):
+    tables, trainings = tmp_path / "tables", tmp_path / "trainings"
+    require_same_configuration([trainings], CONFIG)
+    require_same_configuration([trainings], {**CONFIG, "seeds": [0]})
+    with pytest.raises(UserError, match=r"trainings.* has other finetuning; move it and the files beside"):
+        require_same_configuration([tables, trainings], {**CONFIG, "finetuning": {}})
+    assert not tables.exists()
 
 
 @pytest.mark.parametrize("what", ["plans", "pretraining_plans", "variants"])
 def test_entries_may_be_added_to_a_configuration_but_not_changed(tmp_path, what):
-    record, (name, *_) = tmp_path / RECORD, CONFIG[what]
-    require_same_configuration(record, {**CONFIG, what: {name: CONFIG[what][name]}})
-    require_same_configuration(record, CONFIG)
-    require_same_configuration(record, {**CONFIG, what: {}})
+    name, *_ = CONFIG[what]
+    require_same_configuration([tmp_path], {**CONFIG, what: {name: CONFIG[what][name]}})
+    require_same_configuration([tmp_path], CONFIG)
+    require_same_configuration([tmp_path], {**CONFIG, what: {}})
     with pytest.raises(UserError, match=f"has other {what}; move it"):
-        require_same_configuration(record, {**CONFIG, what: {name: {}}})
+        require_same_configuration([tmp_path], {**CONFIG, what: {name: {}}})
 
 
 # ---------------------------------------------------------------- the whole experiment with nnU-Net's commands
