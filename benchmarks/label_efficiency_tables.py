@@ -114,7 +114,7 @@ def _gain_columns(rows: pd.DataFrame, scratch: pd.DataFrame) -> Row:
         bootstrap_interval(gains, draw_seeds=True),
         t_interval(points),
     )
-    texts = (f"{low:+.1f} to {high:+.1f}" for low, high in intervals)
+    texts = ("-" if np.isnan(low) else f"{low:+.1f} to {high:+.1f}" for low, high in intervals)  # NaN: one seed
     return dict(zip(GAIN_COLUMNS, (f"{fmean(points):+.1f}", join(points, "+.1f"), *texts), strict=True))
 
 

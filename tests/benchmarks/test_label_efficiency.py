@@ -564,6 +564,7 @@ def test_the_table_of_largest_components_has_the_scores_of_papers_on_the_left_at
         write_cell(tmp_path / LARGEST_COMPONENT, CELL, Cell("p", arm, 4, 0), rows)
     scratch, full = largest_component_table(read_table(tmp_path / LARGEST_COMPONENT), ARMS)
     assert (scratch["gain"], full["gain"]) == ("-", "+10.0")
+    assert full["95 % over seeds"] == "-", "there is one seed only"
     scores = {name: full[name] for name in ("Dice", "Jaccard", "sd95, mm", "asd, mm", "not found")}
     assert [*scores.values()] == ["0.600", "0.400", "3.00", "1.25", "0 of 2"]
 
