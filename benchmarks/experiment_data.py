@@ -62,9 +62,10 @@ class ExperimentData:
         return {name: labels[name] for name in sorted(labels, key=labels.get) if labels[name] > 0}
 
     def score(self, role: str, predictions: Path, largest_component: bool = False) -> list[dict[str, Any]]:
-        """Return the scores of a folder of predictions, one row for each case of the role and class.
+        """Return the scores of a folder of predictions, one row for each case and class.
 
         Args:
+            role: of the cases: labelled, validation or test.
             largest_component: score only the largest connected component of each class.
         """
         rows, truth = [], self.raw / FOLDERS[role][1]
