@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import segmentation_scores
 from common import NETWORK_PLANS
-from segmentation_scores import score
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.nnunet_commands import Workspace
@@ -36,6 +36,8 @@ class ExperimentData:
 
     def prepare(self, source: Path) -> None:
         """Copy the cases, the test cases apart from the others; plan, preprocess, and derive the smaller plans.
+
+        What is there is not done again.
 
         Args:
             source: the folder of the dataset in nnU-Net's raw format.
@@ -72,7 +74,9 @@ class ExperimentData:
         for case in self.config["split"][role]:
             files = (truth / f"{case}.nii.gz", predictions / f"{case}.nii.gz")
             for name, value in self.classes().items():
-                rows.append({"case": case, "class": name, **score(*files, value, largest_component)})
+                rows.append(
+                    {"case": case, "class": name, **segmentation_scores.score(*files, value, largest_component)}
+                )
         return rows
 
     def _copy_cases(self, source: Path) -> None:

@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--nnssl", type=Path, metavar="PYTHON", help="of an environment with nnssl")
     args = parser.parse_args()
     if args.jobs < 1:
-        parser.error(f"--jobs is {args.jobs}; it is 1 or more")
+        parser.error(f"--jobs {args.jobs}: legal are numbers from 1")
     with one_line_errors():
         config = read_experiment(args.experiment)
         tables = args.tables or RESULTS / args.experiment
@@ -279,7 +279,7 @@ class Experiment:
 
 
 def require_same_configuration(folders: Iterable[Path], config: Mapping[str, Any]) -> None:
-    """Write the record of the configuration into folders of tables or trainings.
+    """Check that folders have this configuration, then write its record into all of them.
 
     Networks, arms and variants may be added; seeds and the source of the data may change.
 
