@@ -9,9 +9,11 @@ arguments appear at once.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -31,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         argcomplete.autocomplete(parser)
     args = parser.parse_args(arguments)
+    _accept_all_file_names()
     with one_line_errors():
         _require_numbers_of_processes(os.environ)
         try:
@@ -39,6 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError(f"cannot read or write: {error}") from error
         except KeyboardInterrupt:
             raise SystemExit(128 + signal.SIGINT) from None  # the status of shells after Ctrl-C
+
+
+def _accept_all_file_names() -> None:
+    """Print file names that are not UTF-8 as they are, which the shell accepts, instead of raising an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")
 
 
 def _require_numbers_of_processes(environment: Mapping[str, str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -19,6 +20,8 @@ from nnunetv2_vf.errors import UserError
 # Newer versions of filelock would else use a soft lock, a file that survives a kill, where the system has no locks.
 _HAS_SOFT_LOCK = "fallback_to_soft" in signature(FileLock.__init__).parameters
 _NO_SOFT_LOCK: dict[str, Any] = {"fallback_to_soft": False} if _HAS_SOFT_LOCK else {}
+_SCRATCH = ".scratch"
+_TIME_STEP = 1e-6  # in seconds; the time of a line, as a float, tells apart steps of 0.3 microseconds
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -50,6 +53,11 @@ def part_name(num_parts: int, part_id: int) -> str:
     return f"part_{part_id}_of_{num_parts}"
 
 
+def scratch_folder(journals: Path, part: str) -> Path:
+    """Return the path of the folder in which a part writes files before it renames them."""
+    return journals / f"{part}{_SCRATCH}"
+
+
 class PartJournals:
     """A folder with the journal of each part: lines of JSON, appended when a piece of work is finished.
 
@@ -66,6 +74,7 @@ class PartJournals:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.part = part
         self._path = folder / f"{part}.jsonl"
+        self._newest_time = 0.0
 
     @contextmanager
     def lock_part(self) -> Iterator[None]:
@@ -77,7 +86,8 @@ class PartJournals:
             UserError: another process works on this part.
         """
         try:
-            with _locked(self.folder / f"{self.part}.lock", timeout=0):
+            with _locked(self._lock_file(self.part), timeout=0):
+                self._newest_time = max((line.get("time", 0.0) for line in self._read_lines()), default=0.0)
                 yield
         except Timeout:
             raise UserError(f"{self.part} is already running, says {self.folder}") from None
@@ -87,8 +97,12 @@ class PartJournals:
         return _locked(self.folder / "merge.lock", timeout=-1)
 
     def append_line(self, content: Mapping[str, Any]) -> None:
-        """Append a line, with the current time, to the journal of this part."""
-        line = json.dumps({**content, "time": time.time()}).encode()
+        """Append a line to the journal of this part, with the current time.
+
+        It is newer than all lines that existed when the part was locked, even if the clock of an earlier run was ahead.
+        """
+        self._newest_time = max(time.time(), self._newest_time + _TIME_STEP)
+        line = json.dumps({**content, "time": self._newest_time}).encode()
         with self._path.open("ab+") as file:
             if file.tell() and not _ends_with_newline(file):
                 line = b"\n" + line  # a kill has cut off the previous line
@@ -118,7 +132,18 @@ class PartJournals:
         """Yield a temporary path; rename it to ``path`` if the block ends without an error."""
         temporary = self.folder / f"{path.name}.{self.part}"
         yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # else a power failure may leave an empty file under the final name
         temporary.replace(path)
+
+    def remove_leftover_scratch_folders(self) -> None:
+        """Remove the scratch folders of parts that do not run: they were killed."""
+        for folder in self.folder.glob(f"*{_SCRATCH}"):
+            with suppress(Timeout), _locked(self._lock_file(folder.stem), timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _lock_file(self, part: str) -> Path:
+        return self.folder / f"{part}.lock"
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 # Arguments of networks that change no weights.
 _WITHOUT_WEIGHTS = {"channels_last", "activation_checkpointing", "dropout_per_stage", "drop_path"}
 _OPTIONAL = ("3d_lowres", "3d_cascade_fullres")  # configurations that nnU-Net plans for large images only
+_MALFORMED = (LookupError, TypeError, ValueError, AttributeError)  # of a file without JSON, or with other entries
 _PRETEXT_CLASSES = 5  # of Volume Fusion's default settings; pretraining with these plans must fit as well
 
 
@@ -92,10 +94,11 @@ class TopologyPlanner(ExperimentPlanner):
 
         Raises:
             UserError: folds are trained with plans of this name and another network. The next fold would write its
-                plans into their results folder, and they could no longer predict.
+                plans into their results folder, and they could no longer predict. Or the old plans of this name are
+                damaged.
         """
         file = Path(nnUNet_preprocessed) / self.dataset_name / f"{self.plans_identifier}.json"
-        old = load_json(str(file)) if file.is_file() else {"configurations": {}}
+        old = _read_plans(file) if file.is_file() else {"configurations": {}}
         # nnU-Net keeps what the old file has besides the new configurations. Those of the user's own may stay, but
         # not a 3d_lowres and a cascade with the network of the old plans.
         outdated = [name for name in _OPTIONAL if name in old["configurations"] and name not in plans["configurations"]]
@@ -122,6 +125,15 @@ class TopologyPlanner(ExperimentPlanner):
     @property
     def number_of_channels(self) -> int:
         return len(read_channel_names(self.dataset_json))
+
+
+def _read_plans(file: Path) -> dict[str, Any]:
+    try:
+        plans: dict[str, Any] = load_json(str(file))
+        plans["configurations"].items()
+    except _MALFORMED as error:  # nnU-Net was killed while it wrote the file
+        raise UserError(f"{file} is damaged; remove it, then plan again: rm {shlex.quote(str(file))}") from error
+    return plans
 
 
 def _network_of(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
@@ -179,13 +191,20 @@ def check_options(gpu_memory_target: float | None, target_spacing: Sequence[floa
 
 def _find_dataset_with_fingerprint(dataset: str) -> str:
     name = dataset_name(dataset)
-    if not (Path(nnUNet_raw) / name / "dataset.json").is_file():
-        raise UserError(f"no dataset {dataset}: {nnUNet_raw}/{name}/dataset.json does not exist")
-    if not (Path(nnUNet_preprocessed) / name / "dataset_fingerprint.json").is_file():
-        raise UserError(
-            f"dataset {name} has no fingerprint; make it: nnUNetv2_extract_fingerprint "
-            f"-d {convert_dataset_name_to_id(name)}"
-        )
+    description = Path(nnUNet_raw) / name / "dataset.json"
+    if not description.is_file():
+        raise UserError(f"no dataset {dataset}: {description} does not exist")
+    with malformed_file_errors(description):
+        content = load_json(str(description))
+        content["labels"], content["file_ending"], read_channel_names(content)
+    fingerprint = Path(nnUNet_preprocessed) / name / "dataset_fingerprint.json"
+    command = f"nnUNetv2_extract_fingerprint -d {convert_dataset_name_to_id(name)}"
+    if not fingerprint.is_file():
+        raise UserError(f"dataset {name} has no fingerprint; make it: {command}")
+    try:
+        load_json(str(fingerprint))["spacings"]
+    except _MALFORMED as error:
+        raise UserError(f"{fingerprint} is damaged; make it again: {command} --clean") from error
     return name
 
 

@@ -121,12 +121,14 @@ def write_enhanced_dicom(
     positions: Sequence[float],
     slopes: Sequence[float] = (1,),
     states_positions: bool = True,
+    shift: float = 0.0,
 ) -> None:
     """Write an enhanced MR: one file with all frames.
 
     Args:
         positions: of the frames along z, mm.
         slopes: rescale slopes of the frames, used in turn.
+        shift: offset of each frame from the previous one within the plane, in mm.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     meta = pydicom.dataset.FileMetaDataset()
@@ -157,7 +159,7 @@ def write_enhanced_dicom(
     for number, z in enumerate(positions):
         frame = pydicom.Dataset()
         if states_positions:
-            frame.PlanePositionSequence = group(ImagePositionPatient=[0, 0, z])
+            frame.PlanePositionSequence = group(ImagePositionPatient=[0, number * shift, z])
         slope = slopes[number % len(slopes)]
         frame.PixelValueTransformationSequence = group(RescaleSlope=slope, RescaleIntercept=0, RescaleType="US")
         frames.append(frame)

@@ -15,10 +15,16 @@ import numpy as np
 import pydicom
 import SimpleITK as sitk  # noqa: N813  the package's own convention
 
-from nnunetv2_vf.importing.images import error_line
+from nnunetv2_vf.importing.images import describe_error, error_line
 from nnunetv2_vf.importing.settings import Selection
-from nnunetv2_vf.importing.sources import case_name, may_be_dicom, volume_ending
-from nnunetv2_vf.importing.volumes import RejectedError, Volume
+from nnunetv2_vf.importing.sources import case_name, is_other_file, may_be_dicom, volume_ending
+from nnunetv2_vf.importing.volumes import (
+    MAX_ROUNDING_OF_COSINES,
+    RejectedError,
+    Volume,
+    orthonormalize,
+    require_spacing,
+)
 
 # Modalities that are not a volume of a scan: segmentations, doses and documents; ultrasound, projections, photographs.
 _OTHER_MODALITIES = {
@@ -27,7 +33,8 @@ _OTHER_MODALITIES = {
 }
 # Enhanced CT, MR and PET, whose files state the spacing of each frame in another place.
 _ENHANCED_CLASSES = {f"1.2.840.10008.5.1.4.1.1.{end}" for end in ("2.1", "2.2", "4.1", "4.4", "130", "128.1")}
-_SOP_CLASS, _MODALITY, _POSITION, _PIXEL_SPACING = "0008|0016", "0008|0060", "0020|0032", "0028|0030"
+_SOP_CLASS, _MODALITY, _PIXEL_SPACING = "0008|0016", "0008|0060", "0028|0030"
+_POSITION, _ORIENTATION = "0020|0032", "0020|0037"
 _RESCALE_INTERCEPT, _RESCALE_SLOPE = "0028|1052", "0028|1053"
 # Distances between slices that differ by more than this fraction mean a missing slice; less is rounding.
 _MAX_UNEVENNESS = 0.1
@@ -42,6 +49,8 @@ def read_dicom_folder(folder: str, selection: Selection) -> Iterator[Volume]:
             volume.images = [_read_series(files, selection, volume.notes)]
         except RejectedError as rejection:
             volume.rejection = str(rejection)
+        except Exception as error:  # pydicom raises anything for damaged files; go on with the next series
+            volume.rejection = describe_error(error)
         yield volume
     in_series = {Path(file).name for files in series.values() for file in files}
     stray = [name for name in _dicom_files(folder) if name not in in_series]
@@ -51,7 +60,7 @@ def read_dicom_folder(folder: str, selection: Selection) -> Iterator[Volume]:
 
 
 def check_dicom_header(path: str) -> None:
-    """Raise RejectedError if a file's modality is not a scan, or its pixel spacing is missing.
+    """Raise RejectedError if a file's modality is not a scan, or its pixel spacing is missing or not positive.
 
     Raises:
         RuntimeError: SimpleITK cannot read the header.
@@ -65,17 +74,19 @@ def check_dicom_header(path: str) -> None:
 
     if value(_MODALITY) in _OTHER_MODALITIES:
         raise RejectedError(f"modality: {value(_MODALITY)} is not a scan")
-    if value(_SOP_CLASS) not in _ENHANCED_CLASSES and not reader.HasMetaDataKey(_PIXEL_SPACING):
-        raise RejectedError("spacing: the file states none")
+    if value(_SOP_CLASS) not in _ENHANCED_CLASSES:
+        require_spacing(value(_PIXEL_SPACING), separator="\\")
 
 
 def check_frames(path: str, selection: Selection, notes: list[str]) -> None:
-    """Check the positions and the rescaling of the frames of a file, which SimpleITK does not.
+    """Check positions, orientations and rescaling of the frames of a file, which SimpleITK does not.
 
-    It reads the frames in the order of the file, and takes distances that differ for 1 mm.
+    It reads the frames in the order of the file, takes distances that differ for 1 mm, and puts the frames of a tilted
+    scanner straight above each other.
 
     Raises:
-        RejectedError: frames are missing, doubled, unevenly spaced or without a position, or are rescaled differently.
+        RejectedError: frames are missing, doubled, unevenly spaced, sheared or without a position, have different
+            orientations, or are rescaled differently.
     """
     header = pydicom.dcmread(path, stop_before_pixels=True, force=True)  # old files lack the prefix DICM
     num_frames = int(header.get("NumberOfFrames") or 1)
@@ -89,6 +100,14 @@ def check_frames(path: str, selection: Selection, notes: list[str]) -> None:
     if any(len({_of_frame(frame, group, name) for frame in frames}) > 1 for name in names):
         raise RejectedError("slices: the frames have different rescale slopes or intercepts")
     _check_slice_distances(np.array(positions, dtype=float), selection, notes)
+    shared = header.get("SharedFunctionalGroupsSequence", ())
+    stated = [_of_frame(frame, "PlaneOrientationSequence", "ImageOrientationPatient") for frame in (*shared, *frames)]
+    orientations = [orientation for orientation in stated if orientation]
+    if orientations:
+        _check_orientations(np.array(orientations, dtype=float))
+        row, column = np.array(orientations[0], dtype=float).reshape(2, 3)
+        normal = np.subtract(positions[-1], positions[0], dtype=float)
+        orthonormalize(np.column_stack([row, column, normal / np.linalg.norm(normal)]), selection, notes)
 
 
 def _of_frame(frame: pydicom.Dataset, group: str, name: str) -> Any:
@@ -98,53 +117,52 @@ def _of_frame(frame: pydicom.Dataset, group: str, name: str) -> Any:
 
 
 def _dicom_files(folder: str) -> list[str]:
-    files = [path.name for path in Path(folder).iterdir() if path.is_file() and not path.name.startswith(".")]
-    return [name for name in files if not volume_ending(name) and may_be_dicom(folder, name)]
+    """Return the names of the files that may be DICOM files. Links to nothing count: each may be a missing slice."""
+    paths = [path for path in Path(folder).iterdir() if path.is_file() or not path.exists()]
+    visible = [path.name for path in paths if not path.name.startswith(".")]
+    candidates = [name for name in visible if not volume_ending(name) and not is_other_file(name)]
+    return [name for name in candidates if may_be_dicom(folder, name) or not Path(folder, name).exists()]
 
 
-def _list_series(folder: str) -> dict[str, Sequence[str]]:
-    """Return the files of each series, by its UID, in the order of their slices as GDCM sorts them."""
-    try:
-        return _list_series_with_gdcm(folder)
-    except RuntimeError:  # GDCM lists nothing if it cannot read one of the files; list the others without that file
-        with tempfile.TemporaryDirectory() as links:
-            for name in _dicom_files(folder):
-                path = Path(folder, name)
-                if _has_usable_header(str(path)):
-                    Path(links, name).symlink_to(path)
-            return {
-                uid: [str(Path(folder, Path(file).name)) for file in files]
-                for uid, files in _list_series_with_gdcm(links).items()
-            }
-
-
-def _list_series_with_gdcm(folder: str) -> dict[str, Sequence[str]]:
-    uids = sorted(sitk.ImageSeriesReader.GetGDCMSeriesIDs(folder))
-    if len(uids) < 2:
-        return {uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, uid) for uid in uids}
-    return {uid: _sort_slices(folder, uid, names) for uid, names in _names_by_series(folder).items() if uid in uids}
-
-
-def _names_by_series(folder: str) -> dict[str, list[str]]:
-    """Return the names of the files of each series, by its UID; sorted by UID."""
-    names: dict[str, list[str]] = {}
+def _list_series(folder: str) -> dict[str, list[str]]:
+    """Return the files of each series, by its UID, in the order of their slices; without those that cannot be read."""
+    names_by_uid: dict[str, list[str]] = {}
     for name in sorted(_dicom_files(folder)):
         with suppress(Exception):  # pydicom raises anything for damaged files; they will belong to no series
-            header = pydicom.dcmread(Path(folder, name), stop_before_pixels=True, force=True)
-            names.setdefault(str(header.get("SeriesInstanceUID", "")), []).append(name)
-    return dict(sorted(names.items()))
+            names_by_uid.setdefault(_read_series_uid(Path(folder, name)), []).append(name)
+    series = {uid: _sort_slices(folder, names) for uid, names in sorted(names_by_uid.items())}
+    return {uid: files for uid, files in series.items() if files}
 
 
-def _sort_slices(folder: str, uid: str, names: Sequence[str]) -> list[str]:
-    """Return the files of one series in the order of their slices.
+def _read_series_uid(path: Path) -> str:
+    header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=["SeriesInstanceUID"])
+    element = header.get_item("SeriesInstanceUID")  # the bytes of the file: scanners write UIDs that are not legal
+    return bytes(element.value or b"").decode("latin-1").strip("\0 ") if element else ""
 
-    GDCM sees the files of this series only, because it reads all headers of a folder for each of its series.
+
+def _sort_slices(folder: str, names: Sequence[str]) -> list[str]:
+    """Return the files of one series in the order of their slices, without those that GDCM cannot read.
+
+    GDCM gets a folder of links to these files. In the folder itself it reads the headers of all series, and stops at a
+    link to nothing.
     """
     with tempfile.TemporaryDirectory() as links:
         for name in names:
             Path(links, name).symlink_to(Path(folder, name).resolve())
-        in_order = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(links, uid)
-        return [str(Path(folder, Path(file).name)) for file in in_order]
+        try:
+            in_order = _list_with_gdcm(links)
+        except RuntimeError:  # GDCM lists nothing if it cannot read one of the files
+            for link in Path(links).iterdir():
+                if not _has_usable_header(str(link)):
+                    link.unlink()
+            in_order = _list_with_gdcm(links)
+    return [str(Path(folder, Path(file).name)) for file in in_order]
+
+
+def _list_with_gdcm(folder: str) -> list[str]:
+    # The UIDs are GDCM's own: it drops characters that are not legal in a UID.
+    uids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(folder)
+    return [file for uid in uids for file in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, uid)]
 
 
 def _has_usable_header(path: str) -> bool:
@@ -191,14 +209,25 @@ def _needs_float(slopes: list[tuple[float, ...]], intercepts: list[tuple[float, 
 
 
 def _check_slices(reader: sitk.ImageSeriesReader, num_slices: int, selection: Selection, notes: list[str]) -> None:
-    """Raise RejectedError if slices lack a position or differ in their pixel spacing; check their distances."""
+    """Raise RejectedError if slices lack a position, or differ in pixel spacing or orientation; check distances."""
     positions = _read_numbers(reader, num_slices, _POSITION)
     if len(positions) < num_slices:
         raise RejectedError(f"slices: {num_slices - len(positions)} of {num_slices} files state no position")
     spacings = np.array(_read_numbers(reader, num_slices, _PIXEL_SPACING))
     if spacings.size and (np.ptp(spacings, axis=0) > _MAX_UNEVENNESS * spacings.max(axis=0)).any():
         raise RejectedError("slices: their pixel spacings differ")
+    _check_orientations(np.array(_read_numbers(reader, num_slices, _ORIENTATION)))
     _check_slice_distances(np.array(positions), selection, notes)
+
+
+def _check_orientations(orientations: np.ndarray) -> None:
+    """Raise RejectedError if slices are not parallel, as in scout views or a rotating acquisition.
+
+    Args:
+        orientations: cosines of the slices that state them, (slices, 6).
+    """
+    if orientations.size and (np.ptp(orientations, axis=0) > MAX_ROUNDING_OF_COSINES).any():
+        raise RejectedError("slices: their orientations differ")
 
 
 def _check_slice_distances(positions: np.ndarray, selection: Selection, notes: list[str]) -> None:

@@ -20,6 +20,7 @@ from nnunetv2_vf.importing.search import FoundSources
 from nnunetv2_vf.importing.settings import ImportSettings
 from nnunetv2_vf.importing.sources import Source
 from nnunetv2_vf.importing.state import ImportState
+from nnunetv2_vf.parts import scratch_folder
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,11 @@ class ImportJob:
         Only the sources of this command and those that the dataset was merged from count. Other records in the journals
         belong to commands that were refused or have not finished; their sources count once they are given again.
         """
-        counted = self.journal.read_merged().union(source.key for source in self.sources)
-        records = {source: record for source, record in self.journal.read().items() if source in counted}
         description = read_description(self.folder)
-        return ImportState(records, self.case_files.complete_cases(), description.cases if description else ())
+        dataset_cases = description.cases if description else frozenset()
+        counted = self.journal.read_merged(dataset_cases).union(source.key for source in self.sources)
+        records = {source: record for source, record in self.journal.read().items() if source in counted}
+        return ImportState(records, self.case_files.complete_cases(), dataset_cases)
 
     def find_unfinished(self, sources: Sequence[Source], retried_kinds: Collection[str] = ()) -> list[Source]:
         """Return the sources that must be imported; see :meth:`.ImportState.unfinished`."""
@@ -82,10 +84,10 @@ def prepare_job(folder: Path, found: FoundSources, settings: ImportSettings, cha
     num_channels = existing.num_channels if existing else most_common_channel_count(found.sources)
     check_channel_option(channel, num_channels)
     if channel == AUTO:
-        merged = Journal(folder / JOURNAL_FOLDER, part).read_merged() if existing else set()
+        merged = Journal(folder / JOURNAL_FOLDER, part).read_merged(existing.cases) if existing else set()
         check_bids_suffixes([source for source in found.sources if not source.rejection], merged)
     journal = Journal(folder / JOURNAL_FOLDER, part)
-    case_files = CaseFiles(folder, journal.folder / f"{part}.scratch", settings.file_ending, num_channels)
+    case_files = CaseFiles(folder, scratch_folder(journal.folder, part), settings.file_ending, num_channels)
     case_files.images_folder.mkdir(exist_ok=True)
     case_files.labels_folder.mkdir(exist_ok=True)
     return ImportJob(folder, found, settings, channel, journal, case_files)

@@ -88,9 +88,18 @@ class Journal(PartJournals):
         """Append a record to the journal of this part."""
         self.append_line(asdict(record) | {"rows": [_without_defaults(row) for row in record.rows]})
 
-    def read_merged(self) -> set[str]:
-        """Return the keys of the sources that the dataset was last merged from."""
-        return set(json.loads(self._merged_path.read_text())) if self._merged_path.is_file() else set()
+    def read_merged(self, dataset_cases: Collection[str]) -> set[str]:
+        """Return the keys of the sources that the dataset was last merged from.
+
+        If the file is damaged, for example by a power failure, return those that have one of the dataset's cases.
+        """
+        if not self._merged_path.is_file():
+            return set()
+        try:
+            return set(json.loads(self._merged_path.read_text()))
+        except ValueError:
+            records = self.read().values()
+            return {record.source for record in records if any(row.case in dataset_cases for row in record.rows)}
 
     def write_merged(self, sources: Collection[str]) -> None:
         """Store the keys of the sources that the dataset is merged from."""

@@ -39,7 +39,7 @@ def merge_if_finished(job: ImportJob) -> int:
 
 def _merge(job: ImportJob, state: ImportState) -> None:
     """Make the dataset from the accepted volumes. If that is refused, an existing dataset stays as it is."""
-    rows = _report_rows(state)
+    rows = _report_rows(job, state)
     accepted = [row for row in rows if row.case]
     cases = [row.case for row in accepted]
     try:
@@ -56,20 +56,30 @@ def _merge(job: ImportJob, state: ImportState) -> None:
     hashes = {row.case: row.hash for row in accepted}
     _write_description(job, make_description(hashes, channel_names, job.case_files, job.settings, job.channel))
     job.case_files.remove_other_cases(cases)
+    job.journal.remove_leftover_scratch_folders()
     picture = _draw_picture(job, cases)
     summary = summarize(job.folder.name, rows, channel_names, job.channel, job.found)
     report = f"  the result for every volume: {job.folder / REPORT}"
     print("\n".join([*summary, report, picture, *_next_steps(job.folder, cases)]))
 
 
-def _report_rows(state: ImportState) -> list[ReportRow]:
-    """Return the rows of all sources. A volume whose files are no longer in the dataset is rejected."""
-    missing = "missing: its files are no longer in the dataset; if it still exists, import it again"
-    return [
-        replace(row, case="", reason=missing) if row.case and row.case not in state.complete_cases else row
-        for rows in state.rows.values()
-        for row in rows
-    ]
+def _report_rows(job: ImportJob, state: ImportState) -> list[ReportRow]:
+    """Return the rows of all sources.
+
+    A volume whose files are no longer in the dataset is rejected. One whose source cannot be listed now gets a note.
+    """
+    unlisted = {source.key: source.rejection for source in job.sources if not source.stamp}
+
+    def update(row: ReportRow) -> ReportRow:
+        if row.case and row.case not in state.complete_cases:
+            missing = "missing: its files are no longer in the dataset; if it still exists, import it again"
+            return replace(row, case="", reason=missing)
+        if row.case and row.source in unlisted:
+            kept = f"kept: the source cannot be read now ({unlisted[row.source]})"
+            return replace(row, note="; ".join(filter(None, [row.note, kept])))
+        return row
+
+    return [update(row) for rows in state.rows.values() for row in rows]
 
 
 def _decide_channel_names(job: ImportJob, rows: Sequence[ReportRow], accepted: Sequence[ReportRow]) -> list[str]:

@@ -77,7 +77,9 @@ def import_volumes(
         ) from error
     except KeyboardInterrupt:
         raise UserError("interrupted; run the same command to continue") from None
-    if num_unfinished:
+    if num_unfinished and num_parts == 1:
+        print(f"{num_unfinished} sources have changed during the import; run the same command again")
+    elif num_unfinished:
         print(
             f"part {part_id} of {num_parts} is finished; {num_unfinished} sources of other parts are not. The part "
             "that finishes last writes dataset.json. The same command without --num_parts imports the remaining "
@@ -99,7 +101,7 @@ def _choose_dataset_folder(dataset_id: int, name: str) -> Path:
     folder = Path(nnUNet_raw).absolute() / f"Dataset{dataset_id:03d}_{name}"
     for parent in map(Path, filter(None, (nnUNet_raw, nnUNet_preprocessed, nnUNet_results))):
         for other in parent.glob(f"Dataset{dataset_id:03d}*"):
-            if other.name != folder.name:
+            if other.is_dir() and other.name != folder.name:
                 is_unfinished = (other / JOURNAL_FOLDER).exists() and not (other / DESCRIPTION).exists()
                 hint = " (an unfinished import; delete it if you do not need it)" if is_unfinished else ""
                 other_name = other.name.partition("_")[2]
@@ -112,7 +114,8 @@ def _choose_dataset_folder(dataset_id: int, name: str) -> Path:
 
 
 def _print_start(job: ImportJob) -> None:
-    print("; ".join([f"{job.folder.name}: {len(job.sources)} sources", *describe_left_out(job.found)]))
+    channels = f" of {job.case_files.num_channels} channels" if job.case_files.num_channels > 1 else ""
+    print("; ".join([f"{job.folder.name}: {len(job.sources)} sources{channels}", *describe_left_out(job.found)]))
     settings = asdict(job.settings)
     values = {"channel": job.channel, **settings.pop("selection"), **settings}
     print("settings: " + ", ".join(f"{key} {value}" for key, value in values.items()), flush=True)

@@ -6,6 +6,7 @@ SimpleITK reads the images. The checks find what SimpleITK does not report: for 
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -21,15 +22,18 @@ from nnunetv2_vf.importing.images import error_line
 from nnunetv2_vf.importing.nifti import read_nifti
 from nnunetv2_vf.importing.settings import Selection
 from nnunetv2_vf.importing.sources import Source, case_name, volume_ending
-from nnunetv2_vf.importing.volumes import RejectedError, Volume
+from nnunetv2_vf.importing.volumes import RejectedError, Volume, require_spacing
 
 _FORMAT_ERRORS = (
     *(OSError, EOFError, zlib.error),
     *(HeaderDataError, ImageFileError, WrapStructError),
 )
+_KINDS_OF_ITK_ERRORS = {"Refusing to change spacing": "spacing", "Refusing to change direction": "direction"}
 _NIFTI_ENDINGS = (".nii", ".nii.gz", ".hdr", ".hdr.gz")
 _NRRD_SPACING = re.compile(rb"^(?:spacings|space directions):(.*)$", re.MULTILINE)
 _METAIMAGE_SPACING = re.compile(rb"^\s*Element(?:Spacing|Size)\s*=(.*)$", re.MULTILINE)
+_METAIMAGE_COMPRESSED = re.compile(rb"^\s*CompressedData\s*=\s*[Tt1]", re.MULTILINE)
+_METAIMAGE_DATA = re.compile(rb"^[ \t]*ElementDataFile[ \t]*=[ \t]*(\S+)[ \t]*\r?\n", re.MULTILINE)
 
 
 def read_volumes(source: Source, selection: Selection) -> Iterator[Volume]:
@@ -71,36 +75,62 @@ def _read_file(path: str, selection: Selection, notes: list[str]) -> sitk.Image:
         ending = volume_ending(path)
         if ending in _NIFTI_ENDINGS:
             return read_nifti(path, selection, notes)
-        if ending:
-            _check_text_header(path, _NRRD_SPACING if ending in (".nrrd", ".nhdr") else _METAIMAGE_SPACING)
-        else:
+        if not ending:
             check_dicom_header(path)
             check_frames(path, selection, notes)
-        return sitk.ReadImage(path)
+            return sitk.ReadImage(path)
+        if ending in (".nrrd", ".nhdr"):
+            _check_spacing(_read_header(path), _NRRD_SPACING)
+            return sitk.ReadImage(path)
+        header = _read_header(path)
+        _check_spacing(header, _METAIMAGE_SPACING)
+        image = sitk.ReadImage(path)
+        _check_compressed_voxels(path, header, image)
+        return image
     except _FORMAT_ERRORS as error:
         raise RejectedError(f"unreadable: {error_line(error)}") from error
     except RuntimeError as error:
-        kind = "spacing" if "Refusing to change spacing" in str(error) else "unreadable"
+        kinds = [kind for message, kind in _KINDS_OF_ITK_ERRORS.items() if message in str(error)]
+        kind = kinds[0] if kinds else "unreadable"
         raise RejectedError(f"{kind}: {error_line(error)}") from error
 
 
-def _check_text_header(path: str, spacing_field: re.Pattern[bytes]) -> None:
-    """Raise RejectedError if a header has no spacing, which SimpleITK takes for 1 mm, or one that is not positive."""
+def _read_header(path: str) -> bytes:
+    """Return the beginning of a file, which holds its text header."""
     with Path(path).open("rb") as file:
-        header = file.read(1 << 14)
+        return file.read(1 << 14)
+
+
+def _check_spacing(header: bytes, spacing_field: re.Pattern[bytes]) -> None:
+    """Raise RejectedError if a header has no spacing, which SimpleITK takes for 1 mm, or one that is not positive."""
     if not header:
         return  # SimpleITK reports an empty file
     match = spacing_field.search(header)
     spacing = match[1].decode(errors="replace").strip() if match else ""
-    if not any(digit in spacing for digit in "123456789"):
-        raise RejectedError(f"spacing: the file states {spacing or 'none'}")
     is_matrix = "(" in spacing  # NRRD's space directions
-    if not is_matrix and not _all_positive(spacing):
-        raise RejectedError(f"spacing: {spacing} mm")
+    if not is_matrix:
+        require_spacing(spacing)
+    elif not any(digit in spacing for digit in "123456789"):
+        raise RejectedError(f"spacing: the file states {spacing}")
 
 
-def _all_positive(numbers: str) -> bool:
-    try:
-        return all(float(number) > 0 for number in numbers.split())
-    except ValueError:
-        return False
+def _check_compressed_voxels(path: str, header: bytes, image: sitk.Image) -> None:
+    """Decompress the voxels of a MetaImage to their checksum: SimpleITK only prints a message if they are damaged.
+
+    Raises:
+        zlib.error, RejectedError: the voxels are damaged or incomplete.
+    """
+    data_file = _METAIMAGE_DATA.search(header)
+    if not data_file or not _METAIMAGE_COMPRESSED.search(header):
+        return
+    is_local = data_file[1].upper() == b"LOCAL"
+    voxels = Path(path) if is_local else Path(path).parent / os.fsdecode(data_file[1])
+    decompressor = zlib.decompressobj(wbits=47)  # 47: zlib or gzip
+    num_bytes = 0
+    with voxels.open("rb") as file:
+        file.seek(data_file.end() if is_local else 0)
+        while not decompressor.eof and (block := file.read(1 << 20)):
+            num_bytes += len(decompressor.decompress(block))
+    components = image.GetNumberOfComponentsPerPixel() * image.GetSizeOfPixelComponent()
+    if not decompressor.eof or num_bytes != image.GetNumberOfPixels() * components:
+        raise RejectedError("unreadable: too short or damaged")

@@ -45,9 +45,9 @@ def describe_left_out(found: FoundSources) -> list[str]:
     if found.num_not_selected:
         phrases.append(f"left out {found.num_not_selected} volumes that --select does not name")
     if found.unused_patterns:
-        phrases.append(f"no volume matches --select {','.join(found.unused_patterns)}")
+        phrases.append(f"no volume matches --select {printable(','.join(found.unused_patterns))}")
     if found.ignored:
-        kinds = ", ".join(f"{kind} {count}" for kind, count in found.ignored.most_common(5))
+        kinds = ", ".join(f"{printable(kind, limit=20)} {count}" for kind, count in found.ignored.most_common(5))
         phrases.append(f"ignored {sum(found.ignored.values())} other files ({kinds})")
     return phrases
 

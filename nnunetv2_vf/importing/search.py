@@ -32,6 +32,7 @@ _UNREAD_ENDINGS = (
     *(".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip", ".nrrd.gz", ".mha.gz", ".mgh.gz", ".mnc.gz", ".dcm.gz"),
     *(".img", ".img.gz", ".tif", ".tiff", ".h5", ".hdf5"),
 )
+_MAX_CHANNELS = 8
 _UNREADABLE_NAME = "name: not UTF-8; rename the file or folder"
 
 
@@ -123,19 +124,23 @@ class _Search:
             try:
                 inode = _inode(folder)
                 with os.scandir(folder) as entries:
-                    is_folder = {entry.name: _is_folder(entry) for entry in entries}
+                    listed = list(entries)
             except OSError as error:
                 yield Source((folder,), "", f"unreadable: {error.strerror}")
                 continue
             if inode in visited:
                 continue
             visited.add(inode)
-            subfolders = sorted(name for name in is_folder if is_folder[name] and not name.startswith("."))
+            names = [entry.name for entry in listed]
+            subfolders = {entry.name for entry in listed if _is_folder(entry)}
+            specials = {entry.name for entry in listed if _is_special(entry)}
+            self.ignored["special"] += len(specials)
             pending += [
-                (os.path.join(folder, name), holds_labels or self._is_label_folder(name, is_folder.keys()))
-                for name in reversed(subfolders)
+                (os.path.join(folder, name), holds_labels or self._is_label_folder(name, names))
+                for name in sorted(subfolders, reverse=True)
+                if not name.startswith(".")
             ]
-            files = sorted(name for name in is_folder if not is_folder[name])
+            files = sorted({*names} - subfolders - specials)
             if holds_labels:
                 self._count_labels(folder, files)
             else:
@@ -226,6 +231,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def _is_special(entry: os.DirEntry[str]) -> bool:
+    """True for pipes, sockets and devices: reading one could wait for ever."""
+    try:
+        return not entry.is_file() and not entry.is_dir() and os.path.exists(entry.path)
+    except OSError:  # a link to itself
+        return False
+
+
 def _inode(path: str | Path) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
@@ -263,14 +276,15 @@ def _group_files(folder: str, names: list[str]) -> Iterator[Source]:
 def _group_channels(names: list[str]) -> Iterator[tuple[tuple[str, ...], str]]:
     """Group the volume files of a folder into cases. Yield the files of each case and the reason to reject it, if any.
 
-    A folder follows nnU-Net's names ``CASE_0000``, ``CASE_0001`` if every name ends in a channel number and at least
-    one case has channels 0 and 1. In any other folder every file is a case.
+    A folder follows nnU-Net's names ``CASE_0000``, ``CASE_0001`` if every name ends in a channel number, at least one
+    case has channels 0 and 1, and most cases have few channels: ``scan_0000`` to ``scan_0099`` are numbered scans. In
+    any other folder every file is a case.
     """
     cases = _files_by_channel(names)
-    if not any({0, 1} <= {*channels} for channels in cases.values()):
+    num_channels = Counter(map(len, cases.values())).most_common(1)[0][0] if cases else 0
+    if num_channels > _MAX_CHANNELS or not any({0, 1} <= {*channels} for channels in cases.values()):
         yield from (((name,), "") for name in names)
         return
-    num_channels = Counter(map(len, cases.values())).most_common(1)[0][0]
     expected = {*range(num_channels)}
     for channels in cases.values():
         missing = sorted(expected - {*channels})
@@ -282,10 +296,11 @@ def _files_by_channel(names: list[str]) -> dict[str, dict[int, str]]:
     """Return the file name of each channel of each case; nothing if a name does not end in a channel number."""
     cases: dict[str, dict[int, str]] = {}
     for name in names:
-        case, channel = split_channel(file_stem(name))
+        stem = file_stem(name)
+        case, channel = split_channel(stem)
         if channel is None:
             return {}
-        cases.setdefault(case + volume_ending(name), {})[channel] = name
+        cases.setdefault(case + name.removeprefix(stem), {})[channel] = name
     return cases
 
 

@@ -30,7 +30,7 @@ class Source:
     Attributes:
         paths: absolute paths. Links are not resolved, so a link is a source of its own.
         stamp: sizes and times of the files; for a DICOM folder the number of files and the time of the folder. A
-            different stamp means that the source has changed.
+            different stamp means that the source has changed. Empty if the files cannot be listed.
         rejection: the reason why the source cannot be used, if the listing already shows one; else empty.
     """
 

@@ -36,6 +36,8 @@ class ImportState:
     ) -> list[Source]:
         """Return the sources that are new or changed, were imported with other settings, or have lost files.
 
+        A source that cannot be listed now, for example because its disk is away, keeps the cases that it has.
+
         Args:
             retried_kinds: kinds of reasons; a source that was rejected for one of them is unfinished.
         """
@@ -43,7 +45,11 @@ class ImportState:
 
     def _is_finished(self, source: Source, settings_digest: str, retried_kinds: Collection[str]) -> bool:
         record = self.records.get(source.key)
-        if record is None or (record.stamp, record.settings) != (source.stamp, settings_digest):
+        if record is None:
+            return False
+        if not source.stamp and any(row.case in self.complete_cases for row in self.rows[source.key]):
+            return True
+        if (record.stamp, record.settings) != (source.stamp, settings_digest):
             return False
         return all(self._is_final(row, retried_kinds) for row in self.rows[source.key])
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import SimpleITK as sitk  # noqa: N813  the package's own convention
 
+from nnunetv2_vf.errors import printable
 from nnunetv2_vf.importing.body_mask import is_hu_like
 from nnunetv2_vf.importing.images import image_on_grid
 from nnunetv2_vf.importing.label_maps import describe_label_map
@@ -19,7 +20,9 @@ from nnunetv2_vf.importing.settings import Selection
 
 # Largest error of a direction cosine that counts as rounding. Headers written with two digits stay below it; a scanner
 # tilted by 1 degree is 0.017 off.
-_ROUNDING = 5e-3
+MAX_ROUNDING_OF_COSINES = 5e-3
+# mm. Finer than any scanner of patients or small animals: such files have other units.
+_MIN_SPACING = 0.005
 _CAST_TO_FLOAT32 = (sitk.sitkFloat64, sitk.sitkInt64, sitk.sitkUInt64, sitk.sitkUInt32)
 
 
@@ -98,10 +101,23 @@ def orthonormalize(direction: np.ndarray, selection: Selection, notes: list[str]
     error = float(np.abs(nearest - direction).max())
     if error <= 1e-6:
         return direction
-    if error > _ROUNDING and "direction" not in selection.keep:
+    if error > MAX_ROUNDING_OF_COSINES and "direction" not in selection.keep:
         raise RejectedError(f"direction: axes are not at right angles, off by {error:.3g}")
     notes.append(f"direction: made orthonormal, was off by {error:.2g}")
     return nearest
+
+
+def require_spacing(stated: str, separator: str | None = None) -> None:
+    """Raise RejectedError unless the spacing that a header states, as text, has only positive numbers.
+
+    SimpleITK takes a spacing that is missing, and that of some files with 0, for 1 mm.
+    """
+    try:
+        is_positive = all(float(number) > 0 for number in stated.split(separator))
+    except ValueError:
+        is_positive = False
+    if not is_positive or not stated:
+        raise RejectedError(f"spacing: the file states {printable(stated) or 'none'}")
 
 
 def _check_size(image: sitk.Image, min_size: int) -> None:
@@ -111,9 +127,11 @@ def _check_size(image: sitk.Image, min_size: int) -> None:
 
 
 def _check_spacing(image: sitk.Image, max_spacing: float) -> None:
-    largest = max(image.GetSpacing())
+    smallest, largest = min(image.GetSpacing()), max(image.GetSpacing())
     if largest > max_spacing:
         raise RejectedError(f"spacing: {largest:g} mm, more than {max_spacing:g}")
+    if smallest < _MIN_SPACING:
+        raise RejectedError(f"spacing: {smallest:g} mm, less than {_MIN_SPACING:g}; is it in metres?")
 
 
 def _align_with_first_channel(image: sitk.Image, first: sitk.Image, notes: list[str]) -> None:
@@ -122,7 +140,7 @@ def _align_with_first_channel(image: sitk.Image, first: sitk.Image, notes: list[
         return
     if image.GetSize() != first.GetSize() or not (
         np.allclose(image.GetSpacing(), first.GetSpacing(), rtol=1e-3)
-        and np.allclose(image.GetDirection(), first.GetDirection(), atol=_ROUNDING)
+        and np.allclose(image.GetDirection(), first.GetDirection(), atol=MAX_ROUNDING_OF_COSINES)
         and np.allclose(image.GetOrigin(), first.GetOrigin(), rtol=0, atol=0.1 * min(first.GetSpacing()))
     ):
         raise RejectedError("channels: not on the same grid")

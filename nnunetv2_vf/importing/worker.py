@@ -12,7 +12,7 @@ import SimpleITK as sitk  # noqa: N813  the package's own convention
 
 from nnunetv2_vf.importing.body_mask import find_body
 from nnunetv2_vf.importing.case_files import CannotWriteError, CaseFiles
-from nnunetv2_vf.importing.images import error_line, image_on_grid
+from nnunetv2_vf.importing.images import describe_error, image_on_grid
 from nnunetv2_vf.importing.journal import ReportRow
 from nnunetv2_vf.importing.readers import read_volumes
 from nnunetv2_vf.importing.settings import ImportSettings
@@ -47,18 +47,15 @@ def import_source(case_files: CaseFiles, settings: ImportSettings, source: Sourc
             except CannotWriteError:
                 raise
             except Exception as error:  # libraries raise anything for unusual images; go on with the next volume
-                row.reason = _describe_error(error)
+                row.reason = describe_error(error)
             row.note = "; ".join(volume.notes)
             rows.append(row)
     except CannotWriteError:
         raise
     except Exception as error:  # readers raise anything for damaged files; the import goes on with the next source
-        rows.append(ReportRow(source.key, reason=_describe_error(error)))
-    return rows
-
-
-def _describe_error(error: Exception) -> str:
-    return f"error: {type(error).__name__}: {error_line(error)}"
+        rows.append(ReportRow(source.key, reason=describe_error(error)))
+    # All files of a DICOM folder may vanish after the search.
+    return rows or [ReportRow(source.key, reason="unreadable: no DICOM file is left")]
 
 
 def _import_volume(volume: Volume, row: ReportRow, case_files: CaseFiles, settings: ImportSettings) -> None:

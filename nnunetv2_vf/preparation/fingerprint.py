@@ -7,6 +7,7 @@ import io
 import random
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Results:
     """The measurements of the cases: lines in the journals, and a file with the intensities of each run.
 
     A line says where the intensities of its case begin in the file, and which type and how many there are for each
-    channel. They are written before the line, so whole lines have whole intensities.
+    channel. They are written before the line. Still, a power failure may lose them: such lines do not count.
     """
 
     def __init__(self, folder: Path, part: str):
@@ -70,19 +71,33 @@ class Results:
         self.journals.append_line({**line, "file": self._file.name, "begin": begin, "arrays": arrays})
 
     def read_lines(self) -> dict[str, dict[str, Any]]:
-        """Return the newest line of each case."""
-        return self.journals.read_newest("case")
+        """Return the newest line of each case, if its intensities are whole."""
+        file_sizes = {}
+        for file in self.journals.folder.glob(f"*{_INTENSITIES}"):
+            with suppress(FileNotFoundError):  # another part, which has finished the work, may remove the file
+                file_sizes[file.name] = file.stat().st_size
+        lines = self.journals.read_newest("case")
+        return {
+            case: line
+            for case, line in lines.items()
+            if line["begin"] + sum(_sizes(line)) <= file_sizes.get(line["file"], -1)
+        }
 
     def read_intensities(self, line: Mapping[str, Any], channel: int) -> np.ndarray:
-        sizes = [np.dtype(dtype).itemsize * count for dtype, count in line["arrays"]]
         dtype, count = line["arrays"][channel]
-        offset = line["begin"] + sum(sizes[:channel])
+        offset = line["begin"] + sum(_sizes(line)[:channel])
         return np.fromfile(self.journals.folder / line["file"], dtype, count, offset=offset)
 
     def clear(self) -> None:
-        for file in self.journals.folder.iterdir():
-            if file.suffix in (".jsonl", _INTENSITIES):
+        """Remove all files, the lines first: a line must not outlive its intensities."""
+        for ending in (".jsonl", _INTENSITIES):
+            for file in self.journals.folder.glob(f"*{ending}"):
                 file.unlink()
+
+
+def _sizes(line: Mapping[str, Any]) -> list[int]:
+    """Return the number of bytes that the intensities of each channel take."""
+    return [np.dtype(dtype).itemsize * count for dtype, count in line["arrays"]]
 
 
 def make_missing_fingerprint(dataset: str, processes: int) -> None:
@@ -174,10 +189,11 @@ def choose_cases(cases: Mapping[str, RawCase], sample: int | None, seed: int) ->
 def _describe_existing(file: Path, num_cases: int, record: Mapping[str, Any]) -> str:
     try:
         existing = load_json(str(file))
-    except ValueError as error:  # no JSON: a run was killed while it wrote the file
+        existing_cases = len(existing["spacings"])
+    except (ValueError, LookupError, TypeError) as error:  # a run was killed while it wrote the file
         raise UserError(f"{file} is damaged: {error}; make it again: --clean") from error
-    is_the_same = len(existing["spacings"]) == num_cases and existing.get(_SAMPLE) == record.get(_SAMPLE)
-    change = "" if is_the_same else f", made from {len(existing['spacings'])} cases; this would be {num_cases}"
+    is_the_same = existing_cases == num_cases and existing.get(_SAMPLE) == record.get(_SAMPLE)
+    change = "" if is_the_same else f", made from {existing_cases} cases; this would be {num_cases}"
     return f"{file} exists already{change}; to make it again: --clean"
 
 

@@ -28,7 +28,7 @@ from nnunetv2_vf.nnunet_folders import (
     require_configuration,
     require_variables,
 )
-from nnunetv2_vf.parts import PartJournals, check_parts, continuable_errors, part_name
+from nnunetv2_vf.parts import PartJournals, check_parts, continuable_errors, part_name, scratch_folder
 from nnunetv2_vf.preparation.raw_cases import Failure, RawCase, describe_failures, read_raw_dataset, work_on_cases
 
 # Entries of a configuration that change its preprocessed cases. Others, such as the batch size, do not.
@@ -132,7 +132,7 @@ def _make_task(
     ]
     digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
     output, labels = file.parent / configuration.data_identifier, file.parent / "gt_segmentations"
-    scratch = _journals_folder(output) / f"{part}.scratch"
+    scratch = scratch_folder(_journals_folder(output), part)
     can_be_pretrained = configuration_name in legal_configurations(plans_manager)
     return _Task(file, configuration_name, json.dumps(description), digest, can_be_pretrained, output, labels, scratch)
 
@@ -174,6 +174,7 @@ def _preprocess_part(
             pending = {name for name in unfinished - failed if "failure" not in lines.get(name, {})}
             if not pending:
                 _remove_other_cases(task.output, cases)
+                journals.remove_leftover_scratch_folders()
                 _update_description(task, journals)
     if pending:
         print(f"part {part_id} of {num_parts} is finished; {len(pending)} cases of other parts are not")

@@ -68,6 +68,8 @@ def read_raw_dataset(dataset_name: str) -> tuple[dict[str, Any], dict[str, RawCa
         raise UserError(f"no raw dataset {dataset_name}: {folder / 'dataset.json'} does not exist{hint}")
     try:
         description = json.loads((folder / "dataset.json").read_text())
+        if not isinstance(description, dict) or description.keys().isdisjoint(("channel_names", "modality")):
+            raise ValueError("it has no channel_names")
         files = get_filenames_of_train_images_and_targets(str(folder), description)
     except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:  # ValueError: no JSON
         raise UserError(f"{folder / 'dataset.json'} or its cases cannot be read: {error!r}") from error

@@ -24,6 +24,7 @@ from nnunetv2_vf.transfer.architectures import build_network, canonical_architec
 from nnunetv2_vf.transfer.metadata import describe_nnunet_checkpoint, is_nnunet_checkpoint
 from nnunetv2_vf.transfer.nnssl_plan import NNSSL_PLAN_KEY, architecture_of_nnssl_plan, make_nnssl_plan
 from nnunetv2_vf.transfer.safe_loading import load_safely, malformed_file_errors
+from nnunetv2_vf.transfer.safetensors_files import SAFETENSORS_ENDING
 from nnunetv2_vf.transfer.shared_tensors import storage_key
 
 ARTIFACT_NAME = "vf_pretrained.pth"
@@ -64,13 +65,18 @@ def _move_to_cpu(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def require_writable(output: Path, source: Path) -> None:
-    """Raise UserError unless ``output`` is a file name in an existing folder and not the ``source`` itself."""
+    """Raise UserError unless ``output`` is a file name in an existing folder and not the ``source`` itself.
+
+    Commands read files named ``.safetensors`` as such, so an artifact must not be named so.
+    """
     if not output.parent.is_dir():
         raise UserError(
             f"the folder {output.parent} does not exist; make it: mkdir -p {shlex.quote(str(output.parent))}"
         )
     if output.is_dir():
         raise UserError(f"{output} is a folder; name a file in it: -o {shlex.quote(str(output / 'OUT.pth'))}")
+    if output.suffix == SAFETENSORS_ENDING:
+        raise UserError(f"{output}: this command writes torch's format; name the file {output.stem}.pth")
     if output.resolve() == source.resolve():
         raise UserError(f"{output} is the input file; give the output another name")
 

@@ -134,8 +134,13 @@ def _count_classes(weights: Mapping[str, Tensor]) -> int:
 
 
 def read_channel_names(dataset_json: Mapping[str, Any]) -> dict[str, str]:
-    """Return the channel names by channel number ("0", "1", ...); old files call the entry ``modality``."""
-    return dataset_json.get("channel_names", dataset_json.get("modality"))
+    """Return the channel names by channel number ("0", "1", ...); old files call the entry ``modality``.
+
+    Raises:
+        KeyError: there is neither of them.
+    """
+    names: dict[str, str] = dataset_json["channel_names" if "channel_names" in dataset_json else "modality"]
+    return names
 
 
 def format_spacing(spacing: Sequence[float]) -> str:

@@ -116,6 +116,12 @@ def test_an_enhanced_file_with_other_frames_is_rejected(tmp_path, changes, reaso
         assert volume.rejection.startswith(reason)
 
 
+def test_an_enhanced_file_of_a_tilted_scanner_is_rejected_unless_directions_are_kept(tmp_path):
+    write_enhanced_dicom(tmp_path / "scan.dcm", ct(0), POSITIONS, shift=0.5)
+    assert check_only_volume(tmp_path).startswith("direction: axes are not at right angles")
+    assert check_only_volume(tmp_path, keep=("direction",)).startswith("direction: made orthonormal")
+
+
 @pytest.mark.parametrize(("without", "reason"), [(20, "20 of 20"), (1, "1 of 20")])
 def test_a_series_whose_slices_state_no_position_is_rejected(tmp_path, without, reason):
     write_dicom(tmp_path, ct(0))
@@ -184,3 +190,64 @@ def test_a_series_without_pixel_spacing_is_rejected(tmp_path):
         assert content.count(b"\x28\x00\x30\x00") == 1
         path.write_bytes(content.replace(b"\x28\x00\x30\x00", b"\x28\x00\x33\x00"))
     assert check_only_volume(tmp_path) == "spacing: the file states none"
+
+
+@pytest.mark.parametrize("name", ["zz.dcm", "no_ending", ".#lock"])
+@pytest.mark.parametrize("num_series", [1, 2])
+def test_a_link_to_nothing_hides_no_slice(tmp_path, name, num_series):
+    for number in range(num_series):
+        write_dicom(tmp_path, ct(number), number + 1)
+    (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    *series, other = [*read_all(tmp_path), None][: num_series + 1]
+    assert [volume.images[0].GetSize() for volume in series] == [ct(0).shape[::-1]] * num_series
+    if name.startswith("."):
+        assert other is None
+    else:
+        assert other.rejection == "unreadable: 1 DICOM files belong to no series"
+
+
+@pytest.mark.parametrize("uids", [("1.2-3_4 x", "1.2-34x"), ("A#1", "A#2")])
+def test_series_whose_uids_have_illegal_characters_are_volumes(tmp_path, uids):
+    for number, uid in enumerate(uids):
+        write_dicom(tmp_path, ct(number), number + 1, tags={"0020|000e": uid})
+    volumes = read_all(tmp_path)
+    assert [volume.rejection for volume in volumes] == ["", ""]
+    assert volumes[0].case != volumes[1].case
+
+
+def test_slices_without_a_series_uid_are_one_series(tmp_path):
+    write_dicom(tmp_path, ct(0))
+    for path in tmp_path.iterdir():
+        content = pydicom.dcmread(path)
+        del content.SeriesInstanceUID
+        content.save_as(path)
+    assert check_only_volume(tmp_path) == "fine"
+
+
+def test_a_series_with_a_pixel_spacing_of_zero_is_rejected(tmp_path):
+    write_dicom(tmp_path, ct(0))
+    for path in tmp_path.iterdir():
+        content = pydicom.dcmread(path)
+        content.PixelSpacing = ["0", "1"]
+        content.save_as(path)
+    assert check_only_volume(tmp_path) == r"spacing: the file states 0\1"
+
+
+def test_a_series_whose_slices_are_not_parallel_is_rejected(tmp_path):
+    write_dicom(tmp_path, ct(0))
+    for path in sorted(tmp_path.iterdir())[10:]:
+        content = pydicom.dcmread(path)
+        content.ImageOrientationPatient = [0.98, 0.199, 0, -0.199, 0.98, 0]
+        content.save_as(path)
+    assert check_only_volume(tmp_path) == "slices: their orientations differ"
+
+
+def test_an_unexpected_error_in_one_series_does_not_hide_the_other_series(tmp_path):
+    write_enhanced_dicom(tmp_path / "a.dcm", ct(0), POSITIONS)
+    content = pydicom.dcmread(tmp_path / "a.dcm")
+    content.PerFrameFunctionalGroupsSequence[3].PixelValueTransformationSequence[0].RescaleSlope = [1, 2]
+    content.save_as(tmp_path / "a.dcm")
+    write_dicom(tmp_path, ct(1), series=9)
+    rejections = sorted(volume.rejection for volume in read_all(tmp_path))
+    assert rejections[0] == ""
+    assert rejections[1].startswith("error: TypeError: ")

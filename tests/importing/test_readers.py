@@ -9,6 +9,7 @@ from unlabelled_data import (
     change_text_header,
     check_only_volume,
     ct,
+    make_image,
     read_all,
     truncate,
     write_4d,
@@ -76,3 +77,27 @@ def test_a_text_header_without_positive_spacings_is_rejected(tmp_path, ending, p
     path = write_volume(tmp_path / f"a.{ending}", ct(0))
     change_text_header(path, pattern, replacement)
     assert check_only_volume(path).startswith("spacing: ")
+
+
+@pytest.mark.parametrize("ending", ["mha", "mhd", "nrrd"])
+def test_damaged_compressed_voxels_are_rejected(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    sitk.WriteImage(make_image(ct(0)), str(path), useCompression=True)
+    assert check_only_volume(path) == "fine"
+    voxels = path.with_suffix(".zraw") if ending == "mhd" else path
+    content = bytearray(voxels.read_bytes())
+    content[-3000] ^= 0xFF
+    voxels.write_bytes(content)
+    assert check_only_volume(path).startswith("unreadable: ")
+
+
+def test_a_compressed_file_that_is_shorter_than_its_header_says_is_rejected(tmp_path):
+    sitk.WriteImage(make_image(ct(0)), str(tmp_path / "a.mha"), useCompression=True)
+    change_text_header(tmp_path / "a.mha", rb"DimSize = 28 24 20", b"DimSize = 28 24 21")
+    assert check_only_volume(tmp_path / "a.mha") == "unreadable: too short or damaged"
+
+
+def test_a_direction_matrix_without_an_inverse_is_rejected(tmp_path):
+    path = write_volume(tmp_path / "a.nrrd", ct(0))
+    change_text_header(path, rb"space directions: [^\n]*", b"space directions: (1,0,0) (1,0,0) (0,0,1)")
+    assert check_only_volume(path) == "direction: Bad direction, determinant is 0."

@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 
+import pytest
 from unlabelled_data import (
     DATASET,
     assert_consistent,
@@ -19,6 +20,8 @@ from unlabelled_data import (
     read_report,
     read_user_files,
     run_import,
+    start_import,
+    write_dicom,
     write_rejected_volumes,
     write_volume,
 )
@@ -194,4 +197,51 @@ def test_an_import_is_finished_even_if_a_split_cannot_be_read(dataset, data, cap
     write_volume(data / "1.nii.gz", ct(1))
     run_import(data)
     assert f"  {splits_file} cannot be read" in capsys.readouterr().out
+    assert_consistent(dataset)
+
+
+def test_a_source_that_cannot_be_listed_keeps_its_case(dataset, data, tmp_path):
+    disk = tmp_path / "disk"
+    write_volume(disk / "1.nii.gz", ct(1))
+    (data / "1.nii.gz").symlink_to(disk / "1.nii.gz")
+    run_import(data)
+    before = image_times(dataset)
+    disk.rename(tmp_path / "away")
+    write_volume(data / "2.nii.gz", ct(2))
+    run_import(data)
+    assert_consistent(dataset)
+    assert before.items() <= image_times(dataset).items()
+    notes = {Path(row["source"]).name: row["note"] for row in read_report(dataset)}
+    assert notes == {
+        "1.nii.gz": "kept: the source cannot be read now (unreadable: No such file or directory)",
+        "2.nii.gz": "",
+    }
+    (tmp_path / "away").rename(disk)
+    run_import(data)
+    assert {row["note"] for row in read_report(dataset)} == {""}
+
+
+def test_a_series_of_which_slices_were_away_is_imported_again_once_they_are_back(dataset, data, tmp_path):
+    write_dicom(tmp_path / "disk", ct(1))
+    for number, path in enumerate(sorted((tmp_path / "disk").iterdir())):
+        (data / path.name).symlink_to(path if number < 16 else tmp_path / "second_disk" / path.name)
+    run_import(data)
+    assert [row["reason"] or row["shape"] for row in read_report(dataset)] == [
+        "16x24x28",
+        "unreadable: 4 DICOM files belong to no series",
+    ]
+    (tmp_path / "disk").rename(tmp_path / "second_disk")
+    (tmp_path / "disk").symlink_to(tmp_path / "second_disk")
+    run_import(data)
+    assert_consistent(dataset)
+    assert [row["shape"] for row in read_report(dataset)] == ["20x24x28"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no such names")
+def test_ignored_files_whose_ending_is_not_utf_8_are_counted(dataset, data):
+    write_volume(data / "1.nii.gz", ct(1))
+    (data / os.fsdecode(b"notes.\xff\x1b")).touch()
+    process = start_import(data, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
     assert_consistent(dataset)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from unlabelled_data import ct, write_dicom, write_volume
+from unlabelled_data import check_only_volume, ct, write_dicom, write_volume
 
 from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.importing.search import FoundSources, find_sources
@@ -225,3 +225,28 @@ def test_a_selection_without_volumes_is_refused(tmp_path):
     create_files(tmp_path, "1.nii.gz", "2.nii.gz")
     with pytest.raises(UserError, match=r"--select T1w,T2w matches none of 2 volumes in .*; legal: parts of their"):
         find(tmp_path, select=["T1w", "T2w"])
+
+
+def test_numbered_scans_are_not_the_channels_of_one_case(tmp_path):
+    create_files(tmp_path, *(f"scan_{number:04d}.nii.gz" for number in range(20)))
+    assert [len(source.paths) for source in find(tmp_path).sources] == [1] * 20
+
+
+def test_no_file_is_dropped_if_names_differ_only_in_the_case_of_their_ending(tmp_path):
+    create_files(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz", "a_0000.NII.GZ")
+    if len(list(tmp_path.iterdir())) < 3:
+        pytest.skip("this file system ignores the case of names")
+    assert sum(len(source.paths) for source in find(tmp_path).sources) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="other systems have no named pipes")
+def test_a_named_pipe_is_ignored(tmp_path):
+    create_files(tmp_path, "1.nii.gz")
+    write_dicom(tmp_path / "series", ct(0))
+    for folder in (tmp_path, tmp_path / "series"):
+        for name in ("pipe", "pipe.dcm", "pipe.nii.gz"):
+            os.mkfifo(folder / name)
+    result = find(tmp_path)
+    assert [Path(source.key).name for source in result.sources] == ["1.nii.gz", "series"]
+    assert result.ignored["special"] == 6
+    assert check_only_volume(tmp_path / "series") == "fine"

@@ -41,6 +41,11 @@ def test_a_spacing_above_the_limit_is_rejected(tmp_path):
     assert check_only_volume(path, max_spacing=25) == "fine"
 
 
+def test_a_spacing_in_metres_is_rejected(tmp_path):
+    path = write_volume(tmp_path / "a.nii.gz", ct(0), (0.003, 0.001, 0.001))
+    assert check_only_volume(path) == "spacing: 0.001 mm, less than 0.005; is it in metres?"
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nonfinite_voxels_are_rejected_or_set_to_the_lowest_finite_value(tmp_path, value):
     array = mr(0)

@@ -195,6 +195,29 @@ def test_planning_by_python_names_the_command_that_makes_a_fingerprint(empty_dat
         list(plan_network(["42"], PCTNetPlanner))
 
 
+@pytest.mark.parametrize("content", ["", '{"spacings": [[1.0', "{}", "[]"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("New.json", r"New.json is damaged; remove it, then plan again: rm "),
+        ("dataset_fingerprint.json", r"is damaged; make it again: nnUNetv2_extract_fingerprint -d \d+ --clean"),
+        ("dataset.json", r"dataset.json has missing or wrong entries: "),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_command_that_mends_it(
+    copied_dataset, tmp_path, monkeypatch, name, message, content
+):
+    monkeypatch.delenv("nnUNet_n_proc_DA")  # a value for training
+    folder = copied_dataset
+    if name == "dataset.json":
+        monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+        folder = tmp_path / "raw" / copied_dataset.name
+        folder.mkdir(parents=True)
+    (folder / name).write_text(content)
+    with pytest.raises(SystemExit, match=rf"^nnUNetv2_vf: error: .*{message}"):
+        main(["plan", "-d", str(DATASET_ID), "-overwrite_plans_name", "New"])
+
+
 def test_missing_plans_name_the_command_that_makes_them(empty_dataset):
     empty_dataset((1.0, 1.0, 1.0), (40, 60, 60))
     with pytest.raises(SystemExit, match=r"no plans .*FMUNetPlans.json.*nnUNetv2_vf plan -d 42 --network FMUNet"):

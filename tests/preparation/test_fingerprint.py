@@ -189,3 +189,22 @@ def test_a_damaged_case_is_named_and_no_fingerprint_is_written(raw, fingerprint,
     damaged.write_bytes(content)
     run()
     assert fingerprint.read_bytes() == expected
+
+
+@pytest.mark.parametrize("damage", ["short", "missing"])
+def test_cases_whose_intensities_are_lost_are_analyzed_again(raw, fingerprint, expected, damage):
+    run("-num_parts", 2, "-part_id", 0)
+    (intensities,) = fingerprint.parent.glob("journals/*/*.intensities")
+    if damage == "short":
+        intensities.write_bytes(intensities.read_bytes()[:1000])
+    else:
+        intensities.unlink()
+    run()
+    assert fingerprint.read_bytes() == expected
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '{"labels": {}, "file_ending": ".nii.gz"}'])
+def test_a_description_without_channels_is_named_in_one_line(raw, content):
+    (raw / "dataset.json").write_text(content)
+    with pytest.raises(SystemExit, match=r"dataset\.json or its cases cannot be read: ValueError"):
+        run()

@@ -89,6 +89,7 @@ def test_tensors_that_were_left_at_random_stay_recorded_when_adapted_again(artif
         ("U-Net", ["-p", "nnUNetPlans.json"], "'nnUNetPlans.json'.*; legal"),
         ("U-Net", ["-p", "BrokenPlans"], "BrokenPlans.json, or dataset.json beside it, cannot be read"),
         ("U-Net", ["-d", "99"], "no dataset 99"),
+        ("U-Net", ["-o", "adapted.safetensors"], "this command writes torch's format; name the file adapted.pth"),
         ("U-Net", ["-o", "/nowhere/adapted.pth"], "the folder /nowhere does not exist; make it: mkdir -p /nowhere"),
     ],
 )
