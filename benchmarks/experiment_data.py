@@ -34,6 +34,15 @@ class ExperimentData:
         self.config, self.workspace, self.name = config, workspace, config["dataset"]
         self.raw, self.preprocessed = workspace.raw / self.name, workspace.preprocessed / self.name
 
+    @property
+    def test_images(self) -> Path:
+        """The folder with the images of the test cases."""
+        return self.raw / FOLDERS["test"][0]
+
+    @property
+    def _id(self) -> int:
+        return int(self.name.removeprefix("Dataset")[:3])
+
     def prepare(self, source: Path) -> None:
         """Copy the cases, the test cases apart from the others; plan, preprocess, and derive the smaller plans.
 
@@ -115,10 +124,6 @@ class ExperimentData:
             if plans in bases:
                 run(*command, "-d", self._id, *(("-overwrite_target_spacing", *spacing) if spacing else ()))
                 run("nnUNetv2_preprocess", "-d", self._id, "-plans_name", plans, "-c", "3d_fullres", "-np", 2)
-
-    @property
-    def _id(self) -> int:
-        return int(self.name.removeprefix("Dataset")[:3])
 
     def _derive_plans(
         self,

@@ -51,7 +51,7 @@ import numpy as np
 import torch
 from cells import DEFAULT_VARIANT, Cell, Tables, changes_of
 from common import RESULTS, describe_device, make_parser, write_result
-from experiment_data import FOLDERS, ExperimentData, fold_number
+from experiment_data import ExperimentData, fold_number
 from label_efficiency_report import add_experiment, read_experiment, write_report
 from label_efficiency_tables import PRETRAININGS
 from pretrainings import Pretrainings
@@ -279,7 +279,7 @@ class Experiment:
         common = ("-p", cell.plans, "-tr", FINETUNE, "-device", self.device, "-f", self.fold(cell))
         self.workspace.run(
             *("nnUNetv2_predict", "-d", self.dataset, "-c", "3d_fullres", *common, "-npp", 1, "-nps", 1),
-            *("-i", self.data.raw / FOLDERS["test"][0], "-o", self.predictions(cell)),
+            *("-i", self.data.test_images, "-o", self.predictions(cell)),
             nnUNet_results=self._results(cell),
         )
 
@@ -298,7 +298,11 @@ def require_same_configuration(folders: Iterable[Path], config: Mapping[str, Any
 
 
 def _updated_record(record: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a record after networks, arms and variants were added to it."""
+    """Return the content of a record after networks, arms and variants were added to it.
+
+    Raises:
+        UserError: the record is that of another configuration.
+    """
     current = {name: value for name, value in config.items() if name not in ("seeds", "source")}
     if not record.is_file():
         return current

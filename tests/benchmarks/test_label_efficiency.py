@@ -31,7 +31,7 @@ from cells import (
 from common import RESULTS, describe_device
 from experiment_data import MAX_SEEDS, draw_fold
 from foreign_checkpoints import nnssl_checkpoint
-from label_efficiency import RECORD, Experiment, require_same_configuration
+from label_efficiency import RECORD, Experiment, main, require_same_configuration
 from label_efficiency_figures import draw_lengths
 from label_efficiency_report import EXPERIMENTS, PAGES, fill_page, make_tables, read_experiment, write_report
 from label_efficiency_tables import (
@@ -92,6 +92,15 @@ def test_an_experiment_has_the_entries_of_the_one_that_it_inherits_from():
 def test_an_unknown_experiment_is_refused_with_the_legal_ones():
     with pytest.raises(UserError, match="there is no experiment 'liver'; legal: hippocampus, hippocampus_pretexts, "):
         read_experiment("liver")
+
+
+def test_no_job_at_a_time_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    arguments = ["left_atrium", str(tmp_path), "--work", str(tmp_path / "work"), "--jobs", "0"]
+    monkeypatch.setattr("sys.argv", ["label_efficiency.py", *arguments])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--jobs 0: legal are numbers from 1" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
 
 
 def test_more_labels_add_cases_and_another_seed_draws_other_cases():
