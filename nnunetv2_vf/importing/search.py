@@ -170,20 +170,17 @@ class _Search:
         above = f"{folder[len(below) :].lstrip(os.sep)}{os.sep}" if below and folder != below else ""
         yield from _group_files(folder, [name for name in volumes if self._is_wanted(folder, name, above)])
         if not below:  # given files: not the whole folder
-            is_slice = {name: may_be_dicom(folder, name) for name in others}
+            slices = {name for name in others if may_be_dicom(folder, name)}
             for name in others:
-                if is_slice[name] and self._is_selected(name):
+                if name in slices and self._is_selected(name):
                     yield _file_source((os.path.join(folder, name),))
-            others = [name for name in others if not is_slice[name]]
-        elif any(may_be_dicom(folder, name) for name in others):
-            if self._is_selected(above or os.path.basename(folder)):
-                is_readable = all(_is_readable_name(os.path.join(folder, name)) for name in others)
-                rejection = "" if is_readable else _UNREADABLE_NAME
-                yield Source((folder,), f"{len(others)} files {os.stat(folder).st_mtime_ns}", rejection)
-            unread = [name for name in others if name.lower().endswith(_UNREAD_ENDINGS)]
-            slices = {name for name in unread if may_be_dicom(folder, name)}  # a slice may have any name
-            others = [name for name in others if is_other_file(name) or name in {*unread} - slices]
+        else:
+            slices = _slices_of_folder(folder, others)
+            if slices and self._is_selected(above or os.path.basename(folder)):
+                yield _folder_source(folder, others)
         for name in others:
+            if name in slices:
+                continue
             if not name.lower().endswith(_UNREAD_ENDINGS):
                 self.ignored[os.path.splitext(name)[1].lower() or "no ending"] += 1
             elif self._is_wanted(folder, name, above):
@@ -302,6 +299,25 @@ def _files_by_channel(names: list[str]) -> dict[str, dict[int, str]]:
             return {}
         cases.setdefault(case + name.removeprefix(stem), {})[channel] = name
     return cases
+
+
+def _slices_of_folder(folder: str, names: Sequence[str]) -> set[str]:
+    """Return the names that may be DICOM slices; none if no file of the folder is one. A slice may have any name."""
+    if not any(may_be_dicom(folder, name) for name in names):  # opens few files
+        return set()
+    candidates = [name for name in names if not is_other_file(name)]
+    return {name for name in candidates if not name.lower().endswith(_UNREAD_ENDINGS) or may_be_dicom(folder, name)}
+
+
+def _folder_source(folder: str, names: Sequence[str]) -> Source:
+    """Return a folder of DICOM files as a source.
+
+    Args:
+        names: of its files, without volumes.
+    """
+    is_readable = all(_is_readable_name(os.path.join(folder, name)) for name in names)
+    stamp = f"{len(names)} files {os.stat(folder).st_mtime_ns}"
+    return Source((folder,), stamp, "" if is_readable else _UNREADABLE_NAME)
 
 
 def _file_source(paths: tuple[str, ...], rejection: str = "") -> Source:
