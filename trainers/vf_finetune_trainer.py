@@ -136,6 +136,8 @@ class VFFinetuneTrainer(ResumableTrainer):
     def _log_settings(self) -> None:
         schedule = describe_schedule(self.settings)
         self.print_to_log_file(f"Fine-tuning settings:\n{self.settings}\n{schedule}\n", add_timestamp=False)
+        if warning := self.settings.without_effect_warning():
+            self.print_to_log_file(warning)
         lines = ["Pretrained weights: none, this training started from scratch"]
         if self.pretrained_record is not None:
             origin = describe_origin(self.pretrained_record)

@@ -69,10 +69,14 @@ def fit_intensity_transform(x: Tensor, percentiles: Tensor, gamma: Tensor, inver
     v0, v1 = _contrast_knots(subset, lowest, highest, percentiles.reshape(-1, 2)).split(1, dim=1)
     curve = _Curve.through(lowest, v0, v1, highest, gamma.reshape(-1, 1))
 
-    measured = channels.flatten(1) if _needs_all_voxels(subset, highest - lowest) else subset
-    unit = curve(measured)
-    mean, unit_mean = (values.mean(1, keepdim=True) for values in (measured, unit))
-    std, unit_std = (values.std(1, keepdim=True) for values in (measured, unit))
+    if x.device.type == "cpu":
+        statistics = _measure(curve, subset)
+        is_airy = subset.std(1) < _MIN_RELATIVE_STD * (highest - lowest)[:, 0]
+        if is_airy.any():  # these channels only: a sample must not depend on the others of its batch
+            statistics[:, is_airy] = _measure(curve.of_channels(is_airy), channels.flatten(1)[is_airy])
+    else:  # a GPU is fast enough, and reading a result from it would make the CPU wait
+        statistics = _measure(curve, channels.flatten(1))
+    mean, std, unit_mean, unit_std = statistics
     gain = torch.where(highest > lowest, std / unit_std, 0.0)
     gain = torch.where(invert.reshape(-1, 1), -gain, gain)  # 1 - u: the mean is restored anyway
     return IntensityTransform(curve, gain, offset=mean - gain * unit_mean)
@@ -127,6 +131,10 @@ class _Curve(NamedTuple):
             gamma=gamma,
         )
 
+    def of_channels(self, chosen: Tensor) -> _Curve:
+        """Return the functions of some channels; chosen (M), bool."""
+        return _Curve(*(values[chosen] for values in self))
+
     def __call__(self, x: Tensor) -> Tensor:
         """Return the values of x (M, n)."""
         below_v1 = _prelu(torch.sub(self.v1, x).mul_(self.scale), self.slope_above)
@@ -157,12 +165,10 @@ def _contrast_knots(subset: Tensor, lowest: Tensor, highest: Tensor, percentiles
     return torch.where(percentiles.isnan(), unchanged, knots)
 
 
-def _needs_all_voxels(subset: Tensor, extent: Tensor) -> bool:
-    """Return True if mean and standard deviation must be those of all voxels instead of the subset.
-
-    Always True on a GPU: it is fast enough, and reading a result from it would make the CPU wait.
-    """
-    return subset.device.type != "cpu" or bool((subset.std(1, keepdim=True) < _MIN_RELATIVE_STD * extent).any())
+def _measure(curve: _Curve, voxels: Tensor) -> Tensor:
+    """Return mean and standard deviation of the channels' voxels (M, n), before and after the curve: (4, M, 1)."""
+    unit = curve(voxels)
+    return torch.stack([f(1, keepdim=True) for f in (voxels.mean, voxels.std, unit.mean, unit.std)])
 
 
 def _regular_subset(channels: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,11 +59,27 @@ def open_image(cases: PreprocessedCases, case: str, channels: int | None) -> np.
     Raises:
         RejectedCaseError: the image cannot be opened, or has another shape.
     """
-    image: np.ndarray = read_with_retries(lambda: cases.load_case(case)[0], cases, case)
+    image = read_with_retries(lambda: _open(cases, case), cases, case)
     shape = image.shape
     if len(shape) != 4 or min(shape) == 0 or channels not in (None, shape[0]):
         expected = f"({channels or 'channels'}, depth, height, width)"
         raise RejectedCaseError(f"has the shape {shape}; expected: {expected}", unusable=True)
+    return image
+
+
+def _open(cases: PreprocessedCases, case: str) -> np.ndarray:
+    """Return the image of a case, opened.
+
+    Raises:
+        ValueError: its header is damaged: blosc2 opens an array whose shape needs more voxels than the file holds, and
+            then never returns from reading it; or it opens something that is no array.
+    """
+    image: np.ndarray = cases.load_case(case)[0]
+    if not hasattr(image, "shape"):
+        raise ValueError("holds no array")
+    stored = getattr(image, "schunk", image).nbytes  # of blosc2's chunks, which are padded; or of a NumPy array
+    if stored < math.prod(image.shape) * image.dtype.itemsize:
+        raise ValueError(f"has {stored} bytes, too few for the shape {image.shape}")
     return image
 
 

@@ -91,6 +91,18 @@ class FinetuneSettings(TrainingSettings):
                 f"{self.warmup_fraction:g} leave too few epochs for the decay; legal: a sum of at most {_MAX_WARMUP}"
             )
 
+    @property
+    def without_effect(self) -> list[str]:
+        unused = {
+            "decoder_fraction": self.schedule != "sawtooth",
+            "fresh_decoder_stages": self.schedule == "encoder_only",  # all stages start with new weights
+        }
+        return [name for name, is_unused in unused.items() if is_unused]
+
+    @property
+    def deciding_settings(self) -> str:
+        return f"schedule = {self.schedule}"
+
     @classmethod
     def _adapt_defaults(cls, defaults: dict[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
         defaults = super()._adapt_defaults(defaults, chosen)

@@ -144,6 +144,10 @@ class VFSettings(TrainingSettings):
         return [name for names, used in is_used.items() if not used for name in names]
 
     @property
+    def deciding_settings(self) -> str:
+        return f"pretext = {self.pretext}" + (f" and fusion_map = {self.fusion_map}" if self.has_fusion else "")
+
+    @property
     def num_fusion_classes(self) -> int:
         """Number of fusion classes, K + 1; 0 in a pretext without fusion."""
         return self.coefficient_steps + 1 if self.has_fusion else 0

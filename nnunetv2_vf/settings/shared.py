@@ -156,8 +156,22 @@ class TrainingSettings:
 
     @property
     def without_effect(self) -> list[str]:
-        """Names of the settings that other settings make ineffective."""
+        """Names of the settings that :attr:`deciding_settings` make ineffective."""
         return []
+
+    @property
+    def deciding_settings(self) -> str:
+        """The settings that decide which others have no effect: ``NAME = VALUE and NAME = VALUE``."""
+        return ""
+
+    def without_effect_warning(self) -> str | None:
+        """Return a warning if settings without effect were changed."""
+        defaults = {f.name: f.default for f in fields(self)}
+        changed = [name for name in self.without_effect if getattr(self, name) != defaults[name]]
+        if not changed:
+            return None
+        values = ", ".join(f"{name} = {format_value(getattr(self, name))}" for name in changed)
+        return f"WARNING: {values}: without effect with {self.deciding_settings}"
 
     def __str__(self) -> str:
         """One line for each setting; those without effect share the last one."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +70,30 @@ def check_patch(configuration: ConfigurationManager, settings: VFSettings) -> li
         warnings: of the patch, of the size of hidden blocks, of settings without effect.
 
     Raises:
-        UserError: the patch has so few blocks that a share of them cannot be hidden.
+        UserError: the patch has so few blocks that a share of them cannot be hidden, or a box or block of the fusion
+            map always covers the whole patch.
     """
+    _require_classes_in_patch(configuration, settings)
     checks = (
         patch_warning(configuration, settings),
         blocks_warning(configuration, settings),
-        without_effect_warning(settings),
+        settings.without_effect_warning(),
     )
     return [warning for warning in checks if warning is not None]
+
+
+def _require_classes_in_patch(configuration: ConfigurationManager, settings: VFSettings) -> None:
+    """Raise UserError if the smallest box or block of the fusion map covers the patch: a map then has one class."""
+    longest = max(configuration.patch_size)
+    name, value, smallest = {
+        "boxes": ("box_min_side", settings.box_min_side, settings.box_min_side),
+        "blocks": ("block_side", settings.block_side, settings.block_side[0]),
+    }[settings.fusion_map]
+    if settings.has_fusion and smallest >= longest:
+        raise UserError(
+            f"setting {name} = {format_value(value)} is not legal for the patch {list(configuration.patch_size)}: each "
+            f"sample would have one class only; legal: sides below {longest}"
+        )
 
 
 def blocks_warning(configuration: ConfigurationManager, settings: VFSettings) -> str | None:
@@ -178,17 +193,6 @@ def patch_warning(configuration: ConfigurationManager, settings: VFSettings) -> 
         f"WARNING: the patch ({patch_text}) is as large as the median image ({median_text}): sub-volumes are "
         f"padded{alike}. Pretrain with a smaller patch_size in a copy of the plans; the weights fit both plans"
     )
-
-
-def without_effect_warning(settings: VFSettings) -> str | None:
-    """Return a warning if settings were changed that the chosen pretext does not use."""
-    defaults = {f.name: f.default for f in fields(VFSettings)}
-    changed = [name for name in settings.without_effect if getattr(settings, name) != defaults[name]]
-    if not changed:
-        return None
-    values = ", ".join(f"{name} = {format_value(getattr(settings, name))}" for name in changed)
-    fusion_map = f" and fusion_map = {settings.fusion_map}" if settings.has_fusion else ""
-    return f"WARNING: {values}: without effect with pretext = {settings.pretext}{fusion_map}"
 
 
 def preprocessed_folder(plans_manager: PlansManager, configuration: ConfigurationManager) -> Path:

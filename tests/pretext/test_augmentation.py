@@ -128,6 +128,16 @@ def test_small_structures_in_much_air_keep_them_although_the_subset_misses_them(
     torch.testing.assert_close(augmented.std(SPACE), x.std(SPACE), rtol=0.02, atol=1e-3)
 
 
+def test_an_airy_neighbour_in_the_batch_changes_nothing():
+    generator = torch.Generator().manual_seed(0)
+    ordinary = torch.randn((1, 64, 64, 64), generator=generator).cumsum(1)
+    parameters = torch.tensor([[1.0, 99.0]]), torch.tensor([1.4]), torch.tensor([True])
+    airy = lesion_in_air(-1.0)[:, :, 32:96, 32:96]
+    both = augment(torch.stack([ordinary, airy]), *(torch.stack([values, values]) for values in parameters))
+    torch.testing.assert_close(both[0], augment(ordinary, *parameters))
+    torch.testing.assert_close(both[1], augment(airy, *parameters))
+
+
 # ---------------------------------------------------------------- drawing parameters
 
 

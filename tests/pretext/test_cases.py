@@ -75,6 +75,22 @@ def test_missing_and_damaged_files_are_rejected_without_a_pause(cases, tmp_path,
     assert not pauses.seconds
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"\xd3" + (9).to_bytes(8, "big"), b"\xd3" + (10**12).to_bytes(8, "big"), "too few for the shape"),
+        (b"b2nd", b"xxxx", "holds no array"),
+    ],
+)
+def test_a_case_with_a_damaged_header_is_rejected(cases, tmp_path, pauses, old, new, message):
+    file = tmp_path / "folder" / "case.b2nd"
+    content = file.read_bytes()
+    assert old in content
+    file.write_bytes(content.replace(old, new, 1))
+    with pytest.raises(RejectedCaseError, match=message):
+        open_image(cases, "case", channels=1)
+
+
 def test_lack_of_memory_does_not_reject_the_case(cases):
     def read():
         raise MemoryError

@@ -12,13 +12,14 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from trainings import make_trainer
 
 from nnunetv2_vf.cli import main
-from nnunetv2_vf.settings import VFSettings
+from nnunetv2_vf.errors import UserError
+from nnunetv2_vf.settings import FinetuneSettings, VFSettings
 from nnunetv2_vf.training.preflight import (
     blocks_warning,
     check_fold,
+    check_patch,
     patch_warning,
     preprocessed_cases,
-    without_effect_warning,
 )
 
 
@@ -174,8 +175,38 @@ def test_a_patch_of_few_blocks_is_reported_with_a_better_side(copied_dataset, pa
     ],
 )
 def test_changed_settings_without_effect_are_reported(values, warning):
-    message = without_effect_warning(VFSettings(**values))
+    message = VFSettings(**values).without_effect_warning()
     assert message is None if warning is None else re.search(f"WARNING: {warning}", message)
+
+
+@pytest.mark.parametrize(
+    ("values", "warning"),
+    [
+        ({"decoder_fraction": 0.5}, "WARNING: decoder_fraction = 0.5: without effect with schedule = full"),
+        ({"decoder_fraction": 0.5, "schedule": "sawtooth"}, None),
+        (
+            {"fresh_decoder_stages": 1, "schedule": "encoder_only"},
+            "WARNING: fresh_decoder_stages = 1: without effect with schedule = encoder_only",
+        ),
+        ({}, None),
+    ],
+)
+def test_changed_settings_of_a_fine_tuning_without_effect_are_reported(values, warning):
+    assert FinetuneSettings(**values).without_effect_warning() == warning
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"box_min_side": 200}, "box_min_side = 200 is not legal for the patch .*: each sample would have one class"),
+        ({"fusion_map": "blocks", "block_side": (64, 100)}, "block_side = 64,100 is not legal"),
+    ],
+)
+def test_boxes_and_blocks_that_always_cover_the_patch_are_refused(copied_dataset, values, message):
+    plan = json.loads((copied_dataset / "nnUNetPlans.json").read_text())["configurations"]["3d_fullres"]
+    with pytest.raises(UserError, match=message):
+        check_patch(ConfigurationManager(plan), VFSettings(**values))
+    check_patch(ConfigurationManager(plan), VFSettings(**values, pretext="masked", mask_side=4))
 
 
 def test_log_and_preview_warn_of_settings_without_effect(two_epochs, folder, tmp_path, monkeypatch, capsys):
