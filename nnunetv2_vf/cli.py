@@ -45,10 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _accept_all_file_names() -> None:
-    """Print file names that are not UTF-8 as they are, which the shell accepts, instead of raising an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="surrogateescape")
+    """Let print write characters that the terminal lacks as escapes, as on stderr: file names may have any."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _require_numbers_of_processes(environment: Mapping[str, str]) -> None:
@@ -372,7 +371,7 @@ def _run_plan(args: argparse.Namespace) -> None:
     # Raise errors before a fingerprint is made, which may take hours.
     if like is not None:
         read_for_planning(like, args.spacing, args.normalization, args.overwrite_target_spacing)
-    check_options(args.gpu_memory_target, args.overwrite_target_spacing)
+    check_options(args.gpu_memory_target, args.overwrite_target_spacing, args.overwrite_plans_name)
     for dataset in args.d:
         make_missing_fingerprint(dataset, default_num_processes)
     if like is not None:

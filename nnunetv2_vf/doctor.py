@@ -193,9 +193,10 @@ def _check_dataset(target: TargetPlans) -> Iterator[Finding]:
         yield Finding(OK, f"dataset {raw.parent}")
     else:
         yield Finding(NOTE, f"{raw} does not exist: the dataset can be trained on, but not preprocessed again")
-    patch = " x ".join(map(str, target.configuration.patch_size))
-    network = network_name(target.architecture)
-    yield Finding(OK, f"{target}: {network}, patch {patch}, batch {target.configuration.batch_size}")
+    with malformed_file_errors(str(target)):
+        patch = " x ".join(map(str, target.configuration.patch_size))
+        network = network_name(target.architecture)
+        yield Finding(OK, f"{target}: {network}, patch {patch}, batch {target.configuration.batch_size}")
     require_trainable(target)
     cases = preprocessed_cases(target.plans_manager, target.configuration_name)
     preprocessed = len(cases)

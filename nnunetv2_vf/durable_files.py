@@ -5,10 +5,13 @@ A new file replaces the old one only after it is completely on the disk and read
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,23 @@ def write_durably(content: Any, path: Path, previous: Path | None = None) -> Non
             unfinished.unlink(missing_ok=True)
             if previous is not None:  # left over if previous is a hard link to path already
                 _unfinished(previous).unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; rename it to ``path`` if the block ends without an error, else remove it.
+
+    Raises:
+        IsADirectoryError: ``path`` is a folder.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    unfinished = _unfinished(path)
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _unfinished(path: Path) -> Path:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import time
 import warnings
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +115,14 @@ def require_configuration(
     return configuration
 
 
+def require_plans_name(name: str) -> None:
+    """Raise UserError unless a text can be the name of plans, which becomes part of names of files and folders."""
+    if not re.fullmatch(r"[\w.+-]+", name) or name.startswith(".") or name.endswith(".json") or "__" in name:
+        raise UserError(
+            f"{name!r} is no name of plans; legal: letters, digits, and single - _ + . within the name, without .json"
+        )
+
+
 def plans_file(dataset: str, plans_name: str) -> Path:
     """Return the path of a plans file.
 
@@ -124,8 +134,7 @@ def plans_file(dataset: str, plans_name: str) -> Path:
         UserError: there is no such dataset or file, or the name is a path.
     """
     require_variables(nnUNet_preprocessed)
-    if plans_name != Path(plans_name).name or plans_name.endswith(".json"):
-        raise UserError(f"{plans_name!r} is no name of plans; legal: the file's name without folder and .json")
+    require_plans_name(plans_name)
     name = dataset_name(dataset)
     path = Path(nnUNet_preprocessed) / name / f"{plans_name}.json"
     if not path.is_file():
@@ -151,11 +160,25 @@ def read_splits(dataset: str) -> list[dict[str, list[str]]]:
     if not file.is_file():
         return []
     try:
-        return [{part: [*map(str, fold[part])] for part in ("train", "val")} for fold in json.loads(file.read_text())]
+        folds = _read_json_patiently(file)
+        return [{part: [*map(str, fold[part])] for part in ("train", "val")} for fold in folds]
     except (OSError, ValueError, LookupError, TypeError) as error:  # ValueError: no JSON
         raise UserError(
             f"{file} cannot be read: {error!r}; delete it, so that nnU-Net makes new folds: rm {shlex.quote(str(file))}"
         ) from error
+
+
+def _read_json_patiently(file: Path) -> Any:
+    """Return the content of a file that a training which started at the same moment may be writing.
+
+    Raises:
+        ValueError: the file still is no JSON after two seconds.
+    """
+    for _ in range(4):
+        with suppress(ValueError):
+            return json.loads(file.read_text())
+        time.sleep(0.5)
+    return json.loads(file.read_text())
 
 
 def describe_left_out_cases(dataset: str, cases: Collection[str]) -> str | None:

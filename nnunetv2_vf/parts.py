@@ -92,7 +92,7 @@ class PartJournals:
         except Timeout:
             raise UserError(f"{self.part} is already running, says {self.folder}") from None
 
-    def lock_merge(self) -> AbstractContextManager[None]:
+    def lock_merge(self) -> AbstractContextManager[bool]:
         """Lock the merging of all parts. Wait if another part merges."""
         return _locked(self.folder / "merge.lock", timeout=-1)
 
@@ -139,15 +139,21 @@ class PartJournals:
     def remove_leftover_scratch_folders(self) -> None:
         """Remove the scratch folders of parts that do not run: they were killed."""
         for folder in self.folder.glob(f"*{_SCRATCH}"):
-            with suppress(Timeout), _locked(self._lock_file(folder.stem), timeout=0):
-                shutil.rmtree(folder, ignore_errors=True)
+            with suppress(Timeout), _locked(self._lock_file(folder.stem), timeout=0) as is_locked:
+                if is_locked:  # a file system without locks does not tell which parts run
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def _lock_file(self, part: str) -> Path:
         return self.folder / f"{part}.lock"
 
 
 @contextmanager
-def _locked(path: Path, timeout: float) -> Iterator[None]:
+def _locked(path: Path, timeout: float) -> Iterator[bool]:
+    """Lock a file, and yield True; yield False on a file system without locks.
+
+    Raises:
+        Timeout: another process holds the lock.
+    """
     lock = FileLock(path, **_NO_SOFT_LOCK)
     try:
         lock.acquire(timeout)
@@ -155,7 +161,7 @@ def _locked(path: Path, timeout: float) -> Iterator[None]:
         if isinstance(error, Timeout) or getattr(error, "errno", errno.ENOSYS) not in _NO_LOCKS:
             raise
     try:
-        yield
+        yield lock.is_locked
     finally:
         lock.release()
 

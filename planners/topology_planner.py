@@ -20,7 +20,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.nnunet_folders import dataset_name, require_variables
+from nnunetv2_vf.nnunet_folders import dataset_name, require_plans_name, require_variables
 from nnunetv2_vf.planners.memory_fitting import Patch, candidate_patches, fit_batch_size, fit_patch, patch_divisor
 from nnunetv2_vf.planners.step_memory import GIB, StepMemory, measure_architecture
 from nnunetv2_vf.transfer.architectures import canonical_architecture, complete_arguments
@@ -29,6 +29,9 @@ from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 
 # Arguments of networks that change no weights.
 _WITHOUT_WEIGHTS = {"channels_last", "activation_checkpointing", "dropout_per_stage", "drop_path"}
+# Entries of a configuration that change its preprocessed cases, and that our planners can change.
+_PREPROCESSING = ("preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm")
+_INTENSITIES = "foreground_intensity_properties_per_channel"
 _OPTIONAL = ("3d_lowres", "3d_cascade_fullres")  # configurations that nnU-Net plans for large images only
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError)  # of a file without JSON, or with other entries
 _PRETEXT_CLASSES = 5  # of Volume Fusion's default settings; pretraining with these plans must fit as well
@@ -89,24 +92,54 @@ class TopologyPlanner(ExperimentPlanner):
         memory: StepMemory = cache[key]
         return memory
 
+    def plan_experiment(self) -> dict[str, Any]:
+        """Plan the dataset, write the plans, and return them.
+
+        Raises:
+            UserError: the old plans of this name are damaged; see also :meth:`save_plans`.
+        """
+        _ = self._old_plans  # read them before the work
+        plans: dict[str, Any] = super().plan_experiment()
+        return plans
+
+    @property
+    def _plans_file(self) -> Path:
+        return Path(nnUNet_preprocessed) / self.dataset_name / f"{self.plans_identifier}.json"
+
+    @functools.cached_property
+    def _old_plans(self) -> dict[str, Any]:
+        return _read_plans(self._plans_file) if self._plans_file.is_file() else {"configurations": {}}
+
     def save_plans(self, plans: dict[str, Any]) -> None:
         """Write the plans.
 
         Raises:
             UserError: folds are trained with plans of this name and another network. The next fold would write its
-                plans into their results folder, and they could no longer predict. Or the old plans of this name are
-                damaged.
+                plans into their results folder, and they could no longer predict.
         """
-        file = Path(nnUNet_preprocessed) / self.dataset_name / f"{self.plans_identifier}.json"
-        old = _read_plans(file) if file.is_file() else {"configurations": {}}
+        old = self._old_plans
         # nnU-Net keeps what the old file has besides the new configurations. Those of the user's own may stay, but
         # not a 3d_lowres and a cascade with the network of the old plans.
         outdated = [name for name in _OPTIONAL if name in old["configurations"] and name not in plans["configurations"]]
         kept = {name: entry for name, entry in old["configurations"].items() if name not in outdated}
         self._require_same_network_as_trained({**plans, "configurations": {**kept, **plans["configurations"]}})
+        for folder in self._folders_of_old_plans(old, plans):
+            print(f"{folder} holds cases that were preprocessed with the old plans of this name: preprocess again")
         if outdated:
-            save_json({**old, "configurations": kept}, str(file), sort_keys=False)
+            save_json({**old, "configurations": kept}, str(self._plans_file), sort_keys=False)
         super().save_plans(plans)
+
+    def _folders_of_old_plans(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Path]:
+        """Return the folders with preprocessed cases that new plans of the same name would preprocess otherwise."""
+        folders = []
+        for name, configuration in new["configurations"].items():
+            before = old["configurations"].get(name)
+            if before is None or _preprocessing_of(old, before) == _preprocessing_of(new, configuration):
+                continue
+            folder = Path(nnUNet_preprocessed) / self.dataset_name / configuration.get("data_identifier", name)
+            if folder.is_dir() and any(folder.iterdir()):
+                folders.append(folder)
+        return folders
 
     def _require_same_network_as_trained(self, plans: Mapping[str, Any]) -> None:
         name, results = self.plans_identifier, nnUNet_results.get()
@@ -134,6 +167,12 @@ def _read_plans(file: Path) -> dict[str, Any]:
     except _MALFORMED as error:  # nnU-Net was killed while it wrote the file
         raise UserError(f"{file} is damaged; remove it, then plan again: rm {shlex.quote(str(file))}") from error
     return plans
+
+
+def _preprocessing_of(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> Any:
+    """Return the entries that change preprocessed cases, as in a file: new plans hold arrays and tuples."""
+    entries = [plans.get(_INTENSITIES), *(configuration.get(name) for name in _PREPROCESSING)]
+    return json.loads(json.dumps(entries, default=lambda numbers: numbers.tolist()))
 
 
 def _network_of(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
@@ -172,15 +211,19 @@ def plan_datasets(
         UserError: before any file is written, if a dataset or its fingerprint is missing or an argument is not legal;
             or, without plans for this dataset, if its smallest patch does not fit into the memory.
     """
-    check_options(gpu_memory_target, target_spacing)
+    check_options(gpu_memory_target, target_spacing, plans_name)
     names = [_find_dataset_with_fingerprint(dataset) for dataset in datasets]
     for name in names:
         yield plan_experiment_dataset(name, planner, gpu_memory_target, preprocessor_name, target_spacing, plans_name)
 
 
-def check_options(gpu_memory_target: float | None, target_spacing: Sequence[float] | None) -> None:
-    """Raise UserError unless memory (GB) and spacing (mm) are legal and nnU-Net's variables allow planning."""
+def check_options(
+    gpu_memory_target: float | None, target_spacing: Sequence[float] | None, plans_name: str | None
+) -> None:
+    """Raise UserError unless memory (GB), spacing (mm) and name are legal and nnU-Net's variables allow planning."""
     require_variables(nnUNet_raw, nnUNet_preprocessed)
+    if plans_name is not None:
+        require_plans_name(plans_name)
     if target_spacing is not None and not all(0 < mm < math.inf for mm in target_spacing):
         raise UserError(f"-overwrite_target_spacing {list(target_spacing)}; legal: three positive numbers, mm")
     if gpu_memory_target is not None and not 0 < gpu_memory_target < math.inf:

@@ -25,7 +25,7 @@ from nnunetv2_vf.training.finetune_schedule import (
 )
 from nnunetv2_vf.training.loggers import require_logger_packages
 from nnunetv2_vf.training.optimizer import clip_gradients, make_optimizer
-from nnunetv2_vf.training.preflight import check_fold, preprocessed_cases, require_gpu
+from nnunetv2_vf.training.preflight import check_fold, check_plans_name, preprocessed_cases, require_gpu
 from nnunetv2_vf.training.random_state import get_random_state, seeded_initialization
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
 from nnunetv2_vf.transfer.kernel_norms import kernel_factors, scale_kernels
@@ -37,6 +37,7 @@ from nnunetv2_vf.transfer.pretrained_weights import (
     describe_starts,
     require_same_origin,
 )
+from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 from nnunetv2_vf.transfer.target_plans import TargetPlans
 
 _ENCODER_SCHEDULES = ("encoder_only", "frozen_encoder")  # schedules that need a pretrained encoder
@@ -70,10 +71,13 @@ class VFFinetuneTrainer(ResumableTrainer):
         require_gpu(device)
         require_variables(nnUNet_preprocessed, nnUNet_results)
         plans_manager = PlansManager(plans)
-        network = require_configuration(plans_manager, configuration).network_arch_class_name
+        with malformed_file_errors("the plans"):
+            check_plans_name(plans, configuration)
+            network = require_configuration(plans_manager, configuration).network_arch_class_name
+            cases = preprocessed_cases(plans_manager, configuration)
         self.settings = FinetuneSettings.resolve(plans, os.environ, FINETUNE_RECIPES.get(network))
         require_logger_packages(self.settings.loggers)
-        check_fold(plans_manager, preprocessed_cases(plans_manager, configuration), fold)
+        check_fold(plans_manager, cases, fold)
         target = TargetPlans(plans_manager, configuration, dataset_json)
         require_trainable(target)
         is_continued = plans.get("continue_training", False)  # nnU-Net's entry: this start continues

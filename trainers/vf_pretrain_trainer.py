@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -35,7 +37,7 @@ from nnunetv2_vf.training.loggers import require_logger_packages
 from nnunetv2_vf.training.monitoring import DataWaitTimer, EpochMeter
 from nnunetv2_vf.training.non_finite_steps import NotFiniteError, StepMonitor
 from nnunetv2_vf.training.optimizer import make_optimizer
-from nnunetv2_vf.training.preflight import check_pretraining, require_gpu
+from nnunetv2_vf.training.preflight import check_plans_name, check_pretraining, require_gpu
 from nnunetv2_vf.training.progress_plot import PretrainLogger
 from nnunetv2_vf.training.quarantine import Quarantine
 from nnunetv2_vf.training.resumable_trainer import ResumableTrainer
@@ -79,7 +81,9 @@ class VFPretrainTrainer(ResumableTrainer):
         require_gpu(device)
         settings = VFSettings.resolve(plans, os.environ)
         require_logger_packages(settings.loggers)
-        warnings = check_pretraining(plans, configuration, fold, settings)
+        with malformed_file_errors("the plans"):
+            check_plans_name(plans, configuration)
+            warnings = check_pretraining(plans, configuration, fold, settings)
         self.settings = settings
         self.precision = Precision.choose(settings.precision, device)
         # Copies: nnU-Net stores the plans in several places, and the settings with them.
@@ -100,6 +104,7 @@ class VFPretrainTrainer(ResumableTrainer):
         self._step_finished = torch.cuda.Event() if self.device.type == "cuda" else None
         # How many more samples the steps so far have used than they would have with the batch of this start.
         self._extra_samples = 0
+        self._recorded_cases: str | None = None
 
     # ------------------------------------------------------------------ the pretext task
 
@@ -178,6 +183,11 @@ class VFPretrainTrainer(ResumableTrainer):
     def get_dataloaders(self) -> tuple[Any, Any]:
         """Return iterators over all remaining batches: new training samples, and the same validation samples again."""
         self._unpack_cases()
+        if self._recorded_cases not in (None, self._cases_digest()):
+            self.print_to_log_file(
+                "WARNING: the cases of this fold are others than before this training was interrupted; samples and "
+                "validation are others too, so scores before and after cannot be compared"
+            )
         all_steps = self.num_epochs * self.settings.iterations_per_epoch
         training = self._loader(TRAINING, range(self._complete_steps, all_steps))
         remaining_epochs = self.num_epochs - self.current_epoch
@@ -386,12 +396,19 @@ class VFPretrainTrainer(ResumableTrainer):
             "pretrained": self.pretrained_record,
             "batch": self._share.batch,
             "extra_samples": self._extra_samples,
+            "cases": self._cases_digest(),
         }
+
+    def _cases_digest(self) -> str:
+        """Return a hash of the names of the fold's cases, on which the samples depend."""
+        names = [list(cases.identifiers) for cases in self._cases]
+        return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
         self.step_monitor.restore(state.get("skipped", 0), state.get("in_a_row", []))
         self.pretrained_record = state.get("pretrained")
+        self._recorded_cases = state.get("cases")  # checkpoints of earlier versions do not have it
         batch, earlier_batch = self._share.batch, state.get("batch", self._share.batch)
         self._extra_samples = state.get("extra_samples", 0) + self._complete_steps * (earlier_batch - batch)
         if earlier_batch != batch:

@@ -126,6 +126,12 @@ def _dicom_files(folder: str) -> list[str]:
 
 def _list_series(folder: str) -> dict[str, list[str]]:
     """Return the files of each series, by its UID, in the order of their slices; without those that cannot be read."""
+    # GDCM stops at a link to nothing, and opens pipes.
+    if all(path.is_file() or path.is_dir() for path in Path(folder).iterdir()):
+        with suppress(RuntimeError):  # GDCM lists nothing if it cannot read one of the files
+            uids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(folder)
+            if len(uids) == 1:
+                return {uids[0]: list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, uids[0]))}
     names_by_uid: dict[str, list[str]] = {}
     for name in sorted(_dicom_files(folder)):
         with suppress(Exception):  # pydicom raises anything for damaged files; they will belong to no series
@@ -143,12 +149,11 @@ def _read_series_uid(path: Path) -> str:
 def _sort_slices(folder: str, names: Sequence[str]) -> list[str]:
     """Return the files of one series in the order of their slices, without those that GDCM cannot read.
 
-    GDCM gets a folder of links to these files. In the folder itself it reads the headers of all series, and stops at a
-    link to nothing.
+    GDCM gets a folder of links to these files: in the folder itself it reads the headers of all series.
     """
     with tempfile.TemporaryDirectory() as links:
         for name in names:
-            Path(links, name).symlink_to(Path(folder, name).resolve())
+            Path(links, name).symlink_to(Path(folder, name).absolute())
         try:
             in_order = _list_with_gdcm(links)
         except RuntimeError:  # GDCM lists nothing if it cannot read one of the files

@@ -54,10 +54,12 @@ class ImportJob:
         belong to commands that were refused or have not finished; their sources count once they are given again.
         """
         description = read_description(self.folder)
+        complete_cases = self.case_files.complete_cases()
         dataset_cases = description.cases if description else frozenset()
-        counted = self.journal.read_merged(dataset_cases).union(source.key for source in self.sources)
+        merged = self.journal.read_merged(dataset_cases if description else complete_cases)
+        counted = merged.union(source.key for source in self.sources)
         records = {source: record for source, record in self.journal.read().items() if source in counted}
-        return ImportState(records, self.case_files.complete_cases(), dataset_cases)
+        return ImportState(records, complete_cases, dataset_cases)
 
     def find_unfinished(self, sources: Sequence[Source], retried_kinds: Collection[str] = ()) -> list[Source]:
         """Return the sources that must be imported; see :meth:`.ImportState.unfinished`."""

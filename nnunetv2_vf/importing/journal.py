@@ -88,10 +88,12 @@ class Journal(PartJournals):
         """Append a record to the journal of this part."""
         self.append_line(asdict(record) | {"rows": [_without_defaults(row) for row in record.rows]})
 
-    def read_merged(self, dataset_cases: Collection[str]) -> set[str]:
+    def read_merged(self, cases: Collection[str]) -> set[str]:
         """Return the keys of the sources that the dataset was last merged from.
 
-        If the file is damaged, for example by a power failure, return those that have one of the dataset's cases.
+        Args:
+            cases: of the dataset. If the list of sources is damaged, for example by a power failure, the sources of
+                these cases are returned.
         """
         if not self._merged_path.is_file():
             return set()
@@ -99,7 +101,7 @@ class Journal(PartJournals):
             return set(json.loads(self._merged_path.read_text()))
         except ValueError:
             records = self.read().values()
-            return {record.source for record in records if any(row.case in dataset_cases for row in record.rows)}
+            return {record.source for record in records if any(row.case in cases for row in record.rows)}
 
     def write_merged(self, sources: Collection[str]) -> None:
         """Store the keys of the sources that the dataset is merged from."""

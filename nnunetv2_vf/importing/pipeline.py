@@ -78,7 +78,7 @@ def import_volumes(
     except KeyboardInterrupt:
         raise UserError("interrupted; run the same command to continue") from None
     if num_unfinished and num_parts == 1:
-        print(f"{num_unfinished} sources have changed during the import; run the same command again")
+        print(f"{num_unfinished} sources are not finished: another command changed them; run the same command again")
     elif num_unfinished:
         print(
             f"part {part_id} of {num_parts} is finished; {num_unfinished} sources of other parts are not. The part "

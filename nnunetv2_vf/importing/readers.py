@@ -121,16 +121,16 @@ def _check_compressed_voxels(path: str, header: bytes, image: sitk.Image) -> Non
         zlib.error, RejectedError: the voxels are damaged or incomplete.
     """
     data_file = _METAIMAGE_DATA.search(header)
-    if not data_file or not _METAIMAGE_COMPRESSED.search(header):
-        return
+    if not data_file or data_file[1] == b"LIST" or not _METAIMAGE_COMPRESSED.search(header):
+        return  # LIST: a file for each slice
     is_local = data_file[1].upper() == b"LOCAL"
     voxels = Path(path) if is_local else Path(path).parent / os.fsdecode(data_file[1])
     decompressor = zlib.decompressobj(wbits=47)  # 47: zlib or gzip
     num_bytes = 0
     with voxels.open("rb") as file:
         file.seek(data_file.end() if is_local else 0)
-        while not decompressor.eof and (block := file.read(1 << 20)):
-            num_bytes += len(decompressor.decompress(block))
+        while not decompressor.eof and (block := decompressor.unconsumed_tail or file.read(1 << 20)):
+            num_bytes += len(decompressor.decompress(block, max_length=1 << 24))
     components = image.GetNumberOfComponentsPerPixel() * image.GetSizeOfPixelComponent()
     if not decompressor.eof or num_bytes != image.GetNumberOfPixels() * components:
         raise RejectedError("unreadable: too short or damaged")

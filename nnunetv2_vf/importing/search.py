@@ -32,7 +32,7 @@ _UNREAD_ENDINGS = (
     *(".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip", ".nrrd.gz", ".mha.gz", ".mgh.gz", ".mnc.gz", ".dcm.gz"),
     *(".img", ".img.gz", ".tif", ".tiff", ".h5", ".hdf5"),
 )
-_MAX_CHANNELS = 8
+_MAX_CHANNELS_OF_ONE_CASE = 8
 _UNREADABLE_NAME = "name: not UTF-8; rename the file or folder"
 
 
@@ -273,15 +273,16 @@ def _group_files(folder: str, names: list[str]) -> Iterator[Source]:
 def _group_channels(names: list[str]) -> Iterator[tuple[tuple[str, ...], str]]:
     """Group the volume files of a folder into cases. Yield the files of each case and the reason to reject it, if any.
 
-    A folder follows nnU-Net's names ``CASE_0000``, ``CASE_0001`` if every name ends in a channel number, at least one
-    case has channels 0 and 1, and most cases have few channels: ``scan_0000`` to ``scan_0099`` are numbered scans. In
-    any other folder every file is a case.
+    A folder follows nnU-Net's names ``CASE_0000``, ``CASE_0001`` if every name ends in a channel number and at least
+    one case has channels 0 and 1. In any other folder every file is a case. So it is if there would be one case with
+    many channels: ``scan_0000`` to ``scan_0099`` are numbered scans.
     """
     cases = _files_by_channel(names)
-    num_channels = Counter(map(len, cases.values())).most_common(1)[0][0] if cases else 0
-    if num_channels > _MAX_CHANNELS or not any({0, 1} <= {*channels} for channels in cases.values()):
+    has_numbered_scans = len(cases) == 1 and len(names) > _MAX_CHANNELS_OF_ONE_CASE
+    if has_numbered_scans or not any({0, 1} <= {*channels} for channels in cases.values()):
         yield from (((name,), "") for name in names)
         return
+    num_channels = Counter(map(len, cases.values())).most_common(1)[0][0]
     expected = {*range(num_channels)}
     for channels in cases.values():
         missing = sorted(expected - {*channels})

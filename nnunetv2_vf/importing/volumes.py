@@ -21,8 +21,9 @@ from nnunetv2_vf.importing.settings import Selection
 # Largest error of a direction cosine that counts as rounding. Headers written with two digits stay below it; a scanner
 # tilted by 1 degree is 0.017 off.
 MAX_ROUNDING_OF_COSINES = 5e-3
-# mm. Finer than any scanner of patients or small animals: such files have other units.
-_MIN_SPACING = 0.005
+_METRES = (
+    0.01  # a file with all spacings below this is in metres. Optical coherence tomography has 0.002 mm on one axis
+)
 _CAST_TO_FLOAT32 = (sitk.sitkFloat64, sitk.sitkInt64, sitk.sitkUInt64, sitk.sitkUInt32)
 
 
@@ -127,11 +128,11 @@ def _check_size(image: sitk.Image, min_size: int) -> None:
 
 
 def _check_spacing(image: sitk.Image, max_spacing: float) -> None:
-    smallest, largest = min(image.GetSpacing()), max(image.GetSpacing())
+    largest = max(image.GetSpacing())
     if largest > max_spacing:
         raise RejectedError(f"spacing: {largest:g} mm, more than {max_spacing:g}")
-    if smallest < _MIN_SPACING:
-        raise RejectedError(f"spacing: {smallest:g} mm, less than {_MIN_SPACING:g}; is it in metres?")
+    if largest < _METRES:
+        raise RejectedError(f"spacing: {largest:g} mm on the longest side of a voxel; is it in metres?")
 
 
 def _align_with_first_channel(image: sitk.Image, first: sitk.Image, notes: list[str]) -> None:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from nnunetv2_vf.durable_files import replacing
 from nnunetv2_vf.pretext.fusion import fit_intensity_transforms
 from nnunetv2_vf.pretext.task import make_batch, split_output
 from nnunetv2_vf.settings import VFSettings
@@ -104,7 +105,8 @@ def draw_examples(examples: Sequence[Example], views: Sequence[str], settings: V
             for name, colour in class_colours(settings.coefficient_steps).items()
         ]
         figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 6))
-    figure.savefig(path, dpi=80, format="png")
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=80, format="png")
 
 
 def _grey_scale(example: Example) -> dict[str, Any]:
@@ -143,7 +145,8 @@ def draw_report(confusion: np.ndarray, dice: Sequence[float], share: Sequence[fl
     for axes in matrix_axes:
         _draw_matrix(axes, confusion)
     _draw_bars(score_axes, dice, share)
-    figure.savefig(path, dpi=100, format="png")
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=100, format="png")
 
 
 def _draw_matrix(axes: Axes, confusion: np.ndarray) -> None:

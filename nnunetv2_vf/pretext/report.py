@@ -11,6 +11,7 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import save_json
 from torch import Tensor
 
+from nnunetv2_vf.durable_files import replacing
 from nnunetv2_vf.pretext.masking import restored_share
 from nnunetv2_vf.pretext.pictures import class_names, draw_report, share_names
 
@@ -76,6 +77,8 @@ def write_report(
 ) -> dict[str, Any]:
     """Write ``pretext_report.json`` and ``pretext_report.png``; return the content of the former.
 
+    The score of a class or channel that does not occur is NaN, in the file null.
+
     Args:
         confusion: number of voxels by (true class, predicted class); without rows if the pretext has no fusion.
         sums: of :func:`nnunetv2_vf.pretext.masking.restoration_sums`; without rows if the pretext has no mask.
@@ -93,9 +96,18 @@ def write_report(
         "samples": samples,
         "settings": dict(settings),
     }
-    save_json(report, str(folder / "pretext_report.json"), sort_keys=False)
+    with replacing(folder / "pretext_report.json") as unfinished:
+        save_json({**report, **_without_nan(report)}, str(unfinished), sort_keys=False)
     draw_report(confusion, dice.tolist(), share.tolist(), folder / "pretext_report.png")
     return report
+
+
+def _without_nan(report: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Return the scores of a report with None instead of NaN, which JSON does not have."""
+    return {
+        name: {key: None if np.isnan(value) else value for key, value in report[name].items()}
+        for name in ("dice_per_class", "restored_share")
+    }
 
 
 def name_scores(dice: Sequence[float], share: Sequence[float]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,6 +62,28 @@ def check_pretraining(
         )
     left_out = _left_out_warning(plans_manager, cases, fold)
     return [*check_patch(configuration, settings), *([left_out] if left_out else [])]
+
+
+def check_plans_name(plans: Mapping[str, Any], configuration_name: str) -> None:
+    """Check that no other plans have the name that these plans state for themselves.
+
+    nnU-Net reads the file that ``-p`` names, and writes into the results of the name that the plans state. A copy of a
+    plans file in which this name was not changed would replace trainings of the other plans.
+
+    Raises:
+        UserError: the file of that name has another configuration.
+    """
+    require_variables(nnUNet_preprocessed)
+    file = Path(nnUNet_preprocessed) / plans["dataset_name"] / f"{plans['plans_name']}.json"
+    try:
+        other = json.loads(file.read_text())["configurations"].get(configuration_name)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # no plans that anybody could have trained
+        return
+    if other != plans["configurations"].get(configuration_name):
+        raise UserError(
+            f"these plans state the name {plans['plans_name']!r}, but {file} has another configuration "
+            f'{configuration_name}; if they are a copy, write the name of their file into it as "plans_name"'
+        )
 
 
 def check_patch(configuration: ConfigurationManager, settings: VFSettings) -> list[str]:
@@ -191,7 +214,8 @@ def patch_warning(configuration: ConfigurationManager, settings: VFSettings) -> 
     alike = ", and two of one case are often nearly the same" if fuses_one_case else ""
     return (
         f"WARNING: the patch ({patch_text}) is as large as the median image ({median_text}): sub-volumes are "
-        f"padded{alike}. Pretrain with a smaller patch_size in a copy of the plans; the weights fit both plans"
+        f"padded{alike}. Pretrain with a smaller patch_size in a copy of the plans, which needs a plans_name of its "
+        "own; the weights fit both plans"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
+
+from nnunetv2_vf.durable_files import replacing
 
 _DASHED: dict[str, Any] = {"color": "black", "linestyle": "--"}
 # Logged once per epoch beside nnU-Net's own values: samples per second on all ranks together; share of the time spent
@@ -30,7 +33,13 @@ class PlotLogger(LocalLogger):
 
     def draw(self, file: Path) -> None:
         """Draw all logged values to ``progress.png``."""
-        super().plot_progress_png(str(file.parent))
+        folder = file.with_suffix(".part")  # nnU-Net chooses the name of the file
+        folder.mkdir(exist_ok=True)
+        try:
+            super().plot_progress_png(str(folder))
+            (folder / file.name).replace(file)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class PretrainLogger(PlotLogger):
@@ -87,7 +96,8 @@ class PretrainLogger(PlotLogger):
         waiting.legend(loc="upper left", bbox_to_anchor=(1.05, 1))
         for axes in (losses, scores, seconds, speed, problems, rate, *memory):
             axes.grid(alpha=0.3)
-        figure.savefig(file, dpi=100)
+        with replacing(file) as unfinished:
+            figure.savefig(unfinished, dpi=100, format="png")
 
     def _draw_scores(self, axes: Axes, epochs: np.ndarray, curves: Mapping[str, np.ndarray]) -> None:
         scores = curves["dice_per_class_or_region"].T

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nnunetv2_vf.durable_files import write_durably
 from nnunetv2_vf.errors import UserError, one_line_errors, printable
-from nnunetv2_vf.training.checkpoints import FINAL, LATEST, PREVIOUS, STATE, newest_undamaged, read_checkpoint
+from nnunetv2_vf.training.checkpoints import BEST, FINAL, LATEST, PREVIOUS, STATE, newest_undamaged, read_checkpoint
 from nnunetv2_vf.training.distributed_trainer import DistributedTrainer
 from nnunetv2_vf.training.loggers import ExtraLogger, Run, make_loggers
 from nnunetv2_vf.training.progress_plot import PlotLogger
@@ -65,6 +65,7 @@ class ResumableTrainer(DistributedTrainer):
         self.stop_signals = StopSignals()
         self.epoch_losses: list[float | Tensor] = []
         self._is_resumed = False
+        self._has_lost_best = False
         self._last_save = time.monotonic()
         self._saved_random_states: list[dict[str, Any]] = []  # by rank, from the checkpoint
         self._run_id = uuid.uuid4().hex  # stays the same when the training is continued
@@ -78,6 +79,8 @@ class ResumableTrainer(DistributedTrainer):
                 super().run_training()
                 # The final validation, which comes next, does not look for signals.
                 self._exit_if(self.ranks.largest(self._requested_action()))
+            except UserError:
+                raise
             except Exception:  # data loaders raise various errors when a signal ends their workers
                 if self.stop_signals.received:
                     self.between_steps()
@@ -108,6 +111,9 @@ class ResumableTrainer(DistributedTrainer):
             self._last_save = -math.inf
 
     def on_train_epoch_start(self) -> None:
+        if self._has_lost_best:
+            self._has_lost_best = False
+            self._save_between_steps(BEST)
         super().on_train_epoch_start()
         self.num_iterations_per_epoch = self.settings.iterations_per_epoch - len(self.epoch_losses)
 
@@ -149,13 +155,16 @@ class ResumableTrainer(DistributedTrainer):
         action = self.ranks.largest(self._requested_action())
         if action == Action.CONTINUE:
             return
+        self._save_between_steps(LATEST)
+        self._exit_if(action)
+
+    def _save_between_steps(self, name: str) -> None:
         # save_checkpoint records current_epoch + 1, the epoch to continue with, which is this epoch.
         self.current_epoch -= 1
         try:
-            self.save_checkpoint(str(Path(self.output_folder) / LATEST))
+            self.save_checkpoint(str(Path(self.output_folder) / name))
         finally:
             self.current_epoch += 1
-        self._exit_if(action)
 
     def _requested_action(self) -> Action:
         if self.stop_signals.by_ctrl_c:
@@ -273,7 +282,18 @@ class ResumableTrainer(DistributedTrainer):
         self._saved_random_states = state.pop("random_states", [])
         self._run_id = state.pop("run", self._run_id)
         self.restore(state)
-        # nnU-Net writes checkpoint_latest before it compares the epoch with the best one so far.
-        self._best_ema = max(self.logger.get_value("ema_fg_dice", step=None), default=None)
+        # nnU-Net writes checkpoint_latest before it compares the epoch with the best one so far, and writes that one.
+        scores = self.logger.get_value("ema_fg_dice", step=None)
+        self._best_ema = max(scores, default=None)
         self._is_resumed = True
+        if self.continue_training and scores and scores[-1] > max(scores[:-1], default=-math.inf):
+            self._has_lost_best = self.ranks.broadcast_from_first(self._is_best_older())
         self.require_agreement("the checkpoint", (self._run_id, self.current_epoch, len(self.epoch_losses)))
+
+    def _is_best_older(self) -> bool:
+        """Return True if the best checkpoint is not that of the last complete epoch: a kill has prevented it."""
+        file = Path(self.output_folder) / BEST
+        if self.epoch_losses or not file.is_file():
+            return not self.epoch_losses
+        best = read_checkpoint(file)
+        return (best.get(STATE, {}).get("run"), best["current_epoch"]) != (self._run_id, self.current_epoch)

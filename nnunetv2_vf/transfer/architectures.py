@@ -191,7 +191,7 @@ def build_network(
     except KeyError as error:
         message = f"its entry _kw_requires_import names {error}, which is no argument in arch_kwargs"
         raise UserError(f"cannot build the network {architecture['network_class_name']}: {message}") from error
-    except (ImportError, ValueError, AssertionError) as error:
+    except Exception as error:  # a wrong argument, such as a stride of 0, may raise anything
         raise UserError(f"cannot build the network {architecture['network_class_name']}: {error}") from error
 
 

@@ -20,7 +20,13 @@ from torch import Tensor
 
 from nnunetv2_vf.durable_files import write_durably
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.transfer.architectures import build_network, canonical_architecture, require_known_architecture
+from nnunetv2_vf.network_parts import HEADS
+from nnunetv2_vf.transfer.architectures import (
+    build_network,
+    can_be_planned,
+    canonical_architecture,
+    require_known_architecture,
+)
 from nnunetv2_vf.transfer.metadata import describe_nnunet_checkpoint, is_nnunet_checkpoint
 from nnunetv2_vf.transfer.nnssl_plan import NNSSL_PLAN_KEY, architecture_of_nnssl_plan, make_nnssl_plan
 from nnunetv2_vf.transfer.safe_loading import load_safely, malformed_file_errors
@@ -172,16 +178,27 @@ def read_with_architecture(path: Path) -> dict[str, Any]:
     with malformed_file_errors(path):
         if "plans" in metadata:
             PlansManager(metadata["plans"]).get_configuration(metadata["configuration"])
-        if "trainer" in metadata:
-            _require_network_of_plans(path, content["network_weights"], metadata)
+        if len(metadata.get("spacing", "xyz")) != 3:
+            raise ValueError(f"spacing: {metadata['spacing']}; legal: three numbers")
+        if "trainer" in metadata or can_be_planned(metadata["architecture"]):  # Primus is built in another way
+            _require_own_network(path, content["network_weights"], metadata)
     return content
 
 
-def _require_network_of_plans(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Raise UserError if the weights of a checkpoint have tensors that the network of its plans lacks."""
+def _require_own_network(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Raise UserError if the weights of a file are not those of the network that it records."""
     network = build_network(metadata["architecture"], metadata["num_input_channels"], metadata["num_classes"] or 1)
-    unknown = weights.keys() - network.state_dict().keys()
-    if unknown:
+    tensors = network.state_dict()
+    unknown = weights.keys() - tensors.keys()
+    shared = sorted(name for name in weights.keys() - unknown if HEADS not in name)
+    misshapen = [name for name in shared if weights[name].shape != tensors[name].shape]
+    if misshapen:
+        name = misshapen[0]
+        raise UserError(
+            f"{path} is damaged: {len(misshapen)} tensors have other shapes than in the network that it records, for "
+            f"example {name} {list(weights[name].shape)}, not {list(tensors[name].shape)}"
+        )
+    if unknown and "trainer" in metadata:
         raise UserError(
             f"{path} has {len(unknown)} tensors that the network of its plans does not have, for example "
             f"{min(unknown)}: {metadata['trainer']} trained another network; write that network into plans, and train "

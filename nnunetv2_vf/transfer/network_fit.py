@@ -20,6 +20,7 @@ from nnunetv2_vf.transfer.architectures import (
     is_known,
     network_name,
 )
+from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
 from nnunetv2_vf.transfer.suggested_commands import adapt_command, plan_like_command
 from nnunetv2_vf.transfer.target_plans import TargetPlans
 
@@ -32,8 +33,12 @@ def require_trainable(target: TargetPlans) -> None:
 
     Only networks that the package knows are checked: the code of others may do anything.
     """
-    if not can_be_planned(target.architecture):
-        return
+    with malformed_file_errors(str(target)):
+        if can_be_planned(target.architecture):
+            _require_patch_fits(target)
+
+
+def _require_patch_fits(target: TargetPlans) -> None:
     patch = [int(side) for side in target.configuration.patch_size]
     network = build_network(target.architecture, target.input_channels, target.num_classes)
     network.eval()  # the batch norms of PCT-Net cannot train with the single sample of this test

@@ -14,14 +14,20 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_vf.transfer.architectures import build_network
 
 NNSSL_PLAN_KEY = "nnssl_adaptation_plan"
+# Trainings do not need all of them, so plans that were written by hand may lack some.
+_ENTRIES_OF_PLANS = (
+    *("dataset_name", "plans_name", "original_median_spacing_after_transp", "image_reader_writer"),
+    *("transpose_forward", "transpose_backward", "experiment_planner_used"),
+)
 _PACKAGE = "dynamic_network_architectures.architectures."
 
 
 def make_nnssl_plan(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Make the plan from an artifact's metadata; None without nnU-Net's plans, or if the weights were adapted."""
-    if "plans" not in metadata or "adapted" in metadata:
+    """Make the plan from an artifact's metadata; None without complete plans, or if the weights were adapted."""
+    plans = metadata.get("plans", {})
+    if "adapted" in metadata or not plans.keys() >= {*_ENTRIES_OF_PLANS}:
         return None
-    plans, architecture = metadata["plans"], metadata["architecture"]
+    architecture = metadata["architecture"]
     configuration = PlansManager(plans).get_configuration(metadata["configuration"]).configuration
     network = build_network(architecture, metadata["num_input_channels"], metadata["num_classes"])
     class_name = architecture["network_class_name"]
@@ -33,12 +39,7 @@ def make_nnssl_plan(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
             "arch_kwargs_requiring_import": architecture["_kw_requires_import"],
         },
         "pretrain_plan": {
-            "dataset_name": plans["dataset_name"],
-            "plans_name": plans["plans_name"],
-            "original_median_spacing_after_transp": plans["original_median_spacing_after_transp"],
-            "image_reader_writer": plans["image_reader_writer"],
-            "transpose_forward": plans["transpose_forward"],
-            "transpose_backward": plans["transpose_backward"],
+            **{name: plans[name] for name in _ENTRIES_OF_PLANS},
             "configurations": {
                 "median": {  # nnssl's name for the way in which nnU-Net chooses a spacing
                     "data_identifier": configuration["data_identifier"],
@@ -54,7 +55,6 @@ def make_nnssl_plan(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
                     "patch_size": metadata["patch_size"],
                 }
             },
-            "experiment_planner_used": plans["experiment_planner_used"],
         },
         "pretrain_num_input_channels": metadata["num_input_channels"],
         "recommended_downstream_patchsize": metadata["patch_size"],

@@ -6,6 +6,8 @@ calls the networks and layers that a file names; :mod:`nnunetv2_vf.transfer.arch
 
 from __future__ import annotations
 
+import errno
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,12 +46,12 @@ def load_safely(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(_NUMPY_SCALARS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about pickles that it did not write
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
     except MemoryError:
         raise
     except Exception as error:  # damaged files raise errors of many kinds
-        unsafe = _unsafe_globals(path)
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch raises EINVAL for a file that is cut off
+            raise UserError(f"{path} cannot be read: {error}") from error
+        unsafe = _unsafe_globals(path) or re.findall(r"GLOBAL (\S+)", str(error))  # torch's format before version 1.6
         reason = f"loading it would run {', '.join(unsafe)}" if unsafe else "it is damaged or is no file of PyTorch"
         raise UserError(f"{path} cannot be loaded safely: {reason}") from error
     if not isinstance(content, dict):
@@ -78,5 +80,5 @@ def malformed_file_errors(file: Path | str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"{file} has missing or wrong entries: {type(error).__name__} {error}") from error

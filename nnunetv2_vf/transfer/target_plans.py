@@ -67,8 +67,9 @@ def load_target(dataset: str, plans_name: str, configuration_name: str) -> Targe
         dataset: id or name.
 
     Raises:
-        UserError: the dataset, its plans or the configuration is missing or cannot be read; or the configuration is 2D
-            or the second stage of a cascade, whose additional input channels are no images.
+        UserError: the dataset, its plans or the configuration is missing or cannot be read; the plans name themselves
+            or their dataset otherwise; or the configuration is 2D or the second stage of a cascade, whose additional
+            input channels are no images.
     """
     path = plans_file(dataset, plans_name)
     try:
@@ -77,6 +78,12 @@ def load_target(dataset: str, plans_name: str, configuration_name: str) -> Targe
         target = TargetPlans(plans_manager, configuration_name, load_json(path.with_name("dataset.json").as_posix()))
     except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: no JSON
         raise UserError(f"{path}, or dataset.json beside it, cannot be read: {error!r}; plan again") from error
+    stated, expected = (plans_manager.dataset_name, plans_manager.plans_name), (path.parent.name, plans_name)
+    if stated != expected:
+        raise UserError(
+            f"{path} names its dataset and itself {' and '.join(map(str, stated))}, so nnU-Net would use the cases and "
+            f'results of those; write into it: "dataset_name": "{expected[0]}", "plans_name": "{expected[1]}"'
+        )
     if configuration_name not in legal:
         raise UserError(
             f"configuration {configuration_name!r} of {path} cannot be used; legal: "

@@ -207,6 +207,19 @@ def test_a_list_of_sources_that_a_power_failure_has_emptied_is_rebuilt(dataset, 
     assert read_description(dataset)["numTraining"] == 2
 
 
+def test_cases_stay_if_a_power_failure_has_emptied_the_description_too(dataset, data):
+    write_volume(data / "first" / "1.nii.gz", ct(1))
+    write_volume(data / "second" / "2.nii.gz", ct(2))
+    run_import(data / "first")
+    for file in (dataset / "import_journals" / "merged.json", dataset / "dataset.json"):
+        file.write_text("")
+    assert "remove it and run the same command again" in import_error(data / "second")
+    (dataset / "dataset.json").unlink()
+    run_import(data / "second")
+    assert_consistent(dataset)
+    assert read_description(dataset)["numTraining"] == 2
+
+
 def test_a_clock_that_was_ahead_does_not_block_later_imports(dataset, data):
     write_volume(data / "1.nii.gz", ct(1))
     run_import(data)

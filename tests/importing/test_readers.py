@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
@@ -101,3 +103,15 @@ def test_a_direction_matrix_without_an_inverse_is_rejected(tmp_path):
     path = write_volume(tmp_path / "a.nrrd", ct(0))
     change_text_header(path, rb"space directions: [^\n]*", b"space directions: (1,0,0) (1,0,0) (0,0,1)")
     assert check_only_volume(path) == "direction: Bad direction, determinant is 0."
+
+
+def test_a_compressed_metaimage_with_a_file_for_each_slice_is_read(tmp_path):
+    path = write_volume(tmp_path / "a.mhd", ct(0))
+    names = [f"slice_{number:02d}.zraw" for number in range(len(ct(0)))]
+    for name, one_slice in zip(names, ct(0), strict=True):
+        (tmp_path / name).write_bytes(zlib.compress(one_slice.tobytes()))
+    change_text_header(path, rb"CompressedData = False", b"CompressedData = True")
+    change_text_header(path, rb"ElementDataFile = .*", b"ElementDataFile = LIST\n" + "\n".join(names).encode())
+    (volume,) = read_all(path)
+    assert not volume.rejection
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(volume.images[0]), ct(0))

@@ -230,6 +230,8 @@ def test_a_selection_without_volumes_is_refused(tmp_path):
 def test_numbered_scans_are_not_the_channels_of_one_case(tmp_path):
     create_files(tmp_path, *(f"scan_{number:04d}.nii.gz" for number in range(20)))
     assert [len(source.paths) for source in find(tmp_path).sources] == [1] * 20
+    create_files(tmp_path, *(f"other_{number:04d}.nii.gz" for number in range(20)))
+    assert [len(source.paths) for source in find(tmp_path).sources] == [20] * 2
 
 
 def test_no_file_is_dropped_if_names_differ_only_in_the_case_of_their_ending(tmp_path):

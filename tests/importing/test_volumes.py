@@ -41,9 +41,13 @@ def test_a_spacing_above_the_limit_is_rejected(tmp_path):
     assert check_only_volume(path, max_spacing=25) == "fine"
 
 
+def test_the_fine_spacing_of_optical_coherence_tomography_is_accepted(tmp_path):
+    assert check_only_volume(write_volume(tmp_path / "a.mha", ct(0), (0.047, 0.00196, 0.0117))) == "fine"
+
+
 def test_a_spacing_in_metres_is_rejected(tmp_path):
     path = write_volume(tmp_path / "a.nii.gz", ct(0), (0.003, 0.001, 0.001))
-    assert check_only_volume(path) == "spacing: 0.001 mm, less than 0.005; is it in metres?"
+    assert check_only_volume(path) == "spacing: 0.003 mm on the longest side of a voxel; is it in metres?"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -179,7 +179,15 @@ def test_a_missing_fingerprint_is_made(copied_dataset, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--like", "nowhere.pth"], ["-gpu_memory_target", "-1"], ["-overwrite_target_spacing", "0", "1", "1"]]
+    "arguments",
+    [
+        ["--like", "nowhere.pth"],
+        ["-gpu_memory_target", "-1"],
+        ["-overwrite_target_spacing", "0", "1", "1"],
+        ["-overwrite_plans_name", "../x"],
+        ["-overwrite_plans_name", "My Plans"],
+        ["-overwrite_plans_name", "My.json"],
+    ],
 )
 def test_no_fingerprint_is_made_for_options_that_are_not_legal(copied_dataset, monkeypatch, arguments):
     monkeypatch.delenv("nnUNet_n_proc_DA")  # a value for training
@@ -216,6 +224,19 @@ def test_a_damaged_file_is_named_with_the_command_that_mends_it(
     (folder / name).write_text(content)
     with pytest.raises(SystemExit, match=rf"^nnUNetv2_vf: error: .*{message}"):
         main(["plan", "-d", str(DATASET_ID), "-overwrite_plans_name", "New"])
+
+
+def test_plans_that_preprocess_otherwise_say_that_preprocessed_cases_are_old(copied_dataset, monkeypatch, capsys):
+    monkeypatch.delenv("nnUNet_n_proc_DA")  # a value for training
+    command = ["plan", "-d", str(DATASET_ID), "-overwrite_plans_name", "New", "-overwrite_target_spacing", "2", "2"]
+    main([*command, "2"])
+    (copied_dataset / "New_3d_fullres").mkdir()
+    (copied_dataset / "New_3d_fullres" / "case.b2nd").touch()
+    main([*command, "2"])
+    message = "New_3d_fullres holds cases that were preprocessed with the old plans of this name: preprocess again"
+    assert message not in capsys.readouterr().out
+    main([*command, "3"])
+    assert message in capsys.readouterr().out
 
 
 def test_missing_plans_name_the_command_that_makes_them(empty_dataset):

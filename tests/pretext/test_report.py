@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +76,31 @@ def test_the_report_of_a_pretext_without_fusion_has_a_picture_too(tmp_path):
     report = write_report(np.zeros((0, 0), int), sums, 4, VFSettings(pretext="masked").as_dict(), tmp_path)
     assert [*report["restored_share"].values()] == pytest.approx([-1.5, 0.9, np.nan], nan_ok=True)
     assert (tmp_path / "pretext_report.png").stat().st_size > 1000
+
+
+def test_the_report_is_json_although_a_class_does_not_occur(tmp_path):
+    write_report(np.diag([5, 0, 5]), np.zeros((0, 4)), 2, {}, tmp_path)
+
+    def refuse(name):
+        raise ValueError(name)
+
+    report = json.loads((tmp_path / "pretext_report.json").read_text(), parse_constant=refuse)
+    assert list(report["dice_per_class"].values()) == [1, None, 1]
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    write_report(np.diag([5, 5]), np.zeros((0, 4)), 2, {}, tmp_path)
+    old = (tmp_path / "pretext_report.png").read_bytes()
+
+    def fill_disk(_, file, **__):
+        Path(file).write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fill_disk)
+    with pytest.raises(OSError, match="no space left"):
+        write_report(np.diag([5, 5]), np.zeros((0, 4)), 2, {}, tmp_path)
+    assert (tmp_path / "pretext_report.png").read_bytes() == old
+    assert {file.name for file in tmp_path.iterdir()} == {"pretext_report.png", "pretext_report.json"}
 
 
 def test_scores_have_names():

@@ -242,6 +242,7 @@ def test_the_digest_of_the_weights_depends_on_every_parameter():
 def test_different_weights_on_the_ranks_are_reported(three_epochs, folder, monkeypatch, capsys):
     trainer = make_trainer()
     trainer.initialize()
+    trainer.state()  # chooses the fold's cases, while the ranks are still whole
     for other_digest in (None, "another"):
 
         def gather(value, other_digest=other_digest):
@@ -305,6 +306,66 @@ def test_a_final_checkpoint_that_cannot_be_written_is_an_error(three_epochs, fol
     assert not (folder / "checkpoint_final.pth").exists()
     make_trainer(continue_training=True).run_training()
     assert (folder / "checkpoint_final.pth").is_file()
+
+
+def test_a_signal_does_not_hide_that_the_final_checkpoint_cannot_be_written(three_epochs, folder, monkeypatch):
+    trainer = make_trainer()
+
+    def fill_disk_and_terminate():
+        full_disk(folder, monkeypatch)
+        trainer.stop_signals.received = "SIGTERM"
+
+    save = trainer.save_checkpoint
+    monkeypatch.setattr(
+        trainer, "save_checkpoint", lambda file: (file.endswith("final.pth") and fill_disk_and_terminate(), save(file))
+    )
+    with pytest.raises(SystemExit, match=r"checkpoint_final\.pth was not written.*--c"):
+        trainer.run_training()
+
+
+def test_a_best_checkpoint_that_a_kill_has_prevented_is_written_when_the_training_continues(
+    three_epochs, folder, monkeypatch
+):
+    monkeypatch.setenv("nnUNet_vf_save_every", "1")
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    trainer = make_trainer()
+    save = trainer.save_checkpoint
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda file: kill() if file.endswith("best.pth") else save(file))
+    with pytest.raises(Killed):
+        trainer.run_training()
+    assert not (folder / "checkpoint_best.pth").exists()
+    trainer = make_trainer(continue_training=True)
+    run_before_step(trainer, 0, kill)
+    with pytest.raises(Killed):
+        trainer.run_training()
+    latest, best = (torch.load(folder / f"checkpoint_{name}.pth", weights_only=False) for name in ("latest", "best"))
+    assert best["current_epoch"] == latest["current_epoch"] == 1
+    assert all(torch.equal(tensor, latest["network_weights"][name]) for name, tensor in best["network_weights"].items())
+    times = (folder / "checkpoint_best.pth").stat().st_mtime_ns
+    trainer = make_trainer(continue_training=True)
+    run_before_step(trainer, 0, kill)
+    with pytest.raises(Killed):
+        trainer.run_training()
+    assert (folder / "checkpoint_best.pth").stat().st_mtime_ns == times  # it is written once
+
+
+def test_a_training_that_continues_with_other_cases_says_so(three_epochs, copied_dataset, tmp_path):
+    trainer = make_trainer(fold="all")
+    run_before_step(trainer, 1, sender_of(signal.SIGTERM))
+    assert run_until_signal(trainer)
+    for file in (copied_dataset / "nnUNetPlans_3d_fullres").glob("torso_0000*"):
+        file.unlink()
+    trainer = make_trainer(fold="all", continue_training=True)
+    run_before_step(trainer, 0, sender_of(signal.SIGTERM))
+    assert run_until_signal(trainer)
+    logs = (fold_folder(tmp_path / "results", "all")).glob("training_log*")
+    assert sum("the cases of this fold are others than before" in log.read_text() for log in logs) == 1
 
 
 def test_a_report_that_cannot_be_written_is_made_when_the_training_continues(three_epochs, folder):

@@ -128,3 +128,26 @@ def test_random_tensors_are_the_same_every_time_and_the_random_state_is_kept(art
     weights, weights_again = (read_artifact(file)["network_weights"] for file in (output, again))
     assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content["vf"].update(spacing=[1.0, 1.0]), r"spacing: \[1.0, 1.0\]; legal: three numbers"),
+        (
+            lambda content: content["network_weights"].update(
+                {name: tensor.sum() for name, tensor in content["network_weights"].items() if name.endswith("weight")}
+            ),
+            "is damaged: .* tensors have other shapes than in the network that it records",
+        ),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_refused_and_nothing_is_written(
+    artifact, copied_dataset, output, tmp_path, change, message
+):
+    content = torch.load(artifact, weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / "changed.pth")
+    with pytest.raises(SystemExit, match=f"^nnUNetv2_vf: error: .*{message}"):
+        adapt(tmp_path / "changed.pth", output)
+    assert not output.exists()

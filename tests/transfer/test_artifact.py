@@ -90,3 +90,11 @@ def test_a_pickle_that_would_run_code_is_rejected(path):
     with pytest.raises(UserError, match=r"cannot be loaded safely: loading it would run .*pathlib(\._local)?\.Path"):
         read_artifact(path)
     assert not path.with_name("ran").exists()
+
+
+@pytest.mark.parametrize("missing", ["experiment_planner_used", "original_median_spacing_after_transp"])
+def test_plans_without_an_entry_that_only_nnssl_reads_can_be_pretrained(artifacts, tmp_path, missing):
+    artifact = read_artifact(artifacts["U-Net"])
+    del artifact["vf"]["plans"][missing]
+    write_artifact(tmp_path / "new.pth", artifact["network_weights"], artifact["vf"])
+    assert torch.load(tmp_path / "new.pth", weights_only=True).keys() == {"network_weights", "vf"}

@@ -14,7 +14,7 @@ from nnunetv2_vf.cli import main
 from nnunetv2_vf.errors import UserError, printable
 from nnunetv2_vf.transfer.architectures import build_network, can_be_planned, require_known_architecture
 from nnunetv2_vf.transfer.artifact import read_artifact, read_pretrained, read_with_architecture
-from nnunetv2_vf.transfer.safe_loading import malformed_file_errors
+from nnunetv2_vf.transfer.safe_loading import load_safely, malformed_file_errors
 
 
 def hostile(entry: dict, canary: Path) -> dict:
@@ -165,3 +165,18 @@ def test_an_argument_that_the_network_lacks_is_named(artifacts):
         require_known_architecture(needs_more, "w.pth")
     with pytest.raises(UserError, match="_kw_requires_import names 'lost_op', which is no argument"):
         build_network(needs_more, 1, 2)
+
+
+def test_code_in_a_file_of_an_old_format_is_named(tmp_path):
+    torch.save({"x": Path.cwd}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"loading it would run .*getattr"):
+        load_safely(tmp_path / "old.pth")
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
+def test_a_file_that_was_cut_off_is_called_damaged(tmp_path, share):
+    torch.save({"x": torch.zeros(30_000)}, tmp_path / "cut.pth")
+    content = (tmp_path / "cut.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match="it is damaged or is no file of PyTorch"):
+        load_safely(tmp_path / "cut.pth")

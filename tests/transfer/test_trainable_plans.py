@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 
 import pytest
 from conftest import DATASET_ID, edit_json
@@ -11,6 +12,7 @@ from nnunetv2.run.run_training import run_training
 from torch import device
 
 from nnunetv2_vf.doctor import FAIL, examine
+from nnunetv2_vf.errors import UserError
 from nnunetv2_vf.transfer.network_fit import require_trainable
 from nnunetv2_vf.transfer.target_plans import load_target
 
@@ -36,6 +38,10 @@ def set_patch(*patch):
         ("FMUNet", set_patch(16, 16, 16), "one voxel in the deepest level"),
         ("PCTNet", set_patch(40, 40, 36), "PCTNet cannot take the patch_size"),
         ("U-Net", set_patch(17, 16, 24), "PlainConvUNet cannot take the patch_size"),
+        ("U-Net", set_option("kernel_sizes", [[3, 3]] * 3), "missing or wrong entries: IndexError"),
+        ("U-Net", set_option("strides", 2), "3d_fullres of nnUNetPlans .*has missing or wrong entries: TypeError"),
+        ("U-Net", lambda entry: entry["architecture"].pop("arch_kwargs"), "missing or wrong entries: KeyError"),
+        ("U-Net", lambda entry: entry["architecture"].pop("_kw_requires_import"), "missing or wrong entries: KeyError"),
     ],
 )
 def test_plans_that_cannot_be_trained_are_refused_in_one_line(
@@ -47,6 +53,26 @@ def test_plans_that_cannot_be_trained_are_refused_in_one_line(
         run_training(str(DATASET_ID), "3d_fullres", 0, trainer, name, device=device("cpu"))
     failures = [finding.text for finding in examine(str(DATASET_ID), name) if finding.state == FAIL]
     assert any(re.search(message, text) for text in failures)
+
+
+@pytest.mark.parametrize("trainer", ["VFPretrainTrainer", "VFFinetuneTrainer"])
+def test_a_copy_of_plans_that_kept_the_name_of_the_original_is_refused(copied_dataset, tmp_path, trainer):
+    """nnU-Net would train it into the results of the original."""
+    shutil.copy(copied_dataset / "nnUNetPlans.json", copied_dataset / "CopiedPlans.json")
+    edit_json(
+        copied_dataset / "CopiedPlans.json", lambda plans: set_patch(8, 16, 16)(plans["configurations"]["3d_fullres"])
+    )
+    with pytest.raises(SystemExit, match=r"state the name 'nnUNetPlans', but .*nnUNetPlans.json has another"):
+        run_training(str(DATASET_ID), "3d_fullres", 0, trainer, "CopiedPlans", device=device("cpu"))
+    message = 'names its dataset and itself .* and nnUNetPlans, .*"plans_name": "CopiedPlans"'
+    failures = [finding.text for finding in examine(str(DATASET_ID), "CopiedPlans") if finding.state == FAIL]
+    assert any(re.search(message, text) for text in failures)
+
+
+def test_plans_copied_from_another_dataset_are_refused(copied_dataset):
+    edit_json(copied_dataset / "nnUNetPlans.json", lambda plans: plans.update(dataset_name="Dataset008_Other"))
+    with pytest.raises(UserError, match="names its dataset and itself Dataset008_Other and nnUNetPlans"):
+        load_target(str(DATASET_ID), "nnUNetPlans", "3d_fullres")
 
 
 def test_the_smallest_patch_of_pct_net_is_accepted(pct_plans, copied_dataset):
