@@ -45,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _accept_all_file_names() -> None:
-    """Let print write characters that the terminal lacks as escapes, as on stderr: file names may have any."""
+    """Let print write file names that are not UTF-8 byte by byte, as the shell takes them, instead of failing."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="surrogateescape")
 
 
 def _require_numbers_of_processes(environment: Mapping[str, str]) -> None:

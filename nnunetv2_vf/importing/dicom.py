@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -42,7 +43,8 @@ _MAX_UNEVENNESS = 0.1
 
 def read_dicom_folder(folder: str, selection: Selection) -> Iterator[Volume]:
     """Yield a volume for each series in a folder, and a rejected one for the DICOM files that belong to no series."""
-    series = _list_series(folder)
+    names, dead_links = _dicom_files(folder)
+    series = _list_series(folder, names)
     for number, (uid, files) in enumerate(series.items(), start=1):
         volume = Volume(case_name("dicom", folder, uid), f"series {number} of {len(series)}, {len(files)} files")
         try:
@@ -53,10 +55,11 @@ def read_dicom_folder(folder: str, selection: Selection) -> Iterator[Volume]:
             volume.rejection = describe_error(error)
         yield volume
     in_series = {Path(file).name for files in series.values() for file in files}
-    stray = [name for name in _dicom_files(folder) if name not in in_series]
-    if stray:
-        reason = f"unreadable: {len(stray)} DICOM files belong to no series"
-        yield Volume(case_name("dicom", folder), "other files", rejection=reason)
+    stray = [name for name in names if name not in in_series]
+    reasons = [f"{len(stray)} DICOM files belong to no series"] if stray else []
+    reasons += [f"{len(dead_links)} DICOM files are links to nothing"] if dead_links else []
+    if reasons:
+        yield Volume(case_name("dicom", folder), "other files", rejection=f"unreadable: {'; '.join(reasons)}")
 
 
 def check_dicom_header(path: str) -> None:
@@ -116,24 +119,24 @@ def _of_frame(frame: pydicom.Dataset, group: str, name: str) -> Any:
     return values[0].get(name) if values else None
 
 
-def _dicom_files(folder: str) -> list[str]:
-    """Return the names of the files that may be DICOM files. Links to nothing count: each may be a missing slice."""
-    paths = [path for path in Path(folder).iterdir() if path.is_file() or not path.exists()]
-    visible = [path.name for path in paths if not path.name.startswith(".")]
-    candidates = [name for name in visible if not volume_ending(name) and not is_other_file(name)]
-    return [name for name in candidates if may_be_dicom(folder, name) or not Path(folder, name).exists()]
+def _dicom_files(folder: str) -> tuple[list[str], list[str]]:
+    """Return the names of the DICOM files of a folder, and of links to nothing that may be slices of a series."""
+    paths = sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
+    candidates = [path for path in paths if not volume_ending(path.name) and not is_other_file(path.name)]
+    files = [path for path in candidates if path.is_file() and may_be_dicom(folder, path.name)]
+    endings = {path.suffix for path in files}
+    dead_links = [
+        path.name
+        for path in candidates
+        if not path.exists() and (path.suffix in endings or may_be_dicom(folder, path.name))
+    ]
+    return [path.name for path in files], dead_links
 
 
-def _list_series(folder: str) -> dict[str, list[str]]:
+def _list_series(folder: str, names: Sequence[str]) -> dict[str, list[str]]:
     """Return the files of each series, by its UID, in the order of their slices; without those that cannot be read."""
-    # GDCM stops at a link to nothing, and opens pipes.
-    if all(path.is_file() or path.is_dir() for path in Path(folder).iterdir()):
-        with suppress(RuntimeError):  # GDCM lists nothing if it cannot read one of the files
-            uids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(folder)
-            if len(uids) == 1:
-                return {uids[0]: list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, uids[0]))}
     names_by_uid: dict[str, list[str]] = {}
-    for name in sorted(_dicom_files(folder)):
+    for name in names:
         with suppress(Exception):  # pydicom raises anything for damaged files; they will belong to no series
             names_by_uid.setdefault(_read_series_uid(Path(folder, name)), []).append(name)
     series = {uid: _sort_slices(folder, names) for uid, names in sorted(names_by_uid.items())}
@@ -149,25 +152,28 @@ def _read_series_uid(path: Path) -> str:
 def _sort_slices(folder: str, names: Sequence[str]) -> list[str]:
     """Return the files of one series in the order of their slices, without those that GDCM cannot read.
 
-    GDCM gets a folder of links to these files: in the folder itself it reads the headers of all series.
+    GDCM gets a folder of links to these files. In the folder itself it reads the headers of all series, and stops at a
+    link to nothing.
     """
+    list_files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames  # of the only series in the folder
     with tempfile.TemporaryDirectory() as links:
         for name in names:
-            Path(links, name).symlink_to(Path(folder, name).absolute())
+            _link(Path(links, name), Path(folder, name).absolute())
         try:
-            in_order = _list_with_gdcm(links)
+            in_order = list_files(links)
         except RuntimeError:  # GDCM lists nothing if it cannot read one of the files
             for link in Path(links).iterdir():
                 if not _has_usable_header(str(link)):
                     link.unlink()
-            in_order = _list_with_gdcm(links)
+            in_order = list_files(links)
     return [str(Path(folder, Path(file).name)) for file in in_order]
 
 
-def _list_with_gdcm(folder: str) -> list[str]:
-    # The UIDs are GDCM's own: it drops characters that are not legal in a UID.
-    uids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(folder)
-    return [file for uid in uids for file in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, uid)]
+def _link(link: Path, target: Path) -> None:
+    try:
+        link.symlink_to(target)
+    except OSError:  # Windows allows links to administrators only
+        shutil.copyfile(target, link)
 
 
 def _has_usable_header(path: str) -> bool:

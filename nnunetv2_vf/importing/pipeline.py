@@ -114,8 +114,9 @@ def _choose_dataset_folder(dataset_id: int, name: str) -> Path:
 
 
 def _print_start(job: ImportJob) -> None:
-    channels = f" of {job.case_files.num_channels} channels" if job.case_files.num_channels > 1 else ""
-    print("; ".join([f"{job.folder.name}: {len(job.sources)} sources{channels}", *describe_left_out(job.found)]))
+    num_channels = job.case_files.num_channels
+    channels = [f"each case has {num_channels} channels"] if num_channels > 1 else []
+    print("; ".join([f"{job.folder.name}: {len(job.sources)} sources", *channels, *describe_left_out(job.found)]))
     settings = asdict(job.settings)
     values = {"channel": job.channel, **settings.pop("selection"), **settings}
     print("settings: " + ", ".join(f"{key} {value}" for key, value in values.items()), flush=True)

@@ -21,9 +21,8 @@ from nnunetv2_vf.importing.settings import Selection
 # Largest error of a direction cosine that counts as rounding. Headers written with two digits stay below it; a scanner
 # tilted by 1 degree is 0.017 off.
 MAX_ROUNDING_OF_COSINES = 5e-3
-_METRES = (
-    0.01  # a file with all spacings below this is in metres. Optical coherence tomography has 0.002 mm on one axis
-)
+# A file with all spacings below this is in metres. Optical coherence tomography has 0.002 mm, but on one axis only.
+_METRES = 0.01
 _CAST_TO_FLOAT32 = (sitk.sitkFloat64, sitk.sitkInt64, sitk.sitkUInt64, sitk.sitkUInt32)
 
 

@@ -74,8 +74,10 @@ class Results:
         """Return the newest line of each case, if its intensities are whole."""
         file_sizes = {}
         for file in self.journals.folder.glob(f"*{_INTENSITIES}"):
-            with suppress(FileNotFoundError):  # another part, which has finished the work, may remove the file
-                file_sizes[file.name] = file.stat().st_size
+            # Opened, because a network drive may know an old size. Another part, which has finished the work, may
+            # remove the file.
+            with suppress(FileNotFoundError), file.open("rb") as opened:
+                file_sizes[file.name] = opened.seek(0, io.SEEK_END)
         lines = self.journals.read_newest("case")
         return {
             case: line

@@ -228,7 +228,7 @@ def test_a_series_of_which_slices_were_away_is_imported_again_once_they_are_back
     run_import(data)
     assert [row["reason"] or row["shape"] for row in read_report(dataset)] == [
         "16x24x28",
-        "unreadable: 4 DICOM files belong to no series",
+        "unreadable: 4 DICOM files are links to nothing",
     ]
     (tmp_path / "disk").rename(tmp_path / "second_disk")
     (tmp_path / "disk").symlink_to(tmp_path / "second_disk")
