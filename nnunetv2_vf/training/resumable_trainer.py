@@ -286,14 +286,15 @@ class ResumableTrainer(DistributedTrainer):
         scores = self.logger.get_value("ema_fg_dice", step=None)
         self._best_ema = max(scores, default=None)
         self._is_resumed = True
-        if self.continue_training and scores and scores[-1] > max(scores[:-1], default=-math.inf):
-            self._has_lost_best = self.ranks.broadcast_from_first(self._is_best_older())
         self.require_agreement("the checkpoint", (self._run_id, self.current_epoch, len(self.epoch_losses)))
+        is_last_best = scores and scores[-1] > max(scores[:-1], default=-math.inf)
+        if self.continue_training and is_last_best and not self.epoch_losses:
+            self._has_lost_best = self.ranks.broadcast_from_first(self.ranks.rank == 0 and self._is_best_older())
 
     def _is_best_older(self) -> bool:
         """Return True if the best checkpoint is not that of the last complete epoch: a kill has prevented it."""
         file = Path(self.output_folder) / BEST
-        if self.epoch_losses or not file.is_file():
-            return not self.epoch_losses
+        if not file.is_file():
+            return True
         best = read_checkpoint(file)
         return (best.get(STATE, {}).get("run"), best["current_epoch"]) != (self._run_id, self.current_epoch)
