@@ -77,9 +77,9 @@ def _open(cases: PreprocessedCases, case: str) -> np.ndarray:
     image: np.ndarray = cases.load_case(case)[0]
     if not hasattr(image, "shape"):
         raise ValueError("holds no array")
-    stored = getattr(image, "schunk", image).nbytes  # of blosc2's chunks, which are padded; or of a NumPy array
-    if stored < math.prod(image.shape) * image.dtype.itemsize:
-        raise ValueError(f"has {stored} bytes, too few for the shape {image.shape}")
+    chunks = getattr(image, "schunk", None)  # of blosc2; they are padded
+    if chunks is not None and chunks.nbytes < math.prod(image.shape) * image.dtype.itemsize:
+        raise ValueError(f"has {chunks.nbytes} bytes, too few for the shape {image.shape}")
     return image
 
 

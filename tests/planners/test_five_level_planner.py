@@ -228,7 +228,8 @@ def test_a_damaged_file_is_named_with_the_command_that_mends_it(
 
 def test_plans_that_preprocess_otherwise_say_that_preprocessed_cases_are_old(copied_dataset, monkeypatch, capsys):
     monkeypatch.delenv("nnUNet_n_proc_DA")  # a value for training
-    command = ["plan", "-d", str(DATASET_ID), "-overwrite_plans_name", "New", "-overwrite_target_spacing", "2", "2"]
+    command = ["plan", "-d", str(DATASET_ID), "--network", "FMUNet", "-overwrite_plans_name", "New"]
+    command += ["-overwrite_target_spacing", "2", "2"]
     main([*command, "2"])
     (copied_dataset / "New_3d_fullres").mkdir()
     (copied_dataset / "New_3d_fullres" / "case.b2nd").touch()
