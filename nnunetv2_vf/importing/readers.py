@@ -30,6 +30,7 @@ _FORMAT_ERRORS = (
 )
 _KINDS_OF_ITK_ERRORS = {"Refusing to change spacing": "spacing", "Refusing to change direction": "direction"}
 _NIFTI_ENDINGS = (".nii", ".nii.gz", ".hdr", ".hdr.gz")
+_NRRD_ENDINGS = (".nrrd", ".nhdr")
 _NRRD_SPACING = re.compile(rb"^(?:spacings|space directions):(.*)$", re.MULTILINE)
 _METAIMAGE_SPACING = re.compile(rb"^\s*Element(?:Spacing|Size)\s*=(.*)$", re.MULTILINE)
 _METAIMAGE_COMPRESSED = re.compile(rb"^\s*CompressedData\s*=\s*[Tt1]", re.MULTILINE)
@@ -71,28 +72,36 @@ def _read_files(source: Source, selection: Selection) -> Iterator[Volume]:
 
 
 def _read_file(path: str, selection: Selection, notes: list[str]) -> sitk.Image:
+    ending = volume_ending(path)
     try:
-        ending = volume_ending(path)
         if ending in _NIFTI_ENDINGS:
             return read_nifti(path, selection, notes)
-        if not ending:
-            check_dicom_header(path)
-            check_frames(path, selection, notes)
-            return sitk.ReadImage(path)
-        if ending in (".nrrd", ".nhdr"):
-            _check_spacing(_read_header(path), _NRRD_SPACING)
-            return sitk.ReadImage(path)
-        header = _read_header(path)
-        _check_spacing(header, _METAIMAGE_SPACING)
-        image = sitk.ReadImage(path)
-        _check_compressed_voxels(path, header, image)
-        return image
+        if ending in _NRRD_ENDINGS:
+            return _read_nrrd(path)
+        if ending:
+            return _read_metaimage(path)
+        check_dicom_header(path)
+        check_frames(path, selection, notes)
+        return sitk.ReadImage(path)
     except _FORMAT_ERRORS as error:
         raise RejectedError(f"unreadable: {error_line(error)}") from error
     except RuntimeError as error:
         kinds = [kind for message, kind in _KINDS_OF_ITK_ERRORS.items() if message in str(error)]
         kind = kinds[0] if kinds else "unreadable"
         raise RejectedError(f"{kind}: {error_line(error)}") from error
+
+
+def _read_nrrd(path: str) -> sitk.Image:
+    _check_spacing(_read_header(path), _NRRD_SPACING)
+    return sitk.ReadImage(path)
+
+
+def _read_metaimage(path: str) -> sitk.Image:
+    header = _read_header(path)
+    _check_spacing(header, _METAIMAGE_SPACING)
+    image = sitk.ReadImage(path)
+    _check_compressed_voxels(path, header, image)
+    return image
 
 
 def _read_header(path: str) -> bytes:
