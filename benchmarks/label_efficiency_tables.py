@@ -292,7 +292,7 @@ def pretrainings_table(folder: Path) -> list[Row]:
     """Return one row for every ``pretext_report.json`` in a folder: what a network had learnt of its pretext."""
     table = []
     for file in sorted(folder.glob("*.json")):
-        report = json.loads(file.read_text())
+        report = json.loads(file.read_text(), object_hook=_with_nan)
         settings, dice, shares = report["settings"], report["dice_per_class"], report["restored_share"]
         table.append(
             {
@@ -306,6 +306,11 @@ def pretrainings_table(folder: Path) -> list[Row]:
             }
         )
     return sorted(table, key=lambda row: (row["pretext"], row["changed settings"], int(row["iterations"])))
+
+
+def _with_nan(entries: dict[str, Any]) -> dict[str, Any]:
+    """Return an object of JSON with NaN for null, as the report has for a class that does not occur."""
+    return {name: np.nan if value is None else value for name, value in entries.items()}
 
 
 def _other_than_default(settings: Mapping[str, Any]) -> str:

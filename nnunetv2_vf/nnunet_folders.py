@@ -115,14 +115,6 @@ def require_configuration(
     return configuration
 
 
-def require_plans_name(name: str) -> None:
-    """Raise UserError unless a text can be the name of plans, which becomes part of names of files and folders."""
-    if not re.fullmatch(r"[\w.+-]+", name) or name.startswith(".") or name.endswith(".json") or "__" in name:
-        raise UserError(
-            f"{name!r} is no name of plans; legal: letters, digits, and single - _ + . within the name, without .json"
-        )
-
-
 def plans_file(dataset: str, plans_name: str) -> Path:
     """Return the path of a plans file.
 
@@ -134,7 +126,8 @@ def plans_file(dataset: str, plans_name: str) -> Path:
         UserError: there is no such dataset or file, or the name is a path.
     """
     require_variables(nnUNet_preprocessed)
-    require_plans_name(plans_name)
+    if plans_name != Path(plans_name).name or plans_name.endswith(".json"):
+        raise UserError(f"{plans_name!r} is no name of plans; legal: the file's name without folder and .json")
     name = dataset_name(dataset)
     path = Path(nnUNet_preprocessed) / name / f"{plans_name}.json"
     if not path.is_file():

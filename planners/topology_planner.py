@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.nnunet_folders import dataset_name, require_plans_name, require_variables
+from nnunetv2_vf.nnunet_folders import dataset_name, require_variables
 from nnunetv2_vf.planners.memory_fitting import Patch, candidate_patches, fit_batch_size, fit_patch, patch_divisor
 from nnunetv2_vf.planners.step_memory import GIB, StepMemory, measure_architecture
 from nnunetv2_vf.transfer.architectures import canonical_architecture, complete_arguments
@@ -223,13 +224,22 @@ def check_options(
     """Raise UserError unless memory (GB), spacing (mm) and name are legal and nnU-Net's variables allow planning."""
     require_variables(nnUNet_raw, nnUNet_preprocessed)
     if plans_name is not None:
-        require_plans_name(plans_name)
+        _require_plans_name(plans_name)
     if target_spacing is not None and not all(0 < mm < math.inf for mm in target_spacing):
         raise UserError(f"-overwrite_target_spacing {list(target_spacing)}; legal: three positive numbers, mm")
     if gpu_memory_target is not None and not 0 < gpu_memory_target < math.inf:
         raise UserError(f"-gpu_memory_target {gpu_memory_target:g}; legal: a positive number of GB")
     if get_allowed_n_proc_DA() < 1:
         raise UserError("nnUNet_n_proc_DA=0 is for training; nnU-Net's planning divides by it: unset nnUNet_n_proc_DA")
+
+
+def _require_plans_name(name: str) -> None:
+    """Raise UserError unless new plans can have a name: it becomes part of file names, commands and nnU-Net's folders.
+
+    nnU-Net separates trainer, plans and configuration by two underscores.
+    """
+    if not re.fullmatch(r"\w[\w.+-]*", name) or name.endswith(".json") or "__" in name:
+        raise UserError(f"-overwrite_plans_name {name!r}; legal: letters, digits, - + . and single _, without .json")
 
 
 def _find_dataset_with_fingerprint(dataset: str) -> str:

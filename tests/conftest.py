@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import locale
 import multiprocessing.forkserver
 import os
 import shutil
@@ -45,6 +46,14 @@ PIXEL = base64.b64decode(  # a PNG
 os.environ.update(nnUNet_def_n_proc="1", nnUNet_n_proc_DA="1")  # nnU-Net reads these when it is imported
 os.environ["OMP_WAIT_POLICY"] = "passive"  # threads of commands sleep while they wait: two tests share the cores
 torch.set_num_threads(1)  # the networks are tiny
+
+
+@pytest.fixture(autouse=True)
+def locale_of_the_process() -> Iterator[None]:
+    """Restore the locale, and with it the encoding of text files: GDCM sets it to C when it opens a DICOM file."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -71,7 +71,7 @@ class VFFinetuneTrainer(ResumableTrainer):
         require_gpu(device)
         require_variables(nnUNet_preprocessed, nnUNet_results)
         plans_manager = PlansManager(plans)
-        with malformed_file_errors("the plans"):
+        with malformed_file_errors(f"the file of the plans {plans.get('plans_name')}"):
             check_plans_name(plans, configuration)
             network = require_configuration(plans_manager, configuration).network_arch_class_name
             cases = preprocessed_cases(plans_manager, configuration)

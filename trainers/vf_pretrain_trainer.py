@@ -81,7 +81,7 @@ class VFPretrainTrainer(ResumableTrainer):
         require_gpu(device)
         settings = VFSettings.resolve(plans, os.environ)
         require_logger_packages(settings.loggers)
-        with malformed_file_errors("the plans"):
+        with malformed_file_errors(f"the file of the plans {plans.get('plans_name')}"):
             check_plans_name(plans, configuration)
             warnings = check_pretraining(plans, configuration, fold, settings)
         self.settings = settings

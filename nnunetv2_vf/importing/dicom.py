@@ -124,13 +124,17 @@ def _dicom_files(folder: str) -> tuple[list[str], list[str]]:
     paths = sorted(path for path in Path(folder).iterdir() if not path.name.startswith("."))
     candidates = [path for path in paths if not volume_ending(path.name) and not is_other_file(path.name)]
     files = [path for path in candidates if path.is_file() and may_be_dicom(folder, path.name)]
-    endings = {path.suffix for path in files}
+    endings = {_ending(path) for path in files}
     dead_links = [
         path.name
         for path in candidates
-        if not path.exists() and (path.suffix in endings or may_be_dicom(folder, path.name))
+        if not path.exists() and (_ending(path) in endings or may_be_dicom(folder, path.name))
     ]
     return [path.name for path in files], dead_links
+
+
+def _ending(path: Path) -> str:
+    return "" if path.suffix[1:].isdigit() else path.suffix  # slices may be named by UIDs, which end in numbers
 
 
 def _list_series(folder: str, names: Sequence[str]) -> dict[str, list[str]]:

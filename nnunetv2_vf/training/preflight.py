@@ -65,25 +65,45 @@ def check_pretraining(
 
 
 def check_plans_name(plans: Mapping[str, Any], configuration_name: str) -> None:
-    """Check that no other plans have the name that these plans state for themselves.
+    """Check that the plans are not those of a copy that still states the name of the original.
 
-    nnU-Net reads the file that ``-p`` names, and writes into the results of the name that the plans state. A copy of a
-    plans file in which this name was not changed would replace trainings of the other plans.
+    nnU-Net reads the file that ``-p`` names, and writes into the results of the name that the plans state. So a copy
+    would replace trainings of the original. A training that continues replaces none.
 
     Raises:
-        UserError: the file of that name has another configuration.
+        UserError: the file of that name has another configuration, and a copy has this one.
     """
     require_variables(nnUNet_preprocessed)
-    file = Path(nnUNet_preprocessed) / plans["dataset_name"] / f"{plans['plans_name']}.json"
-    try:
-        other = json.loads(file.read_text())["configurations"].get(configuration_name)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # no plans that anybody could have trained
+    name, folder = plans["plans_name"], Path(nnUNet_preprocessed) / plans["dataset_name"]
+    own, original = _find_configuration(plans, name, configuration_name), folder / f"{name}.json"
+    is_continued = plans.get("continue_training", False)  # nnU-Net's entry
+    if is_continued or own is None or _read_configuration(original, name, configuration_name) in (None, own):
         return
-    if other != plans["configurations"].get(configuration_name):
-        raise UserError(
-            f"these plans state the name {plans['plans_name']!r}, but {file} has another configuration "
-            f'{configuration_name}; if they are a copy, write the name of their file into it as "plans_name"'
-        )
+    for copy in sorted(folder.glob("*.json")):
+        if _read_configuration(copy, name, configuration_name) == own:
+            raise UserError(
+                f"{copy} states the plans_name {name!r}, so nnU-Net would write into the results of {original}, which "
+                f'has another configuration {configuration_name}; write into the copy: "plans_name": "{copy.stem}"'
+            )
+
+
+def _read_configuration(file: Path, plans_name: str, configuration_name: str) -> dict[str, Any] | None:
+    """Return a configuration of a file that states this name of plans; None if there is none."""
+    try:
+        return _find_configuration(json.loads(file.read_text()), plans_name, configuration_name)
+    except (OSError, ValueError):  # no JSON
+        return None
+
+
+def _find_configuration(content: Any, plans_name: str, configuration_name: str) -> dict[str, Any] | None:
+    """Return a configuration, with what it inherits, of plans that state this name; None if there is none."""
+    try:
+        if content["plans_name"] != plans_name:
+            return None
+        configuration: dict[str, Any] = PlansManager(dict(content)).get_configuration(configuration_name).configuration
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError):  # other checks report this
+        return None
+    return configuration
 
 
 def check_patch(configuration: ConfigurationManager, settings: VFSettings) -> list[str]:
@@ -107,15 +127,19 @@ def check_patch(configuration: ConfigurationManager, settings: VFSettings) -> li
 
 def _require_classes_in_patch(configuration: ConfigurationManager, settings: VFSettings) -> None:
     """Raise UserError if the smallest box or block of the fusion map covers the patch: a map then has one class."""
+    if not settings.has_fusion:
+        return
     longest = max(configuration.patch_size)
-    name, value, smallest = {
-        "boxes": ("box_min_side", settings.box_min_side, settings.box_min_side),
-        "blocks": ("block_side", settings.block_side, settings.block_side[0]),
-    }[settings.fusion_map]
-    if settings.has_fusion and smallest >= longest:
+    name, smallest = ("box_min_side", settings.box_min_side)
+    if settings.fusion_map == "blocks":
+        name, smallest = ("block_side", settings.block_side[0])
+    if smallest >= longest:
+        value = format_value(getattr(settings, name))
+        half = max(1, longest // 2)
+        legal = half if name == "box_min_side" else f"{max(1, half // 2)},{half}"
         raise UserError(
-            f"setting {name} = {format_value(value)} is not legal for the patch {list(configuration.patch_size)}: each "
-            f"sample would have one class only; legal: sides below {longest}"
+            f"setting {name} = {value} is not legal for the patch {list(configuration.patch_size)}: each sample would "
+            f"have one class only; legal: sides below {longest} (export {settings.prefix}{name}={legal})"
         )
 
 

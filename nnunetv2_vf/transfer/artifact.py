@@ -178,7 +178,7 @@ def read_with_architecture(path: Path) -> dict[str, Any]:
     with malformed_file_errors(path):
         if "plans" in metadata:
             PlansManager(metadata["plans"]).get_configuration(metadata["configuration"])
-        if len(metadata.get("spacing", "xyz")) != 3:
+        if metadata.get("spacing") and len(metadata["spacing"]) != 3:
             raise ValueError(f"spacing: {metadata['spacing']}; legal: three numbers")
         if "trainer" in metadata or can_be_planned(metadata["architecture"]):  # Primus is built in another way
             _require_own_network(path, content["network_weights"], metadata)
@@ -189,18 +189,18 @@ def _require_own_network(path: Path, weights: Mapping[str, Tensor], metadata: Ma
     """Raise UserError if the weights of a file are not those of the network that it records."""
     network = build_network(metadata["architecture"], metadata["num_input_channels"], metadata["num_classes"] or 1)
     tensors = network.state_dict()
-    unknown = weights.keys() - tensors.keys()
-    shared = sorted(name for name in weights.keys() - unknown if HEADS not in name)
+    unknown = sorted(weights.keys() - tensors.keys())
+    shared = sorted(name for name in weights.keys() & tensors.keys() if HEADS not in name)
     misshapen = [name for name in shared if weights[name].shape != tensors[name].shape]
+    if "trainer" in metadata and (unknown or misshapen):
+        raise UserError(
+            f"{path} has {len(unknown + misshapen)} tensors that the network of its plans does not have, for example "
+            f"{(unknown + misshapen)[0]}: {metadata['trainer']} trained another network; write that network into "
+            "plans, and train with them"
+        )
     if misshapen:
         name = misshapen[0]
         raise UserError(
             f"{path} is damaged: {len(misshapen)} tensors have other shapes than in the network that it records, for "
             f"example {name} {list(weights[name].shape)}, not {list(tensors[name].shape)}"
-        )
-    if unknown and "trainer" in metadata:
-        raise UserError(
-            f"{path} has {len(unknown)} tensors that the network of its plans does not have, for example "
-            f"{min(unknown)}: {metadata['trainer']} trained another network; write that network into plans, and train "
-            "with them"
         )

@@ -139,7 +139,8 @@ def read_channel_names(dataset_json: Mapping[str, Any]) -> dict[str, str]:
     Raises:
         KeyError: there is neither of them.
     """
-    names: dict[str, str] = dataset_json["channel_names" if "channel_names" in dataset_json else "modality"]
+    is_old = "modality" in dataset_json and "channel_names" not in dataset_json
+    names: dict[str, str] = dataset_json["modality" if is_old else "channel_names"]
     return names
 
 

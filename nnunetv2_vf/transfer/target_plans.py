@@ -78,11 +78,17 @@ def load_target(dataset: str, plans_name: str, configuration_name: str) -> Targe
         target = TargetPlans(plans_manager, configuration_name, load_json(path.with_name("dataset.json").as_posix()))
     except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: no JSON
         raise UserError(f"{path}, or dataset.json beside it, cannot be read: {error!r}; plan again") from error
-    stated, expected = (plans_manager.dataset_name, plans_manager.plans_name), (path.parent.name, plans_name)
+    stated, expected = (
+        f'"dataset_name": "{dataset_name}", "plans_name": "{name}"'
+        for dataset_name, name in (
+            (plans_manager.dataset_name, plans_manager.plans_name),
+            (path.parent.name, plans_name),
+        )
+    )
     if stated != expected:
         raise UserError(
-            f"{path} names its dataset and itself {' and '.join(map(str, stated))}, so nnU-Net would use the cases and "
-            f'results of those; write into it: "dataset_name": "{expected[0]}", "plans_name": "{expected[1]}"'
+            f"{path} states {stated}; nnU-Net would read the cases and write the results of those; write into it: "
+            f"{expected}"
         )
     if configuration_name not in legal:
         raise UserError(

@@ -215,6 +215,17 @@ def test_series_whose_uids_have_illegal_characters_are_volumes(tmp_path, uids):
     assert volumes[0].case != volumes[1].case
 
 
+@pytest.mark.parametrize("ending", ["", ".IMG0001"])
+def test_a_link_to_nothing_that_is_named_like_the_slices_is_reported(tmp_path, ending):
+    write_dicom(tmp_path, ct(0))
+    for number, path in enumerate(sorted(tmp_path.iterdir())):
+        path.rename(tmp_path / f"1.2.840.{number}{ending}")
+    (tmp_path / f"1.2.840.99{ending}").symlink_to(tmp_path / "nowhere")
+    series, other = read_all(tmp_path)
+    assert not series.rejection
+    assert other.rejection == "unreadable: 1 DICOM files are links to nothing"
+
+
 def test_slices_without_a_series_uid_are_one_series(tmp_path):
     write_dicom(tmp_path, ct(0))
     for path in tmp_path.iterdir():

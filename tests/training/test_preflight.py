@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,9 @@ from conftest import DATASET_ID, edit_json, pretrain
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from trainings import make_trainer
 
+from nnunetv2_vf import nnunet_folders
 from nnunetv2_vf.cli import main
 from nnunetv2_vf.errors import UserError
-from nnunetv2_vf.nnunet_folders import read_splits
 from nnunetv2_vf.settings import FinetuneSettings, VFSettings
 from nnunetv2_vf.training.preflight import (
     blocks_warning,
@@ -281,9 +280,9 @@ def test_there_is_no_warning_if_no_case_is_left_out_or_labels_are_used(
     assert "in no fold" not in log_of_training(trainer, tmp_path, fold)
 
 
-def test_folds_that_another_training_is_writing_are_waited_for(copied_dataset):
+def test_folds_that_another_training_is_writing_are_waited_for(copied_dataset, monkeypatch):
     file = copied_dataset / "splits_final.json"
     whole = json.dumps([{"train": ["torso_0000"], "val": ["torso_0001"]}])
     file.write_text(whole[:20])
-    threading.Timer(0.3, file.write_text, [whole]).start()
-    assert read_splits(copied_dataset.name) == json.loads(whole)
+    monkeypatch.setattr(nnunet_folders.time, "sleep", lambda _: file.write_text(whole))
+    assert nnunet_folders.read_splits(copied_dataset.name) == json.loads(whole)

@@ -62,16 +62,16 @@ def test_a_copy_of_plans_that_kept_the_name_of_the_original_is_refused(copied_da
     edit_json(
         copied_dataset / "CopiedPlans.json", lambda plans: set_patch(8, 16, 16)(plans["configurations"]["3d_fullres"])
     )
-    with pytest.raises(SystemExit, match=r"state the name 'nnUNetPlans', but .*nnUNetPlans.json has another"):
+    with pytest.raises(SystemExit, match=r'CopiedPlans.json states .* into the copy: "plans_name": "CopiedPlans"$'):
         run_training(str(DATASET_ID), "3d_fullres", 0, trainer, "CopiedPlans", device=device("cpu"))
-    message = 'names its dataset and itself .* and nnUNetPlans, .*"plans_name": "CopiedPlans"'
+    message = 'states .*"plans_name": "nnUNetPlans"; .*"plans_name": "CopiedPlans"'
     failures = [finding.text for finding in examine(str(DATASET_ID), "CopiedPlans") if finding.state == FAIL]
     assert any(re.search(message, text) for text in failures)
 
 
 def test_plans_copied_from_another_dataset_are_refused(copied_dataset):
     edit_json(copied_dataset / "nnUNetPlans.json", lambda plans: plans.update(dataset_name="Dataset008_Other"))
-    with pytest.raises(UserError, match="names its dataset and itself Dataset008_Other and nnUNetPlans"):
+    with pytest.raises(UserError, match='states "dataset_name": "Dataset008_Other", "plans_name": "nnUNetPlans"; '):
         load_target(str(DATASET_ID), "nnUNetPlans", "3d_fullres")
 
 
