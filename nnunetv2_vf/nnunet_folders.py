@@ -162,7 +162,7 @@ def read_splits(dataset: str) -> list[dict[str, list[str]]]:
 
 
 def _read_json_patiently(file: Path) -> Any:
-    """Return the content of a file that a training which started at the same moment may be writing.
+    """Return the content of a file of JSON. Wait while another training, which started just before, writes it.
 
     Raises:
         ValueError: the file still is no JSON after two seconds.

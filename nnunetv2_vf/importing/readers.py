@@ -140,6 +140,7 @@ def _check_compressed_voxels(path: str, header: bytes, image: sitk.Image) -> Non
         file.seek(data_file.end() if is_local else 0)
         while not decompressor.eof and (block := decompressor.unconsumed_tail or file.read(1 << 20)):
             num_bytes += len(decompressor.decompress(block, max_length=1 << 24))
+    num_bytes += len(decompressor.flush())  # may be left if the last block has reached max_length
     components = image.GetNumberOfComponentsPerPixel() * image.GetSizeOfPixelComponent()
     if not decompressor.eof or num_bytes != image.GetNumberOfPixels() * components:
         raise RejectedError("unreadable: too short or damaged")

@@ -130,9 +130,9 @@ def _require_classes_in_patch(configuration: ConfigurationManager, settings: VFS
     if not settings.has_fusion:
         return
     longest = max(configuration.patch_size)
-    name, smallest = ("box_min_side", settings.box_min_side)
+    name, smallest = "box_min_side", settings.box_min_side
     if settings.fusion_map == "blocks":
-        name, smallest = ("block_side", settings.block_side[0])
+        name, smallest = "block_side", settings.block_side[0]
     if smallest >= longest:
         value = format_value(getattr(settings, name))
         half = max(1, longest // 2)

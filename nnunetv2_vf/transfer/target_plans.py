@@ -67,9 +67,9 @@ def load_target(dataset: str, plans_name: str, configuration_name: str) -> Targe
         dataset: id or name.
 
     Raises:
-        UserError: the dataset, its plans or the configuration is missing or cannot be read; the plans name themselves
-            or their dataset otherwise; or the configuration is 2D or the second stage of a cascade, whose additional
-            input channels are no images.
+        UserError: the dataset, its plans or the configuration is missing or cannot be read; the plans state
+            the name of other plans or of another dataset; or the configuration is 2D or the second stage of a cascade,
+            whose additional input channels are no images.
     """
     path = plans_file(dataset, plans_name)
     try:
@@ -78,13 +78,8 @@ def load_target(dataset: str, plans_name: str, configuration_name: str) -> Targe
         target = TargetPlans(plans_manager, configuration_name, load_json(path.with_name("dataset.json").as_posix()))
     except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: no JSON
         raise UserError(f"{path}, or dataset.json beside it, cannot be read: {error!r}; plan again") from error
-    stated, expected = (
-        f'"dataset_name": "{dataset_name}", "plans_name": "{name}"'
-        for dataset_name, name in (
-            (plans_manager.dataset_name, plans_manager.plans_name),
-            (path.parent.name, plans_name),
-        )
-    )
+    stated = _names(plans_manager.dataset_name, plans_manager.plans_name)
+    expected = _names(path.parent.name, plans_name)
     if stated != expected:
         raise UserError(
             f"{path} states {stated}; nnU-Net would read the cases and write the results of those; write into it: "
@@ -96,3 +91,8 @@ def load_target(dataset: str, plans_name: str, configuration_name: str) -> Targe
             f"{', '.join(legal) or 'none, the plans have no 3D configuration'}"
         )
     return target
+
+
+def _names(dataset: str, plans: str) -> str:
+    """Return the entries of a plans file that name its dataset and itself."""
+    return f'"dataset_name": "{dataset}", "plans_name": "{plans}"'
